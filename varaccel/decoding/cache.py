@@ -1,0 +1,57 @@
+"""Keys and values of what a network has already read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Static key and value buffers, `keys` and `values` [L, B, H, S, D], zero where nothing was written.
+
+    A write overwrites the named slots; there is no length to rewind, so taking a guess back is writing over
+    it. Which slots may be looked at is the caller's mask.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        heads: int,
+        slots: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (layers, batch, heads, slots, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def update(
+        self, layer: int, slots: Tensor, keys: Tensor, values: Tensor, length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Write one layer's new keys and values, then return what is there.
+
+        Args:
+            slots: [P] shared by the batch, or [B, P] with one list per row.
+            keys, values: [B, H, P, D]; fewer rows than the cache holds address its first rows.
+            length: return only the first `length` slots (known on the host, so no synchronisation).
+
+        Returns:
+            keys and values, [B, H, length, D] each, as views.
+        """
+        rows = keys.shape[0]
+        all_keys, all_values = self.keys[layer, :rows], self.values[layer, :rows]
+        if slots.dim() == 1:
+            all_keys.index_copy_(2, slots, keys.to(all_keys.dtype))
+            all_values.index_copy_(2, slots, values.to(all_values.dtype))
+        else:
+            batch = torch.arange(rows, device=slots.device).unsqueeze(1)
+            all_keys[batch, :, slots] = keys.transpose(1, 2).to(all_keys.dtype)
+            all_values[batch, :, slots] = values.transpose(1, 2).to(all_values.dtype)
+        return all_keys[:, :, :length], all_values[:, :, :length]

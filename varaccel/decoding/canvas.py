@@ -1,0 +1,70 @@
+"""What has been decided so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Canvas:
+    """N positions of a batch of pictures and, for each, in which pass it was decided.
+
+    `written` serves every question about progress: which positions are empty, which cache slots may be looked
+    at, which pass wrote a token. Taking a decision back is setting it to 0.
+
+    Attributes:
+        tokens: [B, N] int64 codes, or [B, N, C] vectors for continuous models; 0 where empty.
+        written: [B, N] int32, number of the pass that decided the position, counted from 1; 0 = empty.
+    """
+
+    tokens: Tensor
+    written: Tensor
+
+    @classmethod
+    def empty(
+        cls, batch: int, positions: int, *, channels: int | None = None, device: torch.device | str = "cpu"
+    ) -> Canvas:
+        """A blank canvas for codes, or for vectors of `channels` numbers."""
+        written = torch.zeros(batch, positions, dtype=torch.int32, device=device)
+        if channels is None:
+            return cls(torch.zeros(batch, positions, dtype=torch.int64, device=device), written)
+        return cls(torch.zeros(batch, positions, channels, device=device), written)
+
+    @property
+    def batch(self) -> int:
+        return self.written.shape[0]
+
+    @property
+    def num_positions(self) -> int:
+        return self.written.shape[1]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every position of every picture is decided. Synchronises with the device."""
+        return bool((self.written > 0).all())
+
+    def write(self, positions: Tensor, values: Tensor, step: int) -> None:
+        """Decide positions in pass `step`.
+
+        Args:
+            positions: [P] shared by the batch, or [B, P] with one list per row; in a list per row, -1 is
+                padding and its value is ignored.
+            values: [B, P] codes or [B, P, C] vectors.
+        """
+        if positions.dim() == 1:
+            self.tokens[:, positions] = values
+            self.written[:, positions] = step
+            return
+        # A padded entry must not touch the row: it goes to a column of its own that is cut off again.
+        used = positions >= 0
+        target = torch.where(used, positions, self.num_positions)
+        tokens = torch.cat([self.tokens, torch.zeros_like(self.tokens[:, :1])], dim=1)
+        written = torch.cat([self.written, torch.zeros_like(self.written[:, :1])], dim=1)
+        index = target if values.dim() == 2 else target.unsqueeze(-1).expand_as(values)
+        tokens.scatter_(1, index, values)
+        written.scatter_(1, target, step)
+        self.tokens.copy_(tokens[:, :-1])
+        self.written.copy_(written[:, :-1])

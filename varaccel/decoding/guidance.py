@@ -1,0 +1,50 @@
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) on logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from varaccel.errors import InputError
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How far to move from the unconditional towards the conditional prediction.
+
+    Attributes:
+        scale: 1 or less means no guidance; the unconditional branch is then not computed at all.
+        interval: guide image tokens 0 to `interval` + 1 only, -1 for all (LlamaGen's `cfg_interval`, which
+            counts decoding steps after the prefill). After that the unconditional branch is dropped.
+
+    Raises:
+        InputError: a scale that is not a finite number.
+    """
+
+    scale: float = 1.0
+    interval: int = -1
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise InputError(f"guidance_scale must be a finite number, got {self.scale}.")
+        if self.interval < -1:
+            raise InputError(f"guidance_interval must be -1 (always) or a step >= 0, got {self.interval}.")
+
+    @property
+    def enabled(self) -> bool:
+        return self.scale > 1
+
+    @property
+    def last_position(self) -> float:
+        """The last image token whose prediction is guided."""
+        return math.inf if self.interval < 0 else self.interval + 1
+
+    def active_at(self, position: int) -> bool:
+        """Whether the prediction of this image token is guided."""
+        return self.enabled and position <= self.last_position
+
+    def combine(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """uncond + scale * (cond - uncond), on raw float32 logits."""
+        return unconditional + self.scale * (conditional - unconditional)

@@ -1,0 +1,58 @@
+"""The decoding loop: all control flow of decoding without guesses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from varaccel.decoding.canvas import Canvas
+from varaccel.decoding.order import Feed, Order
+from varaccel.decoding.randomness import Randomness
+from varaccel.decoding.session import Session
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an observer is shown after a pass.
+
+    Attributes:
+        number: of the pass, counted from 1; the number that `canvas.written` holds.
+        total: number of passes, if known ahead.
+        feed: what the pass decided.
+        canvas: the canvas after the pass; observers must not change it.
+    """
+
+    number: int
+    total: int | None
+    feed: Feed
+    canvas: Canvas
+
+
+OnStep = Callable[[Step], None]
+"""The one observation point; it may raise to end the call."""
+
+
+@torch.inference_mode()
+def decode(
+    session: Session,
+    canvas: Canvas,
+    order: Order,
+    randomness: Randomness,
+    on_step: OnStep | None = None,
+) -> int:
+    """Fill the canvas in the given order, each group from one prediction. Returns the number of passes.
+
+    Nothing in the loop waits for the device: positions are known ahead or stay on the device, draws are made
+    from numbers drawn ahead.
+    """
+    feeds = order.feeds(canvas)
+    total = len(feeds) if isinstance(feeds, list) else None
+    number = 0
+    for number, feed in enumerate(feeds, start=1):
+        law = session.predict(canvas, feed)
+        canvas.write(feed.positions, law.sample(randomness.at(feed.positions)), number)
+        if on_step is not None:
+            on_step(Step(number, total, feed, canvas))
+    return number

@@ -1,0 +1,26 @@
+"""The errors a user meets: one sentence that says what is wrong and what to do instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VaraccelError(Exception):
+    """Base of every error raised on purpose by this library."""
+
+
+class InputError(VaraccelError, ValueError):
+    """An argument of a call cannot be used."""
+
+
+class CheckpointError(VaraccelError, ValueError):
+    """A weights file or model folder cannot be used."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that is not registered; suggests the nearest known one."""
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=1)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return InputError(f"unknown {kind} {name!r};{hint} known: {', '.join(options) or 'none'}.")

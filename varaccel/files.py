@@ -1,0 +1,31 @@
+"""Writing files so that an interrupted or failed write leaves nothing half-written behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path` (a file or a folder); rename it to `path` if the block succeeds.
+
+    The temporary name keeps the suffix, because writers choose their format by it. An existing file is
+    replaced in one step; an existing folder is replaced by moving it aside first. If the block raises, the
+    temporary is removed and `path` is as it was before.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    temporary = scratch / target.name
+    try:
+        yield temporary
+        if target.is_dir() and temporary.is_dir():
+            target.rename(scratch / "replaced")
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""Two-dimensional rotary position embedding as in LlamaGen, section 3.1 (RoPE: arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(
+    grid_size: int,
+    head_dim: int,
+    prefix: int,
+    *,
+    base: float = 10000.0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Cosines and sines for `prefix` condition slots followed by a square grid in raster order.
+
+    The first half of the channel pairs turns with the row, the second half with the column. Condition slots
+    are *zero*, not the identity: their rotated queries and keys vanish, so every query scores exactly 0
+    against a condition key and only the value path carries the condition.
+
+    Returns:
+        [prefix + grid_size ** 2, head_dim / 2, 2] float32: (cos, sin) of the angle of each channel pair.
+    """
+    frequencies = base ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))  # [F]
+    angles = torch.outer(torch.arange(grid_size, dtype=torch.float32), frequencies)  # [G, F]
+    rows = angles[:, None, :].expand(-1, grid_size, -1)
+    columns = angles[None, :, :].expand(grid_size, -1, -1)
+    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [G * G, head_dim / 2]
+    table = torch.stack([grid.cos(), grid.sin()], dim=-1)
+    return torch.cat([table.new_zeros(prefix, *table.shape[1:]), table]).to(device)
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate interleaved channel pairs in float32 and cast back.
+
+    Args:
+        x: [B, H, P, D].
+        rotary: [P, D / 2, 2] shared by the batch, or [B, P, D / 2, 2] with one position list per row.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))  # [B, H, P, D / 2, 2]
+    if rotary.dim() == 4:
+        rotary = rotary.unsqueeze(1)
+    cos, sin = rotary.unbind(-1)
+    a, b = pairs.unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
