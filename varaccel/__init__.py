@@ -1,1 +1,71 @@
-"""x"""
+"""varaccel: fast decoding for visual autoregressive image models.
+
+    from varaccel import AutoPipeline, ZipAR
+
+    pipe = AutoPipeline.from_pretrained("mini-llamagen")
+    out = pipe("a red sphere left of a blue cube at sunset", accelerator=ZipAR(window=4), seed=0)
+    out.images[0].save("scene.png")
+    print(out.stats)
+
+Names are loaded when they are first used, so that `import varaccel` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Accelerator": "varaccel.decoding.accelerator",
+    "Plain": "varaccel.decoding.accelerator",
+    "ZipAR": "varaccel.decoding.accelerator",
+    "make_accelerator": "varaccel.decoding.accelerator",
+    "Guidance": "varaccel.decoding.guidance",
+    "Sampling": "varaccel.decoding.sampling",
+    "AutoPipeline": "varaccel.pipelines.auto",
+    "LlamaGenPipeline": "varaccel.pipelines.llamagen",
+    "LlamaGenTransformer": "varaccel.models.llamagen",
+    "VQModel": "varaccel.tokenizers.vq",
+    "VaraccelError": "varaccel.errors",
+    "InputError": "varaccel.errors",
+    "CheckpointError": "varaccel.errors",
+}
+
+__all__ = [
+    "Accelerator",
+    "AutoPipeline",
+    "CheckpointError",
+    "Guidance",
+    "InputError",
+    "LlamaGenPipeline",
+    "LlamaGenTransformer",
+    "Plain",
+    "Sampling",
+    "VQModel",
+    "VaraccelError",
+    "ZipAR",
+    "__version__",
+    "make_accelerator",
+]
+
+if TYPE_CHECKING:
+    from varaccel.decoding.accelerator import Accelerator, Plain, ZipAR, make_accelerator
+    from varaccel.decoding.guidance import Guidance
+    from varaccel.decoding.sampling import Sampling
+    from varaccel.errors import CheckpointError, InputError, VaraccelError
+    from varaccel.models.llamagen import LlamaGenTransformer
+    from varaccel.pipelines.auto import AutoPipeline
+    from varaccel.pipelines.llamagen import LlamaGenPipeline
+    from varaccel.tokenizers.vq import VQModel
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'varaccel' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varaccel.tokenizers.normalization import GroupNorm
+
 NORM_EPS = 1e-6
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
+def group_norm(channels: int, groups: int) -> GroupNorm:
+    return GroupNorm(groups, channels, eps=NORM_EPS)
 
 
 class ResidualBlock(nn.Module):

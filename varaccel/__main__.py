@@ -1,0 +1,6 @@
+"""`python -m varaccel`."""
+
+from varaccel.cli import main
+
+if __name__ == "__main__":
+    main()

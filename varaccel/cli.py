@@ -1,0 +1,215 @@
+"""The command line: `varaccel generate`, `varaccel models`, `varaccel demo`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from varaccel.errors import InputError, VaraccelError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from varaccel.pipelines.output import ImageOutput
+
+app = typer.Typer(
+    help="Fast decoding for visual autoregressive image models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Model = Annotated[str, typer.Option(help="Shipped or published model, folder or hub id (see `models`).")]
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` pairs as typed on a command line; values are JSON where they parse, else strings."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"an option is written key=value, got {pair!r}.")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return options
+
+
+def write_picture(image: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    from varaccel.files import atomic_path
+
+    try:
+        with atomic_path(path) as temporary:
+            image.save(temporary)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the picture could not be written to {path}: {error}") from error
+
+
+def numbered(path: Path, index: int) -> Path:
+    return path.with_name(f"{path.stem}-{index}{path.suffix}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Argument(help="What to draw; several prompts make several pictures.")],
+    model: Model = "mini-llamagen",
+    out: Annotated[Path, typer.Option(help="Where the picture, or the grid of several, goes.")] = Path(
+        "picture.png"
+    ),
+    seed: Annotated[int, typer.Option(help="Picture i uses seed + i.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", help="Pictures of each prompt.")] = 1,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="How strictly to follow the prompt; 1 = off.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 = all.")] = None,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this mass.")] = 1.0,
+    accelerator: Annotated[str, typer.Option("-a", "--accelerator", help="See `models`.")] = "plain",
+    option: Annotated[
+        list[str] | None, typer.Option("-o", "--option", help="Accelerator option key=value; repeatable.")
+    ] = None,
+    separate: Annotated[
+        bool, typer.Option("--separate", help="Also write every picture by itself: NAME-0.png, ...")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what it cost as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Make pictures from prompts."""
+    from varaccel.decoding.accelerator import make_accelerator
+    from varaccel.pipelines.auto import AutoPipeline
+    from varaccel.pipelines.pixels import grid
+
+    chosen = make_accelerator(accelerator, parse_options(option or []))
+    pipe = AutoPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=quiet or as_json, leave=False)
+    output = pipe(
+        prompt,
+        seed=seed,
+        num_images_per_prompt=count,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        accelerator=chosen,
+    )
+    images = output.images
+    write_picture(images[0] if len(images) == 1 else grid(images), out)
+    if separate:
+        for index, image in enumerate(images):
+            write_picture(image, numbered(out, index))
+    if as_json:
+        typer.echo(json.dumps(output.stats.to_dict() | {"out": str(out), "seed": seed}))
+    else:
+        typer.echo(f"{out}\n{output.stats}")
+
+
+@app.command()
+def models() -> None:
+    """List models and accelerators."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from varaccel.decoding.accelerator import ACCELERATORS
+    from varaccel.pipelines.catalog import PUBLISHED, shipped_models
+
+    console = Console()
+    table = Table("model", "what it is", title="Models")
+    for name, folder in shipped_models().items():
+        table.add_row(name, f"ships with varaccel ({folder})")
+    for name, entry in PUBLISHED.items():
+        table.add_row(name, f"downloaded from {entry.repository}: {entry.weights}, {entry.tokenizer}")
+    console.print(table)
+    table = Table("accelerator", "options", "law", "what it does", title="Accelerators")
+    for name, cls in ACCELERATORS.items():
+        options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+        table.add_row(name, options or "-", "lossless" if cls.lossless else "approximate", cls.summary)
+    console.print(table)
+
+
+DEMO_PROMPTS = (
+    "a red sphere left of a blue cube at sunset",
+    "a shiny green cone behind a yellow cylinder on a checkered floor",
+    "a large metal sphere on a wooden floor at night",
+    "a purple cube",
+)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
+    model: Model = "mini-llamagen",
+    prompt: Annotated[list[str] | None, typer.Option(help="Repeatable; replaces the demo's own.")] = None,
+    window: Annotated[int, typer.Option(help="ZipAR window.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+) -> None:
+    """Make the same pictures plainly and with ZipAR, side by side, and say what each cost."""
+    from varaccel.decoding.accelerator import Plain, ZipAR
+    from varaccel.pipelines.auto import AutoPipeline
+
+    prompts = list(prompt or DEMO_PROMPTS)
+    accelerators = (Plain(), ZipAR(window=window))
+    pipe = AutoPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(leave=False)
+    pipe(prompts[0], seed=seed)  # warm-up: the first call pays for allocations
+    outputs = [pipe(prompts, seed=seed, accelerator=a) for a in accelerators]
+    sheet = out / "plain-and-zipar.png"
+    write_picture(_comparison(prompts, outputs), sheet)
+    plain = outputs[0].stats
+    typer.echo(f"\nwrote {sheet}")
+    for output in outputs:
+        ratio = plain.seconds["tokens"] / output.stats.seconds["tokens"]
+        typer.echo(f"  {output.stats}\n    {ratio:.2f}x the speed of plain decoding in this run")
+
+
+def _comparison(prompts: list[str], outputs: list[ImageOutput]) -> Image.Image:
+    """A row per accelerator, a column per prompt, with captions."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    size = outputs[0].images[0].width
+    scale = max(1, 256 // size)
+    tile, margin, text = size * scale, 8, 44
+    width = margin + len(prompts) * (tile + margin)
+    sheet = Image.new("RGB", (width, text + len(outputs) * (tile + text)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for column, prompt in enumerate(prompts):
+        draw.multiline_text((margin + column * (tile + margin), 6), _wrapped(prompt, 34), "black", font)
+    for row, output in enumerate(outputs):
+        top = text + row * (tile + text)
+        for column, image in enumerate(output.images):
+            place = (margin + column * (tile + margin), top)
+            sheet.paste(image.resize((tile, tile), Image.Resampling.LANCZOS), place)
+        stats = output.stats
+        options = ", ".join(f"{k}={v}" for k, v in stats.options.items())
+        line = (
+            f"{stats.accelerator}({options}): {stats.passes} passes, "
+            f"{stats.tokens_per_pass:.1f} tokens per pass, {stats.seconds['tokens']:.2f} s"
+        )
+        draw.text((margin, top + tile + 8), line, "black", font)
+    return sheet
+
+
+def _wrapped(text: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width)[:2])
+
+
+def main() -> None:
+    """Entry point: an error made by the library is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except VaraccelError as error:
+        typer.echo(f"varaccel: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

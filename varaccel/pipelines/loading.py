@@ -1,0 +1,118 @@
+"""Where a model name leads: a shipped model, a folder or a hub repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from varaccel.errors import CheckpointError, unknown_name
+from varaccel.pipelines.catalog import PUBLISHED, shipped_models
+
+
+def resolve_model(name: str | os.PathLike[str], **hub_options: Any) -> Path:
+    """The local folder of a model in diffusers' layout.
+
+    Args:
+        name: name of a shipped model, a folder, or a hub repository (downloaded as a whole, since diffusers
+            only fetches components of its own classes).
+        hub_options: for `huggingface_hub.snapshot_download`: revision, token, cache_dir, ...
+
+    Raises:
+        CheckpointError: nothing there, or not a pipeline folder.
+    """
+    text = os.fspath(name)
+    shipped = shipped_models()
+    if text in shipped:
+        return _checked(shipped[text])
+    folder = Path(text)
+    if folder.is_dir():
+        return _checked(folder)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise CheckpointError(str(unknown_name("model", text, [*shipped, *PUBLISHED])))
+    try:
+        return _checked(Path(snapshot_download(text, **hub_options)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{text!r} is neither a shipped model nor a folder, and the hub gave nothing "
+            f"({type(error).__name__}); check the name and the connection."
+        ) from error
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no model_index.json, so it is no pipeline folder; "
+            "load a published single file with from_single_file."
+        )
+    return folder
+
+
+def pipeline_class_name(folder: Path) -> str:
+    """The `_class_name` in the folder's index.
+
+    Raises:
+        CheckpointError: the index is not readable.
+    """
+    try:
+        return str(json.loads((folder / "model_index.json").read_text())["_class_name"])
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / 'model_index.json'} is damaged; fetch the model again.") from error
+
+
+class LoadablePipeline(DiffusionPipeline):
+    """diffusers' pipeline with the library's names for models and whole-or-nothing saving."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:
+        """Load a shipped model by name, a folder, or a hub repository.
+
+        Args:
+            name: see `resolve_model`.
+            options: of `DiffusionPipeline.from_pretrained`, such as `dtype=torch.bfloat16`, or of the hub
+                (`revision`, `token`, `cache_dir`, `local_files_only`).
+
+        Raises:
+            CheckpointError: nothing there, not a pipeline of this class, or a damaged file.
+        """
+        hub = {
+            k: options.pop(k)
+            for k in ("revision", "token", "cache_dir", "local_files_only", "force_download")
+            if k in options
+        }
+        folder = resolve_model(name, **hub)
+        found = pipeline_class_name(folder)
+        if found != cls.__name__:
+            raise CheckpointError(
+                f"{folder} holds a {found}, not a {cls.__name__}; load it with AutoPipeline."
+            )
+        try:
+            return super().from_pretrained(folder, **options)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Write all components; a failure on the way (a full disk) leaves `folder` as it was.
+
+        Files of `folder` that are no part of the pipeline, such as a model card, stay.
+        """
+        target = Path(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
+        ) as scratch:
+            written, replaced = Path(scratch) / "new", Path(scratch) / "old"
+            super().save_pretrained(written, **options)
+            replaced.mkdir()
+            target.mkdir(exist_ok=True)
+            for entry in written.iterdir():  # renames only: nothing here needs space
+                if (target / entry.name).exists():
+                    (target / entry.name).rename(replaced / entry.name)
+                entry.rename(target / entry.name)

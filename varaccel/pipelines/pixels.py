@@ -1,0 +1,43 @@
+"""From the image tokenizer's output to pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] float [B, 3, H, W] -> uint8 [B, H, W, 3], rounded as the published samplers do.
+
+    That is 127.5 y + 128, clamped and truncated; measured figures depend on it.
+    """
+    pixels = (images.float() * 127.5 + 128).clamp(0, 255)
+    return pixels.permute(0, 2, 3, 1).to(torch.uint8)
+
+
+def to_output(images: Tensor, output_type: str) -> Any:
+    """[-1, 1] float [B, 3, H, W] to "pil", "np" ([B, H, W, 3] in [0, 1]) or "pt" ([B, 3, H, W] in [0, 1])."""
+    if output_type == "pil":
+        return [Image.fromarray(np.asarray(picture)) for picture in to_uint8(images).cpu()]
+    unit = (images.float() / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return unit
+    return unit.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images: list[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """One sheet of equally large pictures."""
+    columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
+    rows = -(-len(images) // columns)
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, picture in enumerate(images):
+        row, column = divmod(index, columns)
+        sheet.paste(picture, (column * (width + gap), row * (height + gap)))
+    return sheet
