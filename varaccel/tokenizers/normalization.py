@@ -31,28 +31,34 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         batch, channels, height, width = x.shape
         groups = mean.shape[1]
-        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        dy = gradients[0].permute(0, 2, 3, 1)
-        # Summed over rows in the storage dtype and over columns in float32: the rounding of half-precision
-        # partial sums averages out.
-        sum_dy = dy.sum(1).float().sum(1)  # [B, C]
-        sum_dy_x = (dy * x).sum(1).float().sum(1)
-        mean, rstd = mean.float(), rstd.float()
-        scale = weight.float() * rstd.repeat_interleave(channels // groups, 1)  # [B, C]
-        centred = sum_dy_x - mean.repeat_interleave(channels // groups, 1) * sum_dy
         sites = height * width * channels // groups
-        by_group = (batch, groups, channels // groups)
-        slope = -(centred * weight).view(by_group).sum(2) * rstd**3 / sites  # [B, G]
-        offset = -(sum_dy * weight).view(by_group).sum(2) * rstd / sites - slope * mean
+        # Rows of all pixels and channels of one image line: the inner loops get long enough to vectorise.
+        x = x.permute(0, 2, 3, 1).view(batch, height, width * channels)
+        dy = gradients[0].contiguous(memory_format=torch.channels_last)
+        dy = dy.permute(0, 2, 3, 1).view(batch, height, width * channels)
 
-        def spread(value: Tensor) -> Tensor:
-            return value.repeat_interleave(channels // groups, 1).to(x.dtype)[:, None, None]  # [B, 1, 1, C]
+        def gather(lines: Tensor) -> Tensor:
+            # Summed over lines in the storage dtype and along them in float32: the rounding of
+            # half-precision partial sums averages out.
+            return lines.sum(1).float().view(batch, width, channels).sum(1)  # [B, C]
 
-        dx = dy * scale.to(x.dtype)[:, None, None]
-        dx.add_(x * spread(slope)).add_(spread(offset))
-        d_weight = (centred * rstd.repeat_interleave(channels // groups, 1)).sum(0)
-        d_bias = sum_dy.sum(0)
-        return dx.permute(0, 3, 1, 2), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None
+        def by_channel(value: Tensor) -> Tensor:
+            return value.repeat_interleave(channels // groups, 1)  # [B, G] -> [B, C]
+
+        def by_line(value: Tensor) -> Tensor:
+            return value.to(x.dtype).repeat(1, width)[:, None]  # [B, C] -> [B, 1, W*C]
+
+        mean, rstd, weight = mean.float(), rstd.float(), weight.float()
+        sum_dy = gather(dy)
+        centred = gather(dy * x) - by_channel(mean) * sum_dy  # [B, C]
+        grouped = (batch, groups, channels // groups)
+        slope = -(centred * weight).view(grouped).sum(2) * rstd**3 / sites  # [B, G]
+        offset = -(sum_dy * weight).view(grouped).sum(2) * rstd / sites - slope * mean
+        dx = (x * by_line(by_channel(slope))).add_(by_line(by_channel(offset)))
+        dx.add_(dy * by_line(by_channel(rstd) * weight))
+        dx = dx.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        d_weight = (centred * by_channel(rstd)).sum(0).to(ctx.saved_tensors[1].dtype)
+        return dx, d_weight, sum_dy.sum(0).to(d_weight.dtype), None, None
 
 
 class GroupNorm(nn.GroupNorm):

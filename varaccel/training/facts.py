@@ -7,7 +7,7 @@ prompts that people type, with the answers adjusted to what such a form still sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +26,12 @@ from varaccel.scenes.world import COLORS, FLOORS, MATERIALS, MAX_OBJECTS, RELATI
 
 _ABSENT, _UNSTATED = "absent", "unstated"
 _ATTRIBUTES = {"shape": SHAPES, "color": COLORS, "material": MATERIALS, "size": SIZES}
-_SPELLINGS = {"shape": SHAPE_WORDS, "color": COLOR_WORDS, "material": MATERIAL_WORDS, "size": SIZE_WORDS}
+_SPELLINGS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "shape": SHAPE_WORDS,
+    "color": COLOR_WORDS,
+    "material": MATERIAL_WORDS,
+    "size": SIZE_WORDS,
+}
 _ATTRIBUTE_OF_WORD = {
     word: name for name, table in _SPELLINGS.items() for words in table.values() for word in words
 }
@@ -138,7 +143,7 @@ class StatedCaption:
 
 @dataclass(frozen=True)
 class CaptionParts:
-    """A caption taken apart: noun phrases around a relation, floor, time of day, and the order of the last two."""
+    """A caption taken apart: noun phrases around a relation, then the floor and the time of day."""
 
     noun_phrases: tuple[tuple[Word, ...], ...]
     relation: tuple[Word, ...]
@@ -277,9 +282,7 @@ def loosen(parts: CaptionParts, generator: np.random.Generator, rates: Looseness
     return stated
 
 
-def _blurred(
-    words: tuple[Word, ...], generator: np.random.Generator, rates: Looseness
-) -> tuple[Word, ...]:
+def _blurred(words: tuple[Word, ...], generator: np.random.Generator, rates: Looseness) -> tuple[Word, ...]:
     """Replace words by unknown ones and put unknown ones between them."""
     chances = generator.random((len(words), 2)).tolist()
     result = []
@@ -301,7 +304,8 @@ def sample_caption(generator: np.random.Generator) -> Caption:
 
     count = 1 + int(generator.choice(MAX_OBJECTS, p=(0.2, 0.4, 0.4)))
     objects = tuple(
-        SceneObject(*(pick(values) for values in _ATTRIBUTES.values()), x=0.0, z=0.0) for _ in range(count)
+        SceneObject(pick(SHAPES), pick(COLORS), pick(MATERIALS), pick(SIZES), x=0.0, z=0.0)
+        for _ in range(count)
     )
     scene = Scene(objects, pick(RELATIONS) if count > 1 else None, pick(FLOORS), pick(TIMES))
     return caption(scene, generator)

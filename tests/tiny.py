@@ -1,0 +1,87 @@
+"""Tiny randomly initialised models for tests: real classes, sizes that decode in milliseconds."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from varaccel.models.llamagen import LlamaGenTransformer
+from varaccel.pipelines.llamagen import LlamaGenPipeline
+from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
+from varaccel.tokenizers.vq import VQModel
+
+GRID = 4
+CODES = 24
+WORDS = ("a", "red", "blue", "sphere", "cube", "left", "of")
+CLASSES = ("tench, Tinca tinca", "goldfish", "hammerhead", "cock", "hen")
+
+
+def transformer(model_type: str, seed: int = 0, **changes: object) -> LlamaGenTransformer:
+    """A random model whose laws are neither flat nor certain, so that sampling matters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sizes: dict[str, object] = {
+            "model_type": model_type,
+            "dim": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "vocab_size": CODES,
+            "grid_size": GRID,
+            "num_classes": len(CLASSES),
+            "prefix_length": 8,
+            "caption_dim": 16,
+            "ffn_multiple_of": 16,
+        }
+        model = LlamaGenTransformer(**{**sizes, **changes})
+        with torch.no_grad():
+            model.output.weight.mul_(4)
+    return model.eval()
+
+
+def vq_model(seed: int = 0, **changes: object) -> VQModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sizes: dict[str, object] = {
+            "base_channels": 8,
+            "channel_multipliers": (1, 2),
+            "num_res_blocks": 1,
+            "z_channels": 16,
+            "codebook_size": CODES,
+            "codebook_dim": 4,
+            "norm_groups": 4,
+        }
+        return VQModel(**{**sizes, **changes}).eval()
+
+
+def text_encoder(tokenizer: WordTokenizer, seed: int = 0) -> WordTextEncoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return WordTextEncoder(
+            len(tokenizer), dim=16, num_layers=1, num_heads=2, ffn_dim=32, max_length=8
+        ).eval()
+
+
+def new_pipeline(model_type: str) -> LlamaGenPipeline:
+    """A pipeline of its own, for tests that change it."""
+    if model_type == "c2i":
+        pipe = LlamaGenPipeline(transformer("c2i"), vq_model(), class_names=CLASSES, guidance_scale=2.0)
+    else:
+        tokenizer = WordTokenizer.from_words(WORDS, max_length=8)
+        pipe = LlamaGenPipeline(
+            transformer("t2i"), vq_model(), text_encoder(tokenizer), tokenizer, guidance_scale=2.0
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@cache
+def pipeline(model_type: str) -> LlamaGenPipeline:
+    """A pipeline shared by tests, which must not change it."""
+    return new_pipeline(model_type)
+
+
+PROMPTS: dict[str, list[str | int]] = {
+    "c2i": [0, "goldfish", 4],
+    "t2i": ["a red sphere", "a blue cube left of a red sphere", "sphere"],
+}
