@@ -21,7 +21,21 @@ FRAGMENTS = (
     *("<b>", "</b>", "<person>", "<!-- c -->", "<![CDATA[x]]>", "&quot;", "&amp;amp;", "&#65;", "&lt;i&gt;"),
     *("—", "–", "-", "_", "a-b-c-d-e", "«", "”", "‘", "'", '"', '"""', "***", "(", ")", "...", " . "),
     *("#12", "#1234", "#12345", "123456", "12:34  ", "jc6640", "jc6640vc", "6640vc231", "j2d1a2a"),
-    *("800x600", "80х60", "1.5", "page 12", "jpg images", ".png", "\\n", "\n", "\t", "\r\n", "%20", "%3Cb%3E", "+"),
+    *(
+        "800x600",
+        "80х60",
+        "1.5",
+        "page 12",
+        "jpg images",
+        ".png",
+        "\\n",
+        "\n",
+        "\t",
+        "\r\n",
+        "%20",
+        "%3Cb%3E",
+        "+",
+    ),
     *("free shipping", "worldwide free shipping", "free download free", "click for more", "click on"),
     *("a :b", " : ", ":", ";", ",", "a,b", "Ünïcode", "mojibake schÃ¶n"),
 )
@@ -87,7 +101,9 @@ def test_two_passes_remove_what_the_first_uncovers() -> None:
     assert clean_caption("%2540nick likes cubes") != clean_prompt("%2540nick likes cubes") == "likes cubes"
 
 
-@pytest.mark.parametrize("text", ["a" * 10_000, "a.png" * 2_000, "- _" * 3_000, "&lt;b&gt;" * 1_000, " \n" * 5_000])
+@pytest.mark.parametrize(
+    "text", ["a" * 10_000, "a.png" * 2_000, "- _" * 3_000, "&lt;b&gt;" * 1_000, " \n" * 5_000]
+)
 def test_long_prompts_are_cleaned_fast(text: str) -> None:
     start = time.perf_counter()
     clean_prompt(text)

@@ -275,7 +275,7 @@ def as_batch(images: Tensor | Sequence[Image.Image], size: int) -> Tensor:
     pixels = np.stack(
         [
             np.asarray(
-                picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BOX)
+                picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BILINEAR)
             )
             for picture in pictures
         ]

@@ -1,0 +1,54 @@
+# Every target makes the environment by itself when it is missing: Python >= 3.11 and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := OMP_WAIT_POLICY=passive $(BIN)/python
+
+.PHONY: help demo test bench app train-mini lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        pictures from prompts with the shipped model, plain and accelerated side by side"
+	@echo "make test        the test suite"
+	@echo "make bench       speed and pass counts of every accelerator on the shipped model"
+	@echo "make app         the demo in the browser"
+	@echo "make train-mini  train the shipped models from nothing (hours on two cores; resumable)"
+	@echo "make lint        ruff and mypy"
+
+# The stamps stand for "the environment has this project's dependencies", for users and for developers.
+$(VENV)/pip.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit("varaccel needs Python 3.11 or newer, this is %d.%d; set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	@touch $@
+
+$(VENV)/user.stamp: $(VENV)/pip.stamp pyproject.toml
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/pip.stamp pyproject.toml
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	@touch $@ $(VENV)/user.stamp
+
+demo: $(VENV)/user.stamp
+	$(RUN) -m varaccel demo --out outputs
+
+test: $(VENV)/dev.stamp
+	$(RUN) -m pytest
+
+bench: $(VENV)/user.stamp
+	$(RUN) -m varaccel bench --out outputs/bench.json
+
+app: $(VENV)/dev.stamp
+	$(RUN) app/app.py
+
+train-mini: $(VENV)/dev.stamp
+	$(RUN) pipelines/train_mini_llamagen.py
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) outputs build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,430 @@
+"""Training a VQ tokenizer from scratch, on a CPU in half an hour or on an accelerator.
+
+The losses are those of LlamaGen's tokenizer (Sun et al., section 2.1) with one exchange: the perceptual term
+is a Laplacian pyramid with SSIM, or random features, so that no pretrained network is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from varaccel.errors import InputError
+from varaccel.files import atomic_path
+from varaccel.tokenizers.vq import VQModel, VQTrainingOutput
+from varaccel.training.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+)
+from varaccel.training.perceptual import RandomFeatureLoss, laplacian_loss, ssim_loss
+from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun
+
+CODEBOOK_KEY = "quantize.embedding.weight"
+
+
+class PixelSource(Protocol):
+    """Pictures by index, such as `varaccel.scenes.cache.CachedScenes`."""
+
+    def __len__(self) -> int: ...
+
+    def batch_pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Pictures `indices`, uint8 [n, H, W, 3]."""
+        ...
+
+
+@dataclass(frozen=True)
+class VQRecipe:
+    """How a tokenizer is trained.
+
+    Attributes:
+        batch_size: pictures per optimiser step.
+        learning_rate: peak of the warm-up, constant, decay schedule.
+        warmup_steps: steps of linear warm-up.
+        betas: of AdamW; there is no weight decay.
+        clip_norm: gradients are scaled down to this global norm.
+        average_decay: decay of the exponential moving average that is exported.
+        flip: mirror half of the pictures left to right.
+        l1_weight, l2_weight: of the pixel differences, images in [-1, 1].
+        laplacian_weight, ssim_weight, feature_weight: of the structural terms in `training.perceptual`.
+        codebook_weight: pulls codebook rows to the latents assigned to them.
+        commitment_weight: pulls latents to their codebook rows (beta of VQ-VAE).
+        entropy_weight: of confident single assignments at an evenly used codebook.
+        entropy_temperature: softmax temperature on negative squared distances in that term.
+        revive_every: steps between re-seedings of codes that none of them used; 0 turns it off.
+        adversarial_weight: of the hinge patch discriminator; 0 turns it off.
+        adversarial_start: share of the budget after which the discriminator joins.
+        bfloat16: run convolutions under bfloat16 autocast.
+        compile: run the model through `torch.compile`.
+        seed: of batches, mirroring and revived codes.
+    """
+
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip_norm: float = 1.0
+    average_decay: float = 0.998
+    flip: bool = True
+    l1_weight: float = 1.0
+    l2_weight: float = 1.0
+    laplacian_weight: float = 1.0
+    ssim_weight: float = 0.2
+    feature_weight: float = 0.0
+    codebook_weight: float = 1.0
+    commitment_weight: float = 0.25
+    entropy_weight: float = 0.01
+    entropy_temperature: float = 0.01
+    revive_every: int = 50
+    adversarial_weight: float = 0.0
+    adversarial_start: float = 0.5
+    bfloat16: bool = True
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.learning_rate <= 0 or self.revive_every < 0:
+            raise InputError("a VQ recipe needs batch_size >= 1, learning_rate > 0 and revive_every >= 0.")
+
+
+def to_images(pixels: NDArray[np.uint8]) -> Tensor:
+    """Pixels uint8 [n, H, W, 3] as float32 images [n, 3, H, W] in [-1, 1], channels-last in memory."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def entropy_loss(similarity: Tensor, temperature: float) -> Tensor:
+    """Mean entropy of each site's code distribution minus the entropy of their mean.
+
+    Low when every site is sure of its code and the codes are used evenly. `similarity` [N, K] are cosines;
+    the logits are negative squared distances on the unit sphere over `temperature`, in float32.
+
+    Source: Yu et al., "Language Model Beats Diffusion" (MAGVIT-v2), equation 5; LlamaGen's tokenizer.
+    """
+    log_probabilities = F.log_softmax(similarity.float() * (2 / temperature), dim=-1)  # [N, K]
+    probabilities = log_probabilities.exp()
+    single = -(probabilities * log_probabilities).sum(-1).mean()
+    mean = probabilities.mean(0)
+    return single + (mean * mean.clamp_min(1e-8).log()).sum()
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp of the entropy of code `counts` [K]: the number of evenly used codes that would be as diverse."""
+    share = counts.double() / counts.sum().clamp_min(1)
+    return float(torch.special.entr(share).sum().exp())
+
+
+class CodeRevival:
+    """Re-seeds codes that no site chose for a while with latents that are far from every code.
+
+    Without it, codes that lose out early in a short run are never updated again.
+
+    Args:
+        codebook_size: number of codes.
+        every: steps between re-seedings.
+        seed: of the choice of latents.
+    """
+
+    def __init__(self, codebook_size: int, every: int, seed: int) -> None:
+        self.every = every
+        self.seed = seed
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.counts.copy_(state["counts"])
+
+    @torch.no_grad()
+    def update(
+        self,
+        model: VQModel,
+        average: ExponentialAverage,
+        optimizer: torch.optim.Optimizer,
+        output: VQTrainingOutput,
+        step: int,
+        *,
+        enabled: bool,
+    ) -> int:
+        """Count the codes of this step and, when due, revive the unused; returns how many were revived.
+
+        New rows are latents of this step, drawn with probability proportional to their squared distance from
+        the chosen code, as k-means++ does. Their moving average and optimiser moments start afresh.
+        """
+        self.counts += torch.bincount(output.indices.flatten().cpu(), minlength=len(self.counts))
+        if self.every == 0 or (step + 1) % self.every:
+            return 0
+        weight = model.quantize.embedding.weight
+        dead = (self.counts == 0).nonzero().flatten().to(weight.device)
+        self.counts.zero_()
+        distance = (1 - (output.latents * output.quantized).sum(-1)).clamp_min(0).cpu()  # [N]
+        far = distance.nonzero().flatten()
+        dead = dead[: len(far)]
+        if not enabled or not len(dead):
+            return 0
+        generator = torch.Generator().manual_seed(self.seed + step)
+        chosen = torch.multinomial(distance, len(dead), generator=generator).to(weight.device)
+        rows = output.latents[chosen].to(weight.dtype)
+        weight[dead] = rows
+        average.average[CODEBOOK_KEY][dead] = rows.float()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in optimizer.state[weight]:
+                optimizer.state[weight][moment][dead] = 0
+        return len(dead)
+
+
+@dataclass(frozen=True)
+class VQQuality:
+    """Reconstruction quality and codebook use over a set of pictures.
+
+    Attributes:
+        psnr: mean over pictures, dB.
+        ssim: mean over pictures, 11x11 Gaussian window.
+        codes_used: share of the codebook that occurs at all.
+        perplexity: effective number of codes.
+    """
+
+    psnr: float
+    ssim: float
+    codes_used: float
+    perplexity: float
+
+
+@torch.no_grad()
+def evaluate(model: VQModel, pixels: NDArray[np.uint8], batch_size: int = 32) -> VQQuality:
+    """Reconstruct `pixels` uint8 [n, H, W, 3] in float32 and compare; needs the `train` extra (torchmetrics)."""
+    from torchmetrics.functional.image import (
+        peak_signal_noise_ratio,
+        structural_similarity_index_measure,
+    )
+
+    counts = torch.zeros(model.codebook_size, dtype=torch.int64)
+    psnr = ssim = 0.0
+    training = model.training
+    model.eval()
+    for start in range(0, len(pixels), batch_size):
+        images = to_images(pixels[start : start + batch_size]).to(model.device)
+        encoding = model.encode(images)
+        decoded = ((model.decode(encoding.quantized) + 1) / 2).clamp(0, 1)
+        target = (images + 1) / 2
+        counts += torch.bincount(encoding.indices.flatten().cpu(), minlength=len(counts))
+        psnr += float(
+            peak_signal_noise_ratio(decoded, target, data_range=1.0, dim=(1, 2, 3), reduction="sum")
+        )
+        ssim += float(structural_similarity_index_measure(decoded, target, data_range=1.0, reduction="sum"))
+    model.train(training)
+    used = float((counts > 0).double().mean())
+    return VQQuality(psnr / len(pixels), ssim / len(pixels), used, perplexity(counts))
+
+
+class VQTrainer:
+    """One training run of a tokenizer in one folder; constructing it resumes what the folder holds.
+
+    The folder holds the files of `TrainingRun` and, once trained, `export` with the averaged weights.
+
+    Args:
+        model: the tokenizer to train, in float32; moved to `device` and to channels-last.
+        data: training pictures.
+        held_out: uint8 [n, H, W, 3], pictures to measure on, never trained on.
+        folder: of the run.
+        budget: when to stop.
+        recipe: how to train.
+        device: where to train.
+        log_every: steps between lines of the log.
+        evaluate_every: steps between measurements on `held_out`.
+
+    Raises:
+        InputError: no data, or pictures that the tokenizer cannot take.
+        CheckpointError: the folder holds a run with other settings.
+    """
+
+    def __init__(
+        self,
+        model: VQModel,
+        data: PixelSource,
+        held_out: NDArray[np.uint8],
+        folder: Path,
+        budget: Budget,
+        recipe: VQRecipe = VQRecipe(),  # noqa: B008 - frozen
+        *,
+        device: str | torch.device = "cpu",
+        log_every: int = 20,
+        evaluate_every: int = 250,
+    ) -> None:
+        if len(data) == 0 or len(held_out) == 0:
+            raise InputError("training a tokenizer needs at least one training and one held-out picture.")
+        model.grid((held_out.shape[1], held_out.shape[2]))
+        self.recipe, self.data, self.held_out = recipe, data, held_out
+        self.device = torch.device(device)
+        self.log_every, self.evaluate_every = log_every, evaluate_every
+        self.model = model.to(device=self.device, memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=recipe.learning_rate,
+            betas=recipe.betas,
+            weight_decay=0.0,
+            fused=True,
+        )
+        self.average = ExponentialAverage(self.model, recipe.average_decay)
+        self.revival = CodeRevival(model.codebook_size, recipe.revive_every, recipe.seed)
+        self.schedule = Schedule(recipe.learning_rate, recipe.warmup_steps)
+        state: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "average": self.average,
+            "revival": self.revival,
+        }
+        self.features = RandomFeatureLoss().to(self.device) if recipe.feature_weight else None
+        self.discriminator: PatchDiscriminator | None = None
+        if recipe.adversarial_weight:
+            self.discriminator = PatchDiscriminator(model.config.in_channels).to(self.device)
+            self.discriminator_optimizer = torch.optim.AdamW(
+                self.discriminator.parameters(),
+                lr=recipe.learning_rate,
+                betas=(0.5, 0.9),
+                weight_decay=0.0,
+                fused=True,
+            )
+            state["discriminator"] = self.discriminator
+            state["discriminator_optimizer"] = self.discriminator_optimizer
+        config = {k: v for k, v in model.config.items() if not k.startswith("_")}
+        self.run = TrainingRun(folder, budget, {"model": config, "recipe": asdict(recipe)}, state)
+        self._forward = torch.compile(self.model) if recipe.compile else self.model
+
+    def train(self) -> VQModel:
+        """Train until the budget is spent; returns a model with the averaged weights, also in `export`."""
+        last = {}
+        with tqdm(unit="step", initial=self.run.step, total=self.run.budget.steps) as bar:
+            for step in self.run.steps():
+                losses = self._step(step)
+                if (step + 1) % self.log_every == 0:
+                    last = {k: float(v) for k, v in losses.items()}
+                    self.run.log(**last)
+                if (step + 1) % self.evaluate_every == 0:
+                    quality = evaluate(self.averaged(), self.held_out)
+                    self.run.log(**{f"held_out_{k}": v for k, v in asdict(quality).items()})
+                    last |= {"psnr": quality.psnr, "codes": quality.codes_used}
+                bar.set_postfix({k: f"{v:.3f}" for k, v in last.items() if k in ("loss", "psnr", "codes")})
+                bar.update()
+        averaged = self.averaged()
+        with atomic_path(self.run.folder / "export") as temporary:
+            averaged.save_pretrained(temporary)
+        return averaged
+
+    def averaged(self) -> VQModel:
+        """A copy of the model with the exponential moving average of its weights, in eval mode."""
+        result = copy.deepcopy(self.model)
+        self.average.copy_to(result)
+        return result.eval()
+
+    def _batch(self, step: int) -> Tensor:
+        """The pictures of `step`, a function of the seed and the step alone: [B, 3, H, W] in [-1, 1]."""
+        generator = np.random.default_rng([self.recipe.seed, step])
+        indices = generator.integers(len(self.data), size=self.recipe.batch_size)
+        pixels = self.data.batch_pixels(np.sort(indices).tolist())
+        if self.recipe.flip:
+            mirrored = generator.random(len(pixels)) < 0.5
+            pixels[mirrored] = pixels[mirrored, :, ::-1]
+        return to_images(pixels).to(self.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bfloat16)
+
+    def _step(self, step: int) -> dict[str, Tensor | float]:
+        recipe = self.recipe
+        rate = self.schedule(step, self.run.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        images = self._batch(step)
+        with self._autocast():
+            output = self._forward(images)
+        terms = self._losses(images, output)
+        image_loss = terms.pop("image_loss")
+        adversarial = self.discriminator is not None and self.run.progress >= recipe.adversarial_start
+        total = image_loss + terms["codebook_loss"] + terms["entropy_loss"] * recipe.entropy_weight
+        if adversarial:
+            total = total + self._adversarial_term(output, image_loss, terms)
+        self.optimizer.zero_grad()
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        self.optimizer.step()
+        if adversarial:
+            terms["discriminator_loss"] = self._discriminator_step(images, output.reconstruction.detach(), rate)
+        self.average.update(self.model)
+        # Not in the decay phase: a code that starts there no longer settles.
+        settled = self.run.progress > 1 - self.schedule.decay
+        revived = self.revival.update(
+            self.model, self.average, self.optimizer, output, step, enabled=not settled
+        )
+        used = output.indices.unique().numel() / self.model.codebook_size
+        return {
+            "loss": total.detach(),
+            **{name: value.detach() for name, value in terms.items()},
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "batch_codes_used": used,
+            "revived": float(revived),
+        }
+
+    def _losses(self, images: Tensor, output: VQTrainingOutput) -> dict[str, Tensor]:
+        recipe = self.recipe
+        reconstruction = output.reconstruction.float()
+        difference = reconstruction - images
+        terms = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
+        image_loss = recipe.l1_weight * terms["l1"] + recipe.l2_weight * terms["l2"]
+        if recipe.laplacian_weight:
+            terms["laplacian"] = laplacian_loss(reconstruction, images)
+            image_loss = image_loss + recipe.laplacian_weight * terms["laplacian"]
+        if recipe.ssim_weight:
+            terms["ssim_loss"] = ssim_loss((reconstruction + 1) / 2, (images + 1) / 2)
+            image_loss = image_loss + recipe.ssim_weight * terms["ssim_loss"]
+        if self.features is not None:
+            with self._autocast():
+                terms["feature_loss"] = self.features(output.reconstruction, images)
+            image_loss = image_loss + recipe.feature_weight * terms["feature_loss"]
+        commitment = F.mse_loss(output.latents, output.quantized.detach())
+        codebook = F.mse_loss(output.quantized, output.latents.detach())
+        terms["codebook_loss"] = recipe.codebook_weight * codebook + recipe.commitment_weight * commitment
+        terms["entropy_loss"] = (
+            entropy_loss(output.similarity, recipe.entropy_temperature)
+            if recipe.entropy_weight
+            else commitment.new_zeros(())
+        )
+        return {**terms, "image_loss": image_loss}
+
+    def _adversarial_term(
+        self, output: VQTrainingOutput, image_loss: Tensor, terms: dict[str, Tensor]
+    ) -> Tensor:
+        assert self.discriminator is not None
+        self.discriminator.requires_grad_(False)
+        with self._autocast():
+            logits = self.discriminator(output.reconstruction)
+        self.discriminator.requires_grad_(True)
+        terms["generator_loss"] = generator_loss(logits.float())
+        weight = adaptive_weight(image_loss, terms["generator_loss"], self.model.decoder.last_layer)
+        return self.recipe.adversarial_weight * weight * terms["generator_loss"]
+
+    def _discriminator_step(self, images: Tensor, fake: Tensor, rate: float) -> Tensor:
+        assert self.discriminator is not None
+        for group in self.discriminator_optimizer.param_groups:
+            group["lr"] = rate
+        with self._autocast():
+            loss = discriminator_loss(
+                self.discriminator(images).float(), self.discriminator(fake).float()
+            )
+        self.discriminator_optimizer.zero_grad()
+        loss.backward()
+        self.discriminator_optimizer.step()
+        return loss.detach()
