@@ -251,7 +251,7 @@ def test_word_features_have_unit_rms(words: tuple[WordTokenizer, WordTextEncoder
     torch.testing.assert_close(rms, result.mask.float(), atol=1e-2, rtol=0)
 
 
-def test_word_encoder_refuses_more_positions_than_it_has(
+def test_word_encoder_refuses_too_many_positions(
     words: tuple[WordTokenizer, WordTextEncoder],
 ) -> None:
     with pytest.raises(InputError, match="has 16"):

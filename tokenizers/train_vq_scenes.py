@@ -21,7 +21,9 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = Path(__file__).parent
     parser.add_argument("--config", type=Path, default=here / "vq_scenes.json", help="model and recipe")
     parser.add_argument("--data", type=Path, required=True, help="folder written by varaccel.scenes.cache")

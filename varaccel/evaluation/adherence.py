@@ -293,10 +293,12 @@ def score_adherence(
     return summarise([judge(seen, text) for seen, text in zip(observations, captions, strict=True)])
 
 
-def held_out_seeds(count: int, exclude: Collection[str] = ()) -> list[int]:
-    """Seeds of `count` held-out scenes in a fixed mix: of every five, two of one object, two of two, one of three.
+def held_out_prompts(count: int, exclude: Collection[str] = ()) -> dict[int, Caption]:
+    """Seeds and captions of `count` held-out scenes in a fixed mix: of every five, two of one object, two of two, one
+    of three.
 
-    A shorter list is a prefix of a longer one.
+    The prompts of a smaller `count` are the first of a larger one. Held-out means that no training picture has the
+    seed; a short caption may still read like one that was trained on.
 
     Args:
         exclude: captions to pass over, for instance all that a model was trained on.
@@ -306,20 +308,21 @@ def held_out_seeds(count: int, exclude: Collection[str] = ()) -> list[int]:
     """
     if count < 1:
         raise InputError(f"the number of captions must be 1 or more, got {count}.")
-    waiting: dict[int, list[int]] = {number: [] for number in _NUMBERS}
-    chosen: list[int] = []
+    waiting: dict[int, list[tuple[int, Caption]]] = {number: [] for number in _NUMBERS}
+    chosen: dict[int, Caption] = {}
     seed = HELD_OUT_SEED
     while len(chosen) < count:
         wanted = waiting[_OBJECT_CYCLE[len(chosen) % len(_OBJECT_CYCLE)]]
         while not wanted:
-            scene = sample_scene(seed)
-            if not exclude or caption(scene, seed).text not in exclude:
-                waiting[len(scene.objects)].append(seed)
+            text = caption(sample_scene(seed), seed)
+            if text.text not in exclude:
+                waiting[len(text.mentions)].append((seed, text))
             seed += 1
-        chosen.append(wanted.pop(0))
+        first, text = wanted.pop(0)
+        chosen[first] = text
     return chosen
 
 
 def held_out_captions(count: int, exclude: Collection[str] = ()) -> list[Caption]:
-    """The captions of `held_out_seeds(count, exclude)`."""
-    return [caption(sample_scene(seed), seed) for seed in held_out_seeds(count, exclude)]
+    """The captions of `held_out_prompts(count, exclude)`."""
+    return list(held_out_prompts(count, exclude).values())

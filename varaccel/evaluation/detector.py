@@ -221,7 +221,9 @@ class SceneDetector(ModelMixin, ConfigMixin):
         network, and are to be labelled `FEATURE_SPACE`.
         """
         batches = self._prepare(images).split(batch_size)
-        return torch.cat([self._encode(batch.to(self.device, self.dtype))[1].float().cpu() for batch in batches])
+        return torch.cat(
+            [self._encode(batch.to(self.device, self.dtype))[1].float().cpu() for batch in batches]
+        )
 
     @torch.no_grad()
     def observe(
@@ -275,7 +277,9 @@ def as_batch(images: Tensor | Sequence[Image.Image], size: int) -> Tensor:
     pixels = np.stack(
         [
             np.asarray(
-                picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BILINEAR)
+                picture
+                if picture.size == (size, size)
+                else picture.resize((size, size), Image.Resampling.BILINEAR)
             )
             for picture in pictures
         ]

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from varaccel.errors import InputError
 from varaccel.tokenizers.captions import clean_prompt
 

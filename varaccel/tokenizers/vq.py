@@ -8,6 +8,7 @@ VQGAN" (ViT-VQGAN), section 3.2.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varaccel.errors import InputError, unknown_name
+from varaccel.models.checkpoints import WRAPPERS, load_strict, read_published_weights
 from varaccel.tokenizers.blocks import Decoder, Encoder
 
 # Sites compared with the codebook at once; bounds the score matrix to 256 MB for 16384 codes.
@@ -143,6 +145,29 @@ class VQModel(ModelMixin, ConfigMixin):
         if name not in PRESETS:
             raise unknown_name("VQ preset", name, PRESETS)
         return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_original(cls, path: str | os.PathLike[str], variant: str = "VQ-16", **overrides: Any) -> VQModel:
+        """Load a published file: `vq_ds16_c2i.pt` and `vq_ds16_t2i.pt` are "VQ-16", `vq_ds8_c2i.pt` "VQ-8".
+
+        The averaged weights are taken if the file has them, as LlamaGen's reconstruction tools do.
+
+        Args:
+            path: the `.pt` or `.safetensors` file.
+            variant: name of the layout.
+            overrides: config entries that differ from the layout's.
+
+        Raises:
+            InputError: no such variant.
+            CheckpointError: the file cannot be read or does not fit the variant.
+        """
+        model = cls.from_preset(variant, **overrides)
+        state = read_published_weights(
+            path, anchor_key="quantize.embedding.weight", wrappers=("ema", *WRAPPERS)
+        )
+        # a usage statistic of the training code
+        load_strict(model, state, source=str(path), drop=(r"quantize\.codebook_used",))
+        return model.eval()
 
     @property
     def downsample_factor(self) -> int:

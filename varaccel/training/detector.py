@@ -350,7 +350,9 @@ def _matches(seen: Sequence[Detection], sample: Sample) -> dict[int, Detection]:
     )  # [detections, objects]
     matched: dict[int, Detection] = {}
     for place, one in enumerate(seen):
-        value, index = (overlap[place].clone().index_fill_(0, torch.tensor(sorted(matched)).long(), -1)).max(0)
+        value, index = (overlap[place].clone().index_fill_(0, torch.tensor(sorted(matched)).long(), -1)).max(
+            0
+        )
         if float(value) >= 0.5:
             matched[int(index)] = one
     return matched

@@ -21,7 +21,10 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int = 3, channels: int = 32, layers: int = 3) -> None:
         super().__init__()
-        blocks: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        blocks: list[nn.Module] = [
+            nn.Conv2d(in_channels, channels, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+        ]
         width = channels
         for layer in range(1, layers + 1):
             out = channels * min(2**layer, 8)

@@ -34,7 +34,8 @@ def ssim_loss(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
 
     Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity".
     """
-    maps = F.avg_pool2d(torch.cat([a, b, a * a, b * b, a * b], dim=1), window, stride=1)
+    maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)  # [B, 5*C, H, W]
+    maps = F.avg_pool2d(F.avg_pool2d(maps, (window, 1), stride=1), (1, window), stride=1)
     mean_a, mean_b, square_a, square_b, product = maps.chunk(5, dim=1)
     variance_a, variance_b = square_a - mean_a**2, square_b - mean_b**2
     covariance = product - mean_a * mean_b

@@ -53,6 +53,7 @@ class TextRecipe:
         max_length: the longest caption in words, the end token included.
         batch_size: captions per step.
         peak: learning rate of AdamW at its height.
+        warmup_steps: steps until that height.
         weight_decay: of the weight matrices.
         feature_noise: standard deviation of the noise on the averaged features, whose RMS is at most 1; it
             makes the encoder say everything clearly rather than just measurably.
@@ -69,6 +70,7 @@ class TextRecipe:
     max_length: int = 32
     batch_size: int = 128
     peak: float = 1e-3
+    warmup_steps: int = 200
     weight_decay: float = 0.01
     feature_noise: float = 0.05
     word_weight: float = 0.5
@@ -163,6 +165,9 @@ class QuestionHead(nn.Module):
         return logits.masked_fill(self.closed, -torch.inf)
 
 
+_WHOLE = ("objects", "relation", "floor", "time of day")
+
+
 class TextReader(nn.Module):
     """A text encoder with the heads that question it."""
 
@@ -239,9 +244,6 @@ def reading_accuracy(
     return result
 
 
-_WHOLE = ("objects", "relation", "floor", "time of day")
-
-
 def held_out_captions(count: int, looseness: Looseness | None = None) -> list[StatedCaption]:
     """The captions of the first `count` scenes reserved for evaluation, as they are or in looser words."""
     result = []
@@ -293,7 +295,7 @@ def train_text_encoder(
         {"recipe": asdict(recipe), "world": WORLD_VERSION},
         {"reader": reader, "optimizer": optimizer},  # type: ignore[dict-item]
     )
-    schedule = Schedule(recipe.peak)
+    schedule = Schedule(recipe.peak, recipe.warmup_steps)
     batches = caption_stream(recipe, tokenizer, run.step)
     generator = torch.Generator(device)
     reader.train()
@@ -311,7 +313,7 @@ def train_text_encoder(
             nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
             optimizer.step()
             if step % log_every == 0:
-                run.log(**losses, rate=schedule(step, run.progress))
+                run.log(**{k: v.detach() for k, v in losses.items()}, rate=schedule(step, run.progress))
                 bar.set_postfix_str(f"step {step}, loss {losses['loss'].item():.4f}")
             bar.update(min(100.0, 100 * run.progress) - bar.n)
     reader.eval()

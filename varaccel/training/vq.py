@@ -63,6 +63,7 @@ class VQRecipe:
         commitment_weight: pulls latents to their codebook rows (beta of VQ-VAE).
         entropy_weight: of confident single assignments at an evenly used codebook.
         entropy_temperature: softmax temperature on negative squared distances in that term.
+        entropy_stride: every how manieth site enters that term.
         revive_every: steps between re-seedings of codes that none of them used; 0 turns it off.
         adversarial_weight: of the hinge patch discriminator; 0 turns it off.
         adversarial_start: share of the budget after which the discriminator joins.
@@ -87,6 +88,7 @@ class VQRecipe:
     commitment_weight: float = 0.25
     entropy_weight: float = 0.01
     entropy_temperature: float = 0.01
+    entropy_stride: int = 1
     revive_every: int = 50
     adversarial_weight: float = 0.0
     adversarial_start: float = 0.5
@@ -115,7 +117,7 @@ def entropy_loss(similarity: Tensor, temperature: float) -> Tensor:
     log_probabilities = F.log_softmax(similarity.float() * (2 / temperature), dim=-1)  # [N, K]
     probabilities = log_probabilities.exp()
     single = -(probabilities * log_probabilities).sum(-1).mean()
-    mean = probabilities.mean(0)
+    mean = probabilities.mean(0)  # [K]
     return single + (mean * mean.clamp_min(1e-8).log()).sum()
 
 
@@ -257,7 +259,7 @@ class VQTrainer:
         held_out: NDArray[np.uint8],
         folder: Path,
         budget: Budget,
-        recipe: VQRecipe = VQRecipe(),  # noqa: B008 - frozen
+        recipe: VQRecipe = VQRecipe(),
         *,
         device: str | torch.device = "cpu",
         log_every: int = 20,
@@ -361,7 +363,9 @@ class VQTrainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         self.optimizer.step()
         if adversarial:
-            terms["discriminator_loss"] = self._discriminator_step(images, output.reconstruction.detach(), rate)
+            terms["discriminator_loss"] = self._discriminator_step(
+                images, output.reconstruction.detach(), rate
+            )
         self.average.update(self.model)
         # Not in the decay phase: a code that starts there no longer settles.
         settled = self.run.progress > 1 - self.schedule.decay
@@ -398,7 +402,7 @@ class VQTrainer:
         codebook = F.mse_loss(output.quantized, output.latents.detach())
         terms["codebook_loss"] = recipe.codebook_weight * codebook + recipe.commitment_weight * commitment
         terms["entropy_loss"] = (
-            entropy_loss(output.similarity, recipe.entropy_temperature)
+            entropy_loss(output.similarity[:: recipe.entropy_stride], recipe.entropy_temperature)
             if recipe.entropy_weight
             else commitment.new_zeros(())
         )
@@ -421,9 +425,7 @@ class VQTrainer:
         for group in self.discriminator_optimizer.param_groups:
             group["lr"] = rate
         with self._autocast():
-            loss = discriminator_loss(
-                self.discriminator(images).float(), self.discriminator(fake).float()
-            )
+            loss = discriminator_loss(self.discriminator(images).float(), self.discriminator(fake).float())
         self.discriminator_optimizer.zero_grad()
         loss.backward()
         self.discriminator_optimizer.step()

@@ -1,0 +1,183 @@
+"""How often generated pictures show what was asked for: prompts from held-out scenes, judged by the scene detector.
+
+    python eval/adherence.py --model NAME --count 500 --out adherence.json --grid adherence.png
+    python eval/adherence.py --renderer --count 500      # true pictures: the ceiling of the measure
+
+Runs of the same model with and without an accelerator are to be compared with the same --count and --seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from varaccel.errors import InputError, VaraccelError
+from varaccel.evaluation.adherence import Adherence, Verdict, held_out_prompts, score_adherence
+from varaccel.evaluation.detector import load_detector
+from varaccel.files import atomic_path
+from varaccel.scenes import Caption, render, sample_scene
+from varaccel.scenes.cache import CachedScenes
+
+_LINE = 12
+
+
+def generate(
+    pipeline: Callable[..., Any],
+    captions: Sequence[Caption],
+    *,
+    batch_size: int,
+    seed: int,
+    guidance_scale: float | None,
+    accelerator: str | None,
+) -> list[Image.Image]:
+    """One picture per caption; the batch that starts at prompt i is drawn with seed `seed` + i."""
+    pictures: list[Image.Image] = []
+    with tqdm(total=len(captions), desc="generating", unit="picture") as bar:
+        for start in range(0, len(captions), batch_size):
+            prompts = [text.text for text in captions[start : start + batch_size]]
+            output = pipeline(
+                prompts, guidance_scale=guidance_scale, seed=seed + start, accelerator=accelerator
+            )
+            if len(output.images) != len(prompts):
+                raise InputError(
+                    f"the pipeline returned {len(output.images)} pictures for {len(prompts)} prompts; "
+                    "use one that makes one picture per prompt."
+                )
+            pictures += output.images
+            bar.update(len(prompts))
+    return pictures
+
+
+def render_scenes(seeds: Sequence[int], size: int) -> list[Image.Image]:
+    """The true pictures of `seeds`."""
+    return [
+        Image.fromarray(render(sample_scene(seed), size).image)
+        for seed in tqdm(seeds, desc="rendering", unit="picture")
+    ]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if len(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _remark(verdict: Verdict) -> str:
+    if verdict.correct:
+        return "correct" if verdict.alone else f"correct, {verdict.detected} objects"
+    if not verdict.complete:
+        return f"{sum(verdict.found)} of {len(verdict.found)} found"
+    return "wrong relation"
+
+
+def sheet(
+    pictures: Sequence[Image.Image], adherence: Adherence, columns: int = 8, side: int = 160
+) -> Image.Image:
+    """Pictures with their captions and verdicts: a green bar under a correct picture, a red one under others."""
+    texts = [_wrapped(verdict.caption, side // 6 - 1) for verdict in adherence.verdicts]
+    height = side + 6 + _LINE * (max(map(len, texts)) + 1) + 4
+    rows = -(-len(pictures) // columns)
+    result = Image.new("RGB", (min(columns, len(pictures)) * (side + 4), rows * height), "white")
+    draw = ImageDraw.Draw(result)
+    for index, (picture, verdict, lines) in enumerate(zip(pictures, adherence.verdicts, texts, strict=True)):
+        left, top = index % columns * (side + 4), index // columns * height
+        result.paste(picture.convert("RGB").resize((side, side)), (left, top))
+        color = "#1a8f3c" if verdict.correct else "#c62828"
+        draw.rectangle((left, top + side, left + side - 1, top + side + 4), fill=color)
+        for place, (line, ink) in enumerate(
+            [(_remark(verdict), color), *((line, "black") for line in lines)]
+        ):
+            draw.text((left + 2, top + side + 6 + place * _LINE), line, fill=ink, font_size=10)
+    return result
+
+
+def _load_pipeline(name: str, device: str | None) -> Callable[..., Any]:
+    from varaccel import AutoPipeline
+
+    pipeline = AutoPipeline.from_pretrained(name)
+    return pipeline if device is None else pipeline.to(device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Measure how often generated pictures show what was asked for."
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--model", help="name or folder of a text-conditional pipeline of the captioned world"
+    )
+    source.add_argument("--renderer", action="store_true", help="score true pictures instead: the ceiling")
+    parser.add_argument("--count", type=int, default=500, help="number of prompts")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts per call")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of sampling")
+    parser.add_argument("--guidance-scale", type=float, help="by default the model's own")
+    parser.add_argument("--accelerator", help="by default plain decoding")
+    parser.add_argument("--device", help="device of the pipeline")
+    parser.add_argument("--detector", type=Path, help="folder of the detector; by default the shipped one")
+    parser.add_argument(
+        "--unseen-in", type=Path, help="cache of training pictures: use no prompt that is a caption of it"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file of the rates and verdicts")
+    parser.add_argument("--grid", type=Path, help="picture of the first --grid-count pictures with verdicts")
+    parser.add_argument("--grid-count", type=int, default=40)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        if options.batch_size < 1:
+            raise InputError(f"--batch-size must be 1 or more, got {options.batch_size}.")
+        detector = load_detector(options.detector)
+        known = frozenset(CachedScenes(options.unseen_in).captions) if options.unseen_in else frozenset()
+        prompts = held_out_prompts(options.count, known)
+        captions = list(prompts.values())
+        start = time.perf_counter()
+        if options.renderer:
+            pictures = render_scenes(list(prompts), detector.config.image_size)
+        else:
+            pictures = generate(
+                _load_pipeline(options.model, options.device),
+                captions,
+                batch_size=options.batch_size,
+                seed=options.seed,
+                guidance_scale=options.guidance_scale,
+                accelerator=options.accelerator,
+            )
+        seconds = time.perf_counter() - start
+        adherence = score_adherence(detector, pictures, captions)
+    except VaraccelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(adherence.table())
+    if options.out:
+        settings = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+            if name not in ("out", "grid", "grid_count")
+        }
+        report = {"settings": settings, "seconds": round(seconds, 2), **adherence.to_json(verdicts=True)}
+        with atomic_path(options.out) as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if options.grid:
+        first = Adherence(adherence.rates, adherence.verdicts[: options.grid_count])
+        with atomic_path(options.grid) as temporary:
+            sheet(pictures[: options.grid_count], first).save(temporary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

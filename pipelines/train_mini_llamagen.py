@@ -1,0 +1,156 @@
+"""Train `mini-llamagen` from nothing: scenes, text encoder, image tokenizer, codes, transformer.
+
+    python pipelines/train_mini_llamagen.py --out runs
+
+Every stage keeps its own folder below OUT and is skipped or resumed when the command is run again. The
+finished pipeline is written to OUT/mini-llamagen; `--install weights/mini-llamagen` puts it where it ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+# See tokenizers/train_vq_scenes.py: without these, freed training tensors go back to the kernel every step.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+HERE = Path(__file__).parent
+STAGES = ("scenes", "text", "tokenizer", "codes", "transformer", "pipeline")
+
+
+def parse() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all stages")
+    parser.add_argument("--config", type=Path, default=HERE / "mini_llamagen.json")
+    parser.add_argument("--pictures", type=int, default=60_000, help="training pictures")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
+    parser.add_argument("--text-minutes", type=float, default=6.0)
+    parser.add_argument("--tokenizer-minutes", type=float, default=28.0)
+    parser.add_argument("--minutes", type=float, default=240.0, help="training time of the transformer")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-compile", action="store_true", help="train the transformer uncompiled")
+    parser.add_argument("--install", type=Path, help="also write the pipeline here, in half precision")
+    return parser.parse_args()
+
+
+def run(*command: object) -> None:
+    """A stage with a command line of its own; its failure is ours."""
+    subprocess.run([sys.executable, *map(str, command)], check=True)
+
+
+def caption_condition(
+    captions: list[str], text_folder: Path, prefix_length: int, device: str
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Sample indices -> frozen text features [B, T, C] and mask [B, T], as the pipeline will make them."""
+    import torch
+
+    from varaccel.tokenizers.text import TextFeatures, WordTextEncoder, WordTokenizer
+
+    tokenizer = WordTokenizer.from_pretrained(text_folder / "tokenizer")
+    encoder = WordTextEncoder.from_pretrained(text_folder / "text_encoder").to(device).eval()
+    tokens = tokenizer(
+        captions, max_length=prefix_length, padding="max_length", truncation=True, return_tensors="pt"
+    )
+
+    @torch.no_grad()
+    def condition(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = tokens["input_ids"][indices].to(device)
+        mask = tokens["attention_mask"][indices].to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            hidden = encoder(ids, mask).last_hidden_state
+        text = TextFeatures.from_hidden_states(hidden.float(), mask)
+        return text.features, text.mask
+
+    return condition
+
+
+def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    from varaccel.models.llamagen import LlamaGenTransformer
+    from varaccel.scenes.cache import CachedScenes
+    from varaccel.training.codes import read_codes
+    from varaccel.training.llamagen import LlamaGenRecipe, train_llamagen
+    from varaccel.training.run import Budget
+
+    codes, fingerprint = read_codes(options.out / "codes")
+    captions = CachedScenes(options.out / "scenes", allow_partial=True).captions[: len(codes)]
+    model = LlamaGenTransformer(**config["model"]).to(options.device)
+    condition = caption_condition(captions, options.out / "mini-text", model.prefix_length, options.device)
+    finished = train_llamagen(
+        model,
+        codes,
+        condition,
+        options.out / "llamagen",
+        budget=Budget(minutes=options.minutes),
+        recipe=LlamaGenRecipe(**config["recipe"]),
+        compile=not options.no_compile,
+        settings={"image_tokenizer": fingerprint},
+    )
+    finished.plot(["loss", "validation_loss"])
+    model.save_pretrained(options.out / "llamagen" / "export")
+
+
+def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    import torch
+
+    from varaccel import LlamaGenPipeline, LlamaGenTransformer, VQModel
+    from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
+
+    text = options.out / "mini-text"
+    pipe = LlamaGenPipeline(
+        LlamaGenTransformer.from_pretrained(options.out / "llamagen" / "export"),
+        VQModel.from_pretrained(options.out / "mini-vq" / "export"),
+        WordTextEncoder.from_pretrained(text / "text_encoder"),
+        WordTokenizer.from_pretrained(text / "tokenizer"),
+        guidance_scale=config["guidance_scale"],
+        top_k=config["top_k"],
+    )
+    pipe.save_pretrained(options.out / "mini-llamagen")
+    if options.install:
+        pipe.to(torch.float16).save_pretrained(options.install)
+
+
+def main() -> int:
+    options = parse()
+    config = json.loads(options.config.read_text())
+    out = options.out
+    from varaccel.errors import VaraccelError
+
+    try:
+        if "scenes" in options.stages:
+            command = ["-m", "varaccel.scenes.cache", "--out", out / "scenes"]
+            run(*command, "--count", options.pictures, "--workers", options.workers)
+        if "text" in options.stages:
+            run("-m", "varaccel.training.text", "--out", out / "mini-text", "--minutes", options.text_minutes)
+        if "tokenizer" in options.stages:
+            command = [HERE.parent / "tokenizers" / "train_vq_scenes.py", "--data", out / "scenes"]
+            run(*command, "--out", out / "mini-vq", "--minutes", options.tokenizer_minutes)
+        if "codes" in options.stages:
+            command = ["-m", "varaccel.training.codes", "--tokenizer", out / "mini-vq" / "export"]
+            run(*command, "--scenes", out / "scenes", "--out", out / "codes")
+        if "transformer" in options.stages:
+            train_transformer(options, config)
+        if "pipeline" in options.stages:
+            assemble(options, config)
+    except subprocess.CalledProcessError as error:
+        return int(error.returncode)
+    except VaraccelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    if any(os.environ.get(name) is None for name in ALLOCATOR):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    sys.exit(main())

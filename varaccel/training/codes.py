@@ -1,0 +1,256 @@
+"""Codes of a cache of pictures, so that a transformer trains without running the image tokenizer.
+
+A folder of codes is `manifest.json` and one `codes-00000.npy` (uint16 [n, rows*columns], raster order) per
+shard of the picture cache. Run
+`python -m varaccel.training.codes --tokenizer FOLDER --scenes FOLDER --out FOLDER` to write one, and run it
+again to resume or to add shards that have been rendered since.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from varaccel.errors import CheckpointError, InputError, VaraccelError
+from varaccel.files import atomic_path
+from varaccel.scenes.cache import CachedScenes
+from varaccel.tokenizers.vq import VQModel
+from varaccel.training.vq import to_images
+
+_MANIFEST = "manifest.json"
+# Below this share of equal indices the half-precision encoder is not a stand-in for the float32 one.
+MIN_AGREEMENT = 0.97
+
+
+@dataclass(frozen=True)
+class CodesManifest:
+    """What a folder of codes was made from; folders are only ever continued with the same.
+
+    Attributes:
+        tokenizer: fingerprint of the tokenizer.
+        codebook_size: number of codes.
+        grid: rows and columns of a picture.
+        precision: dtype of the encoder's convolutions, "bfloat16" or "float32".
+        world, first_seed, size, shard_size: of the picture cache.
+    """
+
+    tokenizer: str
+    codebook_size: int
+    grid: tuple[int, int]
+    precision: str
+    world: str
+    first_seed: int
+    size: int
+    shard_size: int
+
+
+def fingerprint(vq: VQModel) -> str:
+    """A hash of the tokenizer's layout and weights, the same on every machine; 16 hex digits."""
+    digest = hashlib.sha256()
+    config = {k: v for k, v in vq.config.items() if not k.startswith("_")}
+    digest.update(json.dumps(config, sort_keys=True, default=list).encode())
+    for name, tensor in sorted(vq.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def encode_pixels(vq: VQModel, pixels: NDArray[np.uint8], precision: str) -> NDArray[np.uint16]:
+    """Codes of `pixels` uint8 [n, H, W, 3]: uint16 [n, rows*columns] in raster order."""
+    images = to_images(pixels).to(vq.device)
+    with torch.autocast(vq.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        indices = vq.encode(images).indices
+    return indices.flatten(1).cpu().numpy().astype(np.uint16)
+
+
+def precision_agreement(vq: VQModel, pixels: NDArray[np.uint8], batch_size: int = 32) -> float:
+    """Share of codes of `pixels` uint8 [n, H, W, 3] that a bfloat16 encoder finds like the float32 one."""
+    equal = 0.0
+    for start in range(0, len(pixels), batch_size):
+        part = pixels[start : start + batch_size]
+        same = encode_pixels(vq, part, "bfloat16") == encode_pixels(vq, part, "float32")
+        equal += float(same.mean()) * len(part)
+    return equal / len(pixels)
+
+
+def encode_cache(
+    vq: VQModel,
+    scenes: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    precision: str = "auto",
+    batch_size: int = 32,
+    progress: bool = True,
+) -> CodesManifest:
+    """Encode every finished shard of the picture cache `scenes` into `out`; shards already there are kept.
+
+    Args:
+        vq: the tokenizer, on the device to use; put into eval mode and channels-last.
+        scenes: folder written by `varaccel.scenes.cache`.
+        out: folder of the codes.
+        precision: "float32", "bfloat16", or "auto": bfloat16 if it finds at least 97 % of the same codes on
+            64 pictures.
+        batch_size: pictures per call of the encoder.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: unknown precision, no cache, pictures that the tokenizer cannot take, or more than 65536
+            codes.
+        CheckpointError: `out` holds codes of another tokenizer, precision or cache.
+    """
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"precision must be auto, float32 or bfloat16, got {precision!r}.")
+    if vq.codebook_size > 1 << 16:
+        raise InputError(f"codes are stored in 16 bits; a codebook of {vq.codebook_size} does not fit.")
+    data = CachedScenes(scenes, allow_partial=True)
+    grid = vq.grid(data.size)
+    vq.eval().to(memory_format=torch.channels_last)
+    target = Path(out)
+    if precision == "auto":
+        present = _present_precision(target)
+        precision = present or _choose_precision(vq, data)
+    manifest = CodesManifest(
+        tokenizer=fingerprint(vq),
+        codebook_size=vq.codebook_size,
+        grid=grid,
+        precision=precision,
+        world=data.manifest.version,
+        first_seed=data.manifest.first_seed,
+        size=data.size,
+        shard_size=data.manifest.shard_size,
+    )
+    _claim(target, manifest)
+    shards = -(-len(data) // manifest.shard_size)
+    with tqdm(total=len(data), unit="picture", desc=f"codes, {precision}", disable=not progress) as bar:
+        for shard in range(shards):
+            start = shard * manifest.shard_size
+            stop = min(start + manifest.shard_size, len(data))
+            path = codes_path(target, shard)
+            if not path.is_file():
+                codes = np.empty((stop - start, grid[0] * grid[1]), dtype=np.uint16)
+                for first in range(start, stop, batch_size):
+                    indices = range(first, min(first + batch_size, stop))
+                    part = encode_pixels(vq, data.batch_pixels(indices), precision)
+                    codes[first - start : first - start + len(part)] = part
+                    bar.update(len(part))
+                with atomic_path(path) as temporary:
+                    np.save(temporary, codes)
+            else:
+                bar.update(stop - start)
+    return manifest
+
+
+def read_codes(folder: str | os.PathLike[str]) -> tuple[Tensor, str]:
+    """The codes of the leading finished shards, int32 [M, rows*columns], and the tokenizer's fingerprint.
+
+    Row `i` belongs to picture `i` of the cache.
+
+    Raises:
+        InputError: `folder` holds no codes.
+        CheckpointError: a shard is damaged.
+    """
+    target = Path(folder)
+    manifest = read_manifest(target)
+    parts: list[NDArray[np.int32]] = []
+    while (path := codes_path(target, len(parts))).is_file():
+        try:
+            part = np.load(path)
+        except (ValueError, EOFError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); delete it and encode again.") from error
+        if part.shape[1:] != (manifest.grid[0] * manifest.grid[1],) or part.max() >= manifest.codebook_size:
+            raise CheckpointError(f"{path} does not match its manifest; delete it and encode again.")
+        parts.append(part.astype(np.int32))
+        if len(part) < manifest.shard_size:
+            break
+    if not parts:
+        raise InputError(f"{folder} holds no finished shard of codes yet; run varaccel.training.codes on it.")
+    return torch.from_numpy(np.concatenate(parts)), manifest.tokenizer
+
+
+def codes_path(folder: Path, shard: int) -> Path:
+    return folder / f"codes-{shard:05d}.npy"
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> CodesManifest:
+    """The manifest of a folder of codes.
+
+    Raises:
+        InputError: the folder holds no readable manifest.
+    """
+    path = Path(folder) / _MANIFEST
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return CodesManifest(**{**fields, "grid": tuple(fields["grid"])})
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} holds no codes: it has no {_MANIFEST}; write them with "
+            "`python -m varaccel.training.codes --tokenizer FOLDER --scenes FOLDER --out FOLDER`."
+        ) from None
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise InputError(f"{path} cannot be read ({error}); delete the folder and encode again.") from error
+
+
+def _claim(folder: Path, manifest: CodesManifest) -> None:
+    path = folder / _MANIFEST
+    if path.exists():
+        present = asdict(read_manifest(folder))
+        changed = sorted(k for k, v in asdict(manifest).items() if present[k] != v)
+        if changed:
+            raise CheckpointError(
+                f"{folder} holds codes made with another {', '.join(changed)}; choose another folder."
+            )
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def _present_precision(folder: Path) -> str | None:
+    return read_manifest(folder).precision if (folder / _MANIFEST).exists() else None
+
+
+def _choose_precision(vq: VQModel, data: CachedScenes) -> str:
+    sample = data.batch_pixels(range(min(64, len(data))))
+    return "bfloat16" if precision_agreement(vq, sample) >= MIN_AGREEMENT else "float32"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of the encoder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m varaccel.training.codes", description="Encode a cache of pictures as codes."
+    )
+    parser.add_argument("--tokenizer", required=True, help="folder written by VQModel.save_pretrained")
+    parser.add_argument("--scenes", required=True, help="folder written by varaccel.scenes.cache")
+    parser.add_argument("--out", required=True, help="folder of the codes")
+    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
+    try:
+        if not (Path(options.tokenizer) / "config.json").is_file():
+            raise InputError(f"there is no tokenizer in {options.tokenizer}; train one first.")
+        vq = VQModel.from_pretrained(options.tokenizer).to(options.device)
+        encode_cache(
+            vq, options.scenes, options.out, precision=options.precision, batch_size=options.batch_size
+        )
+    except VaraccelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
