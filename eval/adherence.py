@@ -1,6 +1,7 @@
 """How often generated pictures show what was asked for: prompts from held-out scenes, judged by the scene detector.
 
-    python eval/adherence.py --model NAME --count 500 --out adherence.json --grid adherence.png
+    python eval/adherence.py --model mini-llamagen --count 500 --out plain.json --grid plain.png
+    python eval/adherence.py --model mini-llamagen --count 500 --accelerator zipar -o window=4 --out zipar.json
     python eval/adherence.py --renderer --count 500      # true pictures: the ceiling of the measure
 
 Runs of the same model with and without an accelerator are to be compared with the same --count and --seed.
@@ -19,6 +20,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from varaccel.cli import parse_options
+from varaccel.decoding.accelerator import Accelerator, make_accelerator
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.adherence import Adherence, Verdict, held_out_prompts, score_adherence
 from varaccel.evaluation.detector import load_detector
@@ -36,9 +39,9 @@ def generate(
     batch_size: int,
     seed: int,
     guidance_scale: float | None,
-    accelerator: str | None,
+    accelerator: Accelerator | None,
 ) -> list[Image.Image]:
-    """One picture per caption; the batch that starts at prompt i is drawn with seed `seed` + i."""
+    """One picture per caption; the picture of prompt i is drawn with seed `seed` + i, whatever the batch size."""
     pictures: list[Image.Image] = []
     with tqdm(total=len(captions), desc="generating", unit="picture") as bar:
         for start in range(0, len(captions), batch_size):
@@ -108,6 +111,7 @@ def _load_pipeline(name: str, device: str | None) -> Callable[..., Any]:
     from varaccel import AutoPipeline
 
     pipeline = AutoPipeline.from_pretrained(name)
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline if device is None else pipeline.to(device)
 
 
@@ -124,7 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per call")
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling")
     parser.add_argument("--guidance-scale", type=float, help="by default the model's own")
-    parser.add_argument("--accelerator", help="by default plain decoding")
+    parser.add_argument("--accelerator", help="name of an accelerator; by default plain decoding")
+    parser.add_argument(
+        "-o", "--option", action="append", default=[], help="accelerator option key=value; repeatable"
+    )
     parser.add_argument("--device", help="device of the pipeline")
     parser.add_argument("--detector", type=Path, help="folder of the detector; by default the shipped one")
     parser.add_argument(
@@ -141,6 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.batch_size < 1:
             raise InputError(f"--batch-size must be 1 or more, got {options.batch_size}.")
+        if options.option and not options.accelerator:
+            raise InputError("--option belongs to an accelerator; name one with --accelerator.")
+        accelerator = (
+            make_accelerator(options.accelerator, parse_options(options.option))
+            if options.accelerator
+            else None
+        )
         detector = load_detector(options.detector)
         known = frozenset(CachedScenes(options.unseen_in).captions) if options.unseen_in else frozenset()
         prompts = held_out_prompts(options.count, known)
@@ -155,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 batch_size=options.batch_size,
                 seed=options.seed,
                 guidance_scale=options.guidance_scale,
-                accelerator=options.accelerator,
+                accelerator=accelerator,
             )
         seconds = time.perf_counter() - start
         adherence = score_adherence(detector, pictures, captions)

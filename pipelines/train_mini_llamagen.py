@@ -34,8 +34,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=HERE / "mini_llamagen.json")
     parser.add_argument("--pictures", type=int, default=60_000, help="training pictures")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
-    parser.add_argument("--text-minutes", type=float, default=6.0)
-    parser.add_argument("--tokenizer-minutes", type=float, default=28.0)
+    parser.add_argument("--text-steps", type=int, default=1100)
+    parser.add_argument("--tokenizer-minutes", type=float, default=60.0)
     parser.add_argument("--minutes", type=float, default=240.0, help="training time of the transformer")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--device", default="cpu")
@@ -131,7 +131,7 @@ def main() -> int:
             command = ["-m", "varaccel.scenes.cache", "--out", out / "scenes"]
             run(*command, "--count", options.pictures, "--workers", options.workers)
         if "text" in options.stages:
-            run("-m", "varaccel.training.text", "--out", out / "mini-text", "--minutes", options.text_minutes)
+            run("-m", "varaccel.training.text", "--out", out / "mini-text", "--steps", options.text_steps)
         if "tokenizer" in options.stages:
             command = [HERE.parent / "tokenizers" / "train_vq_scenes.py", "--data", out / "scenes"]
             run(*command, "--out", out / "mini-vq", "--minutes", options.tokenizer_minutes)

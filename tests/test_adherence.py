@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from varaccel.errors import InputError
 from varaccel.evaluation.adherence import (
@@ -65,7 +71,8 @@ def test_wilson_interval_known_values(successes: int, total: int, low: float, hi
 def test_wilson_interval_contains_the_share_and_mirrors(counts: tuple[int, int]) -> None:
     successes, total = counts
     low, high = wilson_interval(successes, total)
-    assert 0 <= low <= successes / total <= high <= 1
+    assert 0 <= low <= successes / total + 1e-12
+    assert successes / total - 1e-12 <= high <= 1
     assert wilson_interval(total - successes, total) == pytest.approx((1 - high, 1 - low), abs=1e-9)
 
 
@@ -271,3 +278,92 @@ def test_excluded_captions_are_passed_over() -> None:
     assert plain[3] not in chosen
     with pytest.raises(InputError):
         held_out_captions(0)
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "eval_adherence", Path(__file__).parent.parent / "eval" / "adherence.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _Painter:
+    """Stands in for a pipeline: every prompt becomes a flat picture of its own grey; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], int, object]] = []
+        self.painted = 0
+
+    def __call__(
+        self, prompts: Sequence[str], *, guidance_scale: float | None, seed: int, accelerator: object
+    ) -> SimpleNamespace:
+        self.calls.append((list(prompts), seed, accelerator))
+        images = [Image.new("RGB", (64, 64), (self.painted + i,) * 3) for i in range(len(prompts))]
+        self.painted += len(prompts)
+        return SimpleNamespace(images=images)
+
+
+@pytest.fixture
+def tiny_detector(tmp_path: Path) -> Path:
+    folder = tmp_path / "detector"
+    new_detector(image_size=32, widths=(8, 8, 8), depths=(1, 1, 1)).save_pretrained(folder)
+    return folder
+
+
+def test_script_judges_what_a_pipeline_paints(
+    script: ModuleType,
+    tiny_detector: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    painter = _Painter()
+    monkeypatch.setattr(script, "_load_pipeline", lambda name, device: painter)
+    report, sheet = tmp_path / "report.json", tmp_path / "sheet.png"
+    arguments = ["--model", "painter", "--count", "5", "--batch-size", "2", "--seed", "100"]
+    arguments += ["--detector", str(tiny_detector), "--out", str(report), "--grid", str(sheet)]
+    assert script.main([*arguments, "--accelerator", "zipar", "-o", "window=3"]) == 0
+    captions = [text.text for text in held_out_captions(5)]
+    assert [call[0] for call in painter.calls] == [captions[:2], captions[2:4], captions[4:]]
+    assert [call[1] for call in painter.calls] == [100, 102, 104]
+    assert all(call[2].window == 3 for call in painter.calls)  # type: ignore[attr-defined]
+    written = json.loads(report.read_text())
+    assert written["pictures"] == 5
+    assert [verdict["caption"] for verdict in written["verdicts"]] == captions
+    assert written["settings"]["accelerator"] == "zipar"
+    assert written["rates"]["correct"] == pytest.approx(
+        {"successes": 0, "total": 5, "share": 0.0, "low": 0.0, "high": wilson_interval(0, 5)[1]}
+    )
+    assert "0/5" in capsys.readouterr().out
+    pixels = np.asarray(Image.open(sheet).convert("RGB"))
+    assert pixels.shape[1] == 5 * 164
+    assert [int(pixels[80, 164 * i + 80, 0]) for i in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_script_scores_true_pictures(script: ModuleType, tiny_detector: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    arguments = ["--renderer", "--count", "3", "--detector", str(tiny_detector), "--out", str(report)]
+    assert script.main(arguments) == 0
+    assert json.loads(report.read_text())["pictures"] == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--batch-size", "0"],
+        ["-o", "window=3"],
+        ["--accelerator", "zippar"],
+        ["--count", "0"],
+        ["--detector", "nowhere"],
+    ],
+)
+def test_script_explains_mistakes(
+    script: ModuleType, tiny_detector: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main(["--renderer", "--detector", str(tiny_detector), *wrong]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.modeling_outputs import BaseModelOutput
 
 from varaccel.errors import CheckpointError
 from varaccel.scenes import Caption, caption, sample_scene
@@ -47,8 +48,7 @@ from varaccel.training.text import (
     train_text_encoder,
 )
 
-TINY = TextRecipe(dim=64, num_layers=2, num_heads=4, ffn_dim=128, batch_size=32, peak=3e-3, warmup_steps=20)
-GRAMMAR_ONLY = Looseness(untouched=1.0)
+TINY = TextRecipe(dim=48, num_layers=2, ffn_dim=96, batch_size=16, peak=4e-3, warmup_steps=20, bfloat16=False)
 ALWAYS_LOOSE = Looseness(untouched=0.0, omitted=0.4, unknown=0.2, inserted=0.1)
 SPELLINGS = {"shape": SHAPE_WORDS, "color": COLOR_WORDS, "material": MATERIAL_WORDS, "size": SIZE_WORDS}
 
@@ -249,9 +249,9 @@ def test_training_learns_to_read(trained: tuple[Path, TextReader]) -> None:
     stated = held_out_captions(40)
     _, untrained = build_reader(TINY)
     before, after = (reading_accuracy(r, stated, tokenizer) for r in (untrained, reader))
-    assert after["word"] > before["word"] + 0.25
-    assert after["mlp"] > before["mlp"] + 0.25
-    assert after["linear"] > before["linear"] + 0.25
+    assert after["word"] > before["word"] + 0.3
+    assert after["mlp"] > before["mlp"] + 0.15
+    assert after["linear"] > before["linear"] + 0.15
 
 
 def test_export_gives_back_the_encoder(trained: tuple[Path, TextReader]) -> None:
@@ -265,30 +265,29 @@ def test_export_gives_back_the_encoder(trained: tuple[Path, TextReader]) -> None
     assert tokenizer.unknown_words(prompts[1]) == ["two", "zebras"]
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
-    recipe = replace(TINY, batch_size=8, bfloat16=False)
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_resumed_run_equals_an_unbroken_one(
+    bfloat16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(TINY, batch_size=8, bfloat16=bfloat16)
     unbroken = train_text_encoder(tmp_path / "a", Budget(steps=6), recipe)
 
     class Stop(Exception):
         pass
 
-    def stop_at_three(module: torch.nn.Module, inputs: object, output: object) -> None:
-        nonlocal passes
-        passes += 1
-        if passes == 4:
-            raise Stop
+    passes = count(1)
+    forward = WordTextEncoder.forward
 
-    passes = 0
-    hook = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, output: (
-            stop_at_three(module, inputs, output) if isinstance(module, WordTextEncoder) else None
-        )
-    )
-    try:
+    def interrupted(self: WordTextEncoder, *inputs: torch.Tensor) -> BaseModelOutput:
+        if next(passes) == 4:
+            raise Stop
+        return forward(self, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WordTextEncoder, "forward", interrupted)
         with pytest.raises(Stop):
             train_text_encoder(tmp_path / "b", Budget(steps=6), recipe)
-    finally:
-        hook.remove()
+    assert torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["step"] == 3
     resumed = train_text_encoder(tmp_path / "b", Budget(steps=6), recipe)
     for one, other in zip(unbroken.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)

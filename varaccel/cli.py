@@ -168,6 +168,82 @@ def demo(
         typer.echo(f"  {output.stats}\n    {ratio:.2f}x the speed of plain decoding in this run")
 
 
+@app.command()
+def bench(
+    model: Model = "mini-llamagen",
+    out: Annotated[Path | None, typer.Option(help="Also write everything as JSON here.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures per timed call.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    windows: Annotated[str, typer.Option(help="ZipAR windows, comma-separated.")] = "2,4,8,12",
+    pictures: Annotated[int, typer.Option(help="Pictures per accelerator to judge quality; 0 = none.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+) -> None:
+    """Speed, passes and prompt adherence of every accelerator, against plain decoding."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from varaccel.decoding.accelerator import ZipAR
+    from varaccel.evaluation.adherence import held_out_captions
+    from varaccel.evaluation.speed import measure_speed
+    from varaccel.files import atomic_path
+    from varaccel.pipelines.auto import AutoPipeline
+
+    try:
+        accelerators = [ZipAR(window=int(window)) for window in windows.split(",") if window.strip()]
+    except ValueError as error:
+        raise InputError(f"--windows is a list of integers like 2,4,8, got {windows!r}.") from error
+    pipe = AutoPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    captions = held_out_captions(max(batch, pictures, 1))
+    prompts = [text.text for text in captions[:batch]]
+    report = measure_speed(pipe, prompts, accelerators, repeats=repeats, seed=seed)
+    rows: list[dict[str, Any]] = [dataclasses.asdict(m) for m in report.measurements]
+    table = Table(
+        *("accelerator", "law", "passes", "tokens/pass", "seconds", "speed-up (spread)", "adherence (95 %)"),
+        title=f"{model}, batch {batch}, {report.repeats} rounds\n{report.machine}",
+    )
+    for row, measured in zip(rows, report.measurements, strict=True):
+        quality = "-"
+        if pictures:
+            rate = _adherence(pipe, captions[:pictures], measured.accelerator, measured.options, seed)
+            row["adherence"] = dataclasses.asdict(rate)
+            quality = f"{100 * rate.share:.0f} % ({100 * rate.low:.0f} to {100 * rate.high:.0f})"
+        low, high = measured.speedup_spread
+        table.add_row(
+            measured.label,
+            "lossless" if measured.lossless else "approximate",
+            str(measured.passes),
+            f"{measured.tokens_per_pass:.2f}",
+            f"{measured.median_seconds:.3f}",
+            f"{measured.speedup:.2f}x ({low:.2f} to {high:.2f})",
+            quality,
+        )
+    Console().print(table)
+    if out is not None:
+        content = report.to_dict() | {"model": model, "pictures": pictures, "measurements": rows}
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        typer.echo(f"wrote {out}")
+
+
+def _adherence(pipe: Any, captions: list[Any], name: str, options: dict[str, Any], seed: int) -> Any:
+    """The rate of pictures that show all that their held-out captions say."""
+    from tqdm import tqdm
+
+    from varaccel.decoding.accelerator import make_accelerator
+    from varaccel.evaluation.adherence import score_adherence
+    from varaccel.evaluation.detector import load_detector
+
+    accelerator = make_accelerator(name, options)
+    images: list[Any] = []
+    with tqdm(total=len(captions), desc=f"pictures, {name}", unit="picture", leave=False) as bar:
+        for start in range(0, len(captions), 10):
+            texts = [text.text for text in captions[start : start + 10]]
+            images += pipe(texts, accelerator=accelerator, seed=seed + start).images
+            bar.update(len(texts))
+    return score_adherence(load_detector(), images, captions).rates["correct"]
+
+
 def _comparison(prompts: list[str], outputs: list[ImageOutput]) -> Image.Image:
     """A row per accelerator, a column per prompt, with captions."""
     from PIL import Image, ImageDraw, ImageFont

@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from varaccel.errors import InputError
-from varaccel.evaluation.adherence import relation_holds, score_adherence
+from varaccel.evaluation.adherence import judge, relation_holds
 from varaccel.evaluation.detector import Detection, DetectorOutput, SceneDetector
 from varaccel.scenes.cache import CachedScenes
 from varaccel.scenes.dataset import Sample, to_tensor
@@ -304,11 +305,14 @@ def train_detector(
     )
     schedule = Schedule(recipe.lr, recipe.warmup_steps, recipe.decay)
     ema = ExponentialAverage(model, recipe.ema_decay)
+    # names that start with an underscore are diffusers' own records of a load, in no fixed order
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    state: dict[str, Any] = {"model": model, "ema": ema, "optimizer": optimizer}
     run = TrainingRun(
         folder,
         budget,
-        {"recipe": asdict(recipe), "model": dict(model.config), "pictures": len(scenes)},
-        {"model": model, "ema": ema, "optimizer": optimizer},
+        {"recipe": asdict(recipe), "model": config, "pictures": len(scenes)},
+        state,
         save_every_minutes=1.0,
     )
     per_epoch = len(scenes) // recipe.batch_size
@@ -332,9 +336,11 @@ def train_detector(
         optimizer.zero_grad(set_to_none=True)
         ema.update(model)
         if step % 20 == 0:
-            run.log(loss=loss, grad_norm=norm, **terms)
+            run.log(
+                loss=loss.detach(), grad_norm=norm, **{name: term.detach() for name, term in terms.items()}
+            )
             bar.n = min(100, round(100 * run.progress))
-            bar.set_postfix_str(f"step {step}, loss {float(loss):.3f}")
+            bar.set_postfix_str(f"step {step}, loss {float(loss.detach()):.3f}")
     ema.copy_to(model)
     bar.close()
     model.eval()
@@ -383,13 +389,16 @@ def validate_detector(
     if images is None:
         images = torch.stack([to_tensor(sample.rendering.image) for sample in samples])
     captions = [sample.caption for sample in samples]
-    adherence = score_adherence(model, images, captions)
-    shuffled = score_adherence(model, images, captions[1:] + captions[:1])
+    observations = model.observe(images)
+    verdicts = [judge(seen, text) for seen, text in zip(observations, captions, strict=True)]
+    shuffled = [
+        judge(seen, text) for seen, text in zip(observations, captions[1:] + captions[:1], strict=True)
+    ]
     detected = objects = 0
     right: dict[str, list[float]] = {
         name: [] for name in (*_KINDS, "shape_and_color", "relation", "depth_error", "floor", "time_of_day")
     }
-    for sample, seen in zip(samples, model.observe(images), strict=True):
+    for sample, seen in zip(samples, observations, strict=True):
         scene: Scene = sample.scene
         matched = _matches(seen.objects, sample)
         detected += len(seen.objects)
@@ -412,7 +421,7 @@ def validate_detector(
         "precision": found / max(1, detected),
         "recall": found / objects,
         **{name: float(np.mean(values)) if values else float("nan") for name, values in right.items()},
-        "adherence": adherence.rates["correct"].share,
-        "adherence_alone": float(np.mean([v.correct and v.alone for v in adherence.verdicts])),
-        "adherence_shuffled": shuffled.rates["correct"].share,
+        "adherence": float(np.mean([verdict.correct for verdict in verdicts])),
+        "adherence_alone": float(np.mean([verdict.correct and verdict.alone for verdict in verdicts])),
+        "adherence_shuffled": float(np.mean([verdict.correct for verdict in shuffled])),
     }

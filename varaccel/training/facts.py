@@ -7,7 +7,7 @@ prompts that people type, with the answers adjusted to what such a form still sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -151,15 +151,15 @@ class CaptionParts:
     floor: tuple[Word, ...]
     time: tuple[Word, ...]
     truth: Caption
+    joint: tuple[Word, ...] = (Word("and"),)
     time_first: bool = False
     floor_first: bool = False
 
     def assemble(self) -> StatedCaption:
         """Put the parts together; what no word states any more is unstated."""
-        joint = (Word("and"),)
         body: list[Word] = []
         for i, phrase in enumerate(self.noun_phrases):
-            between = self.relation if i == self.subjects else joint
+            between = self.relation if i == self.subjects else self.joint
             body += [*(between if i else ()), *phrase]
         before = [*(self.time if self.time_first else ()), *(self.floor if self.floor_first else ())]
         after = [*(() if self.floor_first else self.floor), *(() if self.time_first else self.time)]
@@ -237,7 +237,8 @@ class Looseness:
         unknown: a word is replaced by an unknown one.
         inserted: an unknown word is put before a word.
         opening: the caption opens like "a photo of", with an unknown noun.
-        unrelated: the relation gives way to "and" or to an unknown word.
+        unjoined: "and" gives way to an unknown word or, as after a comma, to nothing.
+        unrelated: the relation gives way to "and" or what stands for it.
         floor_first: the floor comes before the objects.
     """
 
@@ -247,8 +248,12 @@ class Looseness:
     unknown: float = 0.03
     inserted: float = 0.02
     opening: float = 0.08
-    unrelated: float = 0.1
+    unjoined: float = 0.3
+    unrelated: float = 0.15
     floor_first: float = 0.15
+
+
+_ENUMERATIONS: tuple[tuple[Word, ...], ...] = ((Word(None),), ())
 
 
 def loosen(parts: CaptionParts, generator: np.random.Generator, rates: Looseness) -> StatedCaption:
@@ -262,12 +267,16 @@ def loosen(parts: CaptionParts, generator: np.random.Generator, rates: Looseness
             return not no_articles
         return word.states in (None, "shape") or generator.random() >= rates.omitted
 
+    joint = parts.joint
+    if generator.random() < rates.unjoined:
+        joint = _ENUMERATIONS[int(generator.integers(len(_ENUMERATIONS)))]
     relation = parts.relation
     if relation and generator.random() < rates.unrelated:
-        relation = (Word("and" if generator.random() < 0.5 else None),)
+        relation = joint
     loose = replace(
         parts,
         noun_phrases=tuple(tuple(filter(kept, phrase)) for phrase in parts.noun_phrases),
+        joint=joint,
         relation=_blurred(relation, generator, rates),
         floor=_blurred(parts.floor, generator, rates),
         time=_blurred(parts.time, generator, rates),
@@ -309,10 +318,3 @@ def sample_caption(generator: np.random.Generator) -> Caption:
     )
     scene = Scene(objects, pick(RELATIONS) if count > 1 else None, pick(FLOORS), pick(TIMES))
     return caption(scene, generator)
-
-
-def stream_captions(seed: int, rates: Looseness) -> Iterator[StatedCaption]:
-    """Endless captions; the same seed gives the same ones."""
-    generator = np.random.default_rng(seed)
-    while True:
-        yield loosen(take_apart(sample_caption(generator)), generator, rates)

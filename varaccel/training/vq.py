@@ -58,6 +58,8 @@ class VQRecipe:
         average_decay: decay of the exponential moving average that is exported.
         flip: mirror half of the pictures left to right.
         l1_weight, l2_weight: of the pixel differences, images in [-1, 1].
+        chroma_weight: of the differences in colour opponents. Colours vary little compared with brightness, so
+            plain pixel losses learn them last; early in a run whole hues are missing.
         laplacian_weight, ssim_weight, feature_weight: of the structural terms in `training.perceptual`.
         codebook_weight: pulls codebook rows to the latents assigned to them.
         commitment_weight: pulls latents to their codebook rows (beta of VQ-VAE).
@@ -69,6 +71,12 @@ class VQRecipe:
         adversarial_start: share of the budget after which the discriminator joins.
         bfloat16: run convolutions under bfloat16 autocast.
         compile: run the model through `torch.compile`.
+        crop_size: side of the crops that the first part of the run trains on; 0 for whole pictures only.
+        crop_batch_size: crops per optimiser step.
+        crop_candidates: each crop is the most colourful of so many random ones. Most of a picture is plain
+            background; crops let a step spend its time on objects.
+        crop_until: share of the budget after which whole pictures take over, which they must: attention and
+            group norms see other statistics in a crop.
         seed: of batches, mirroring and revived codes.
     """
 
@@ -81,6 +89,7 @@ class VQRecipe:
     flip: bool = True
     l1_weight: float = 1.0
     l2_weight: float = 1.0
+    chroma_weight: float = 0.0
     laplacian_weight: float = 1.0
     ssim_weight: float = 0.2
     feature_weight: float = 0.0
@@ -94,6 +103,10 @@ class VQRecipe:
     adversarial_start: float = 0.5
     bfloat16: bool = True
     compile: bool = False
+    crop_size: int = 0
+    crop_batch_size: int = 16
+    crop_candidates: int = 3
+    crop_until: float = 0.7
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -104,6 +117,29 @@ class VQRecipe:
 def to_images(pixels: NDArray[np.uint8]) -> Tensor:
     """Pixels uint8 [n, H, W, 3] as float32 images [n, 3, H, W] in [-1, 1], channels-last in memory."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def chroma_loss(difference: Tensor) -> Tensor:
+    """Mean absolute red-green and yellow-blue part of RGB differences [B, 3, H, W]."""
+    red, green, blue = difference.unbind(1)
+    return ((red - green).abs() + ((red + green) / 2 - blue).abs()).mean()
+
+
+def colorful_crop(
+    pixels: NDArray[np.uint8], size: int, candidates: int, generator: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Of `candidates` random square crops of [H, W, 3] pixels, the one whose colours vary most."""
+    height, width = pixels.shape[:2]
+    tops = generator.integers(height - size + 1, size=candidates)
+    lefts = generator.integers(width - size + 1, size=candidates)
+    best, most = pixels[:size, :size], -1.0
+    for top, left in zip(tops, lefts, strict=True):
+        crop = pixels[top : top + size, left : left + size]
+        sparse = crop[::4, ::4].astype(np.float32)
+        spread = float((sparse[..., :2] - sparse[..., 1:]).std(axis=(0, 1)).sum())
+        if spread > most:
+            best, most = crop, spread
+    return best
 
 
 def entropy_loss(similarity: Tensor, temperature: float) -> Tensor:
@@ -332,10 +368,20 @@ class VQTrainer:
         return result.eval()
 
     def _batch(self, step: int) -> Tensor:
-        """The pictures of `step`, a function of the seed and the step alone: [B, 3, H, W] in [-1, 1]."""
-        generator = np.random.default_rng([self.recipe.seed, step])
-        indices = generator.integers(len(self.data), size=self.recipe.batch_size)
+        """The pictures of `step`, or crops of them: [B, 3, H, W] in [-1, 1].
+
+        Which ones is a function of the seed, the step and the phase of the run.
+        """
+        recipe = self.recipe
+        generator = np.random.default_rng([recipe.seed, step])
+        cropped = recipe.crop_size > 0 and self.run.progress < recipe.crop_until
+        count = recipe.crop_batch_size if cropped else recipe.batch_size
+        indices = generator.integers(len(self.data), size=count)
         pixels = self.data.batch_pixels(np.sort(indices).tolist())
+        if cropped:
+            pixels = np.stack(
+                [colorful_crop(p, recipe.crop_size, recipe.crop_candidates, generator) for p in pixels]
+            )
         if self.recipe.flip:
             mirrored = generator.random(len(pixels)) < 0.5
             pixels[mirrored] = pixels[mirrored, :, ::-1]
@@ -388,6 +434,9 @@ class VQTrainer:
         difference = reconstruction - images
         terms = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
         image_loss = recipe.l1_weight * terms["l1"] + recipe.l2_weight * terms["l2"]
+        if recipe.chroma_weight:
+            terms["chroma"] = chroma_loss(difference)
+            image_loss = image_loss + recipe.chroma_weight * terms["chroma"]
         if recipe.laplacian_weight:
             terms["laplacian"] = laplacian_loss(reconstruction, images)
             image_loss = image_loss + recipe.laplacian_weight * terms["laplacian"]
