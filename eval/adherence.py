@@ -2,7 +2,8 @@
 
     python eval/adherence.py --model mini-llamagen --count 500 --out plain.json --grid plain.png
     python eval/adherence.py --model mini-llamagen --count 500 --accelerator zipar -o window=4 --out zipar.json
-    python eval/adherence.py --renderer --count 500      # true pictures: the ceiling of the measure
+    python eval/adherence.py --renderer --count 500                         # true pictures: the ceiling
+    python eval/adherence.py --renderer --tokenizer FOLDER --count 500      # ... that the image tokenizer leaves
 
 Runs of the same model with and without an accelerator are to be compared with the same --count and --seed.
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -24,10 +26,12 @@ from varaccel.cli import parse_options
 from varaccel.decoding.accelerator import Accelerator, make_accelerator
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.adherence import Adherence, Verdict, held_out_prompts, score_adherence
-from varaccel.evaluation.detector import load_detector
+from varaccel.evaluation.detector import as_batch, load_detector
 from varaccel.files import atomic_path
+from varaccel.pipelines.pixels import to_output
 from varaccel.scenes import Caption, render, sample_scene
 from varaccel.scenes.cache import CachedScenes
+from varaccel.tokenizers.vq import VQModel
 
 _LINE = 12
 
@@ -65,6 +69,17 @@ def render_scenes(seeds: Sequence[int], size: int) -> list[Image.Image]:
         Image.fromarray(render(sample_scene(seed), size).image)
         for seed in tqdm(seeds, desc="rendering", unit="picture")
     ]
+
+
+def reconstruct(pictures: Sequence[Image.Image], tokenizer: VQModel, batch_size: int) -> list[Image.Image]:
+    """Pictures after a round trip through an image tokenizer: the best that a model on its codes can do."""
+    size = pictures[0].size[0]
+    images = as_batch(pictures, size)
+    result: list[Image.Image] = []
+    with torch.inference_mode():
+        for batch in tqdm(images.split(batch_size), desc="reconstructing", unit="batch"):
+            result += to_output(tokenizer.decode_codes(tokenizer.encode(batch).indices), "pil")
+    return result
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -124,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", help="name or folder of a text-conditional pipeline of the captioned world"
     )
     source.add_argument("--renderer", action="store_true", help="score true pictures instead: the ceiling")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="with --renderer: pass the pictures through this VQModel"
+    )
     parser.add_argument("--count", type=int, default=500, help="number of prompts")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per call")
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling")
@@ -150,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"--batch-size must be 1 or more, got {options.batch_size}.")
         if options.option and not options.accelerator:
             raise InputError("--option belongs to an accelerator; name one with --accelerator.")
+        if options.tokenizer and not options.renderer:
+            raise InputError("--tokenizer belongs to --renderer; a model brings its own.")
         accelerator = (
             make_accelerator(options.accelerator, parse_options(options.option))
             if options.accelerator
@@ -162,6 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.perf_counter()
         if options.renderer:
             pictures = render_scenes(list(prompts), detector.config.image_size)
+            if options.tokenizer:
+                tokenizer = VQModel.from_pretrained(options.tokenizer).eval()
+                pictures = reconstruct(pictures, tokenizer, options.batch_size)
         else:
             pictures = generate(
                 _load_pipeline(options.model, options.device),

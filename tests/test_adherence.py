@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests import tiny
 from varaccel.errors import InputError
 from varaccel.evaluation.adherence import (
     held_out_captions,
@@ -350,6 +351,15 @@ def test_script_scores_true_pictures(script: ModuleType, tiny_detector: Path, tm
     arguments = ["--renderer", "--count", "3", "--detector", str(tiny_detector), "--out", str(report)]
     assert script.main(arguments) == 0
     assert json.loads(report.read_text())["pictures"] == 3
+
+
+def test_script_reconstructs_before_judging(script: ModuleType) -> None:
+    pictures = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 100, 200)]
+    tokenizer = tiny.vq_model()
+    result = script.reconstruct(pictures, tokenizer, batch_size=2)
+    assert [picture.size for picture in result] == [(16, 16)] * 3
+    (again,) = script.reconstruct(pictures[2:], tokenizer, batch_size=2)
+    np.testing.assert_allclose(np.asarray(again).astype(int), np.asarray(result[2]).astype(int), atol=1)
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,7 @@ def damaged(kind: str, state: dict[str, torch.Tensor], path: Path) -> None:
         ("a list", r"holds a list"),
     ],
 )
-def test_damaged_files(
-    kind: str, message: str, state: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_damaged_files(kind: str, message: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     damaged(kind, state, path)
     with pytest.raises(CheckpointError, match=message) as caught:

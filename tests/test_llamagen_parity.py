@@ -42,7 +42,9 @@ def greedy(
     return canvas.tokens, passes
 
 
-@pytest.mark.parametrize("combo", llamagen_cases()["sampling_filter"]["combos"], ids=lambda c: f"filter{c['id']}")
+@pytest.mark.parametrize(
+    "combo", llamagen_cases()["sampling_filter"]["combos"], ids=lambda c: f"filter{c['id']}"
+)
 def test_sampling_filter(combo: dict) -> None:
     tensors = llamagen_tensors("sampling_filter")
     sampling = Sampling(temperature=combo["temperature"], top_k=combo["top_k"], top_p=combo["top_p"])
@@ -84,9 +86,7 @@ def test_cached_steps(model_type: str, scale: float, static_shapes: bool) -> Non
     else:
         condition, mask, tokens = golden["caption_emb"], golden["caption_mask"], golden["tokens"]
     canvas = Canvas.empty(tokens.shape[0], model.num_tokens)
-    session = CausalSession(
-        model, condition, mask, guidance=Guidance(scale), static_shapes=static_shapes
-    )
+    session = CausalSession(model, condition, mask, guidance=Guidance(scale), static_shapes=static_shapes)
     steps = []
     for number, feed in enumerate(Raster().feeds(canvas), start=1):
         steps.append(session.predict(canvas, feed).logits)

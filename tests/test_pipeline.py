@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from varaccel import AutoPipeline, LlamaGenPipeline, Plain, ZipAR
 from varaccel.decoding.accelerator import ACCELERATORS, make_accelerator
 from varaccel.errors import CheckpointError, InputError
 from varaccel.pipelines.memory import OutOfMemory
+from varaccel.tokenizers.text import WordTokenizer
 
 HOSTS = ("c2i", "t2i")
 every = pytest.mark.parametrize(
@@ -313,3 +316,40 @@ def test_damaged_component(tmp_path: Path) -> None:
 
 def test_plain_is_the_default() -> None:
     assert torch.equal(codes("c2i", 0, seed=0), codes("c2i", 0, seed=0, accelerator=Plain()))
+
+
+def test_unknown_words_are_named_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = pipeline("t2i")
+    with caplog.at_level(logging.WARNING, logger="varaccel"):
+        pipe(["a red sphere", "A Red CUBE!"], seed=0)
+        assert not caplog.records
+        pipe(["a red \udc80 zebra", "zebra left of a shiny2 cube"], seed=0)
+        assert [r.getMessage() for r in caplog.records] == [
+            "the model has never seen the words: zebra, shiny2; they are ignored."
+        ]
+        caplog.clear()
+        pipe("a sphere " + " ".join(f"word{i}" for i in range(300)), seed=0)
+        told = [r.getMessage() for r in caplog.records if "never seen" in r.getMessage()]
+    assert len(told) == 1
+    assert told[0].endswith("word9 and 290 more; they are ignored.")
+
+
+def test_unknown_words_of_an_open_vocabulary_are_no_matter(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(WordTokenizer, "unknown_words")
+    with caplog.at_level(logging.WARNING, logger="varaccel"):
+        pipeline("t2i")("a zebra", seed=0)
+    assert not caplog.records
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("name", ["plain", "zipar"])
+def test_compiled_network_draws_the_same(name: str) -> None:
+    """Compilation wraps the network from outside and changes nothing but rounding."""
+    pipe = new_pipeline("t2i")
+    expected = pipe(PROMPTS["t2i"], seed=0, accelerator=name, output_type="latent").images
+    pipe.compile()
+    compiled = pipe(PROMPTS["t2i"], seed=0, accelerator=name, output_type="latent").images
+    assert (compiled == expected).float().mean() > 0.95

@@ -33,7 +33,14 @@ def test_scripts_do_not_shadow_modules() -> None:
     for folder in SCRIPT_FOLDERS:
         for script in (ROOT / folder).glob("*.py"):
             assert script.stem not in sys.stdlib_module_names, script
-            assert script.stem not in {"torch", "diffusers", "transformers", "tokenizers", "gradio", "varaccel"}
+            assert script.stem not in {
+                "torch",
+                "diffusers",
+                "transformers",
+                "tokenizers",
+                "gradio",
+                "varaccel",
+            }
 
 
 def test_import_is_quick_and_quiet() -> None:

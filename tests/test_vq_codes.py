@@ -112,12 +112,20 @@ def test_agreement_is_a_share(scenes: Path) -> None:
     assert agreement > 0.8
 
 
-def test_fingerprint_sees_weights_and_layout() -> None:
+def test_fingerprint_sees_what_decides_the_codes() -> None:
     vq = tiny()
-    assert fingerprint(vq) == fingerprint(tiny())
+    expected = fingerprint(tiny())
+    assert len(expected) == 16
     with torch.no_grad():
         vq.decoder.conv_out.bias[0] += 1e-3
-    assert fingerprint(vq) != fingerprint(tiny())
+        vq.post_quant_conv.bias[0] += 1e-3
+    assert fingerprint(vq) == expected
+    for part in (vq.encoder.conv_in.bias, vq.quant_conv.bias, vq.quantize.embedding.weight):
+        with torch.no_grad():
+            part.view(-1)[0] += 1e-3
+        assert fingerprint(vq) != expected
+        with torch.no_grad():
+            part.view(-1)[0] -= 1e-3
 
 
 def test_bad_input(scenes: Path, tmp_path: Path) -> None:

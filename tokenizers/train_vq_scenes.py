@@ -4,6 +4,11 @@
     python tokenizers/train_vq_scenes.py --data runs/scenes --out runs/mini-vq --minutes 28
 
 Run it again to resume. The averaged model ends up in `OUT/export`, ready for `VQModel.from_pretrained`.
+
+A finished tokenizer can get a better decoder for the codes it already has:
+
+    python tokenizers/train_vq_scenes.py --data runs/scenes --out runs/mini-vq-decoder --minutes 20 \\
+        --decoder-of runs/mini-vq/export --config tokenizers/vq_scenes_decoder.json
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=here / "vq_scenes.json", help="model and recipe")
     parser.add_argument("--data", type=Path, required=True, help="folder written by varaccel.scenes.cache")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--decoder-of", type=Path, help="train only the decoder of this exported tokenizer")
     parser.add_argument("--minutes", type=float, default=28.0, help="training time")
     parser.add_argument("--steps", type=int, help="stop after this many steps, if that comes first")
     parser.add_argument("--held-out", type=int, default=512, help="held-out scenes of the final evaluation")
@@ -38,7 +44,7 @@ def main() -> int:
     import numpy as np
     import torch
 
-    from varaccel.errors import VaraccelError
+    from varaccel.errors import InputError, VaraccelError
     from varaccel.files import atomic_path
     from varaccel.scenes import HELD_OUT_SEED, render, sample_scene
     from varaccel.scenes.cache import CachedScenes
@@ -57,13 +63,20 @@ def main() -> int:
             ]
         )
         torch.manual_seed(recipe.seed)
+        if options.decoder_of:
+            if not (options.decoder_of / "config.json").is_file():
+                raise InputError(f"there is no tokenizer in {options.decoder_of}; train one first.")
+            model = VQModel.from_pretrained(options.decoder_of)
+        else:
+            model = VQModel(**config["model"])
         trainer = VQTrainer(
-            VQModel(**config["model"]),
+            model,
             data,
             held_out[:64],
             options.out,
             Budget(options.steps, options.minutes),
             recipe,
+            decoder_only=options.decoder_of is not None,
             device=options.device,
         )
         model = trainer.train()

@@ -1,10 +1,12 @@
-"""The command line: `varaccel generate`, `varaccel models`, `varaccel demo`."""
+"""The command line: `varaccel generate`, `varaccel models`, `varaccel demo`, `varaccel bench`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +17,12 @@ from varaccel.errors import InputError, VaraccelError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from varaccel.decoding.accelerator import Accelerator
+    from varaccel.evaluation.adherence import Rate
+    from varaccel.evaluation.detector import SceneDetector
+    from varaccel.pipelines.loading import LoadablePipeline
     from varaccel.pipelines.output import ImageOutput
+    from varaccel.scenes.grammar import Caption
 
 app = typer.Typer(
     help="Fast decoding for visual autoregressive image models.",
@@ -36,9 +43,60 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
             raise InputError(f"an option is written key=value, got {pair!r}.")
         try:
             options[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except ValueError:  # also a number of more digits than Python reads
             options[key] = value
     return options
+
+
+def check_picture_path(path: Path) -> None:
+    """Refuse, before any work is done, a path that no picture can be written to."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it, such as {path / 'picture.png'}.")
+    if known.get(path.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"{path} must end with the name of a picture format, such as .png, .jpg or .webp.")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars while a model is downloaded and loaded."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    switches = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for switch in switches:
+        switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.enable_progress_bar()
+
+
+def load_pipeline(model: str, *, quiet: bool = False) -> LoadablePipeline:
+    """A model by name; with `quiet` neither loading nor drawing shows a progress bar."""
+    from varaccel.pipelines.auto import AutoPipeline
+
+    if quiet:
+        with quiet_loading():
+            pipe = AutoPipeline.from_pretrained(model)
+    else:
+        pipe = AutoPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=quiet, leave=False)
+    return pipe
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file whole or not at all."""
+    from varaccel.files import atomic_path
+
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text)
+    except OSError as error:
+        raise InputError(f"nothing could be written to {path}: {error}") from error
 
 
 def write_picture(image: Image.Image, path: Path) -> None:
@@ -78,17 +136,18 @@ def generate(
     separate: Annotated[
         bool, typer.Option("--separate", help="Also write every picture by itself: NAME-0.png, ...")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what it cost as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what it cost as JSON, and no progress bars.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Make pictures from prompts."""
     from varaccel.decoding.accelerator import make_accelerator
-    from varaccel.pipelines.auto import AutoPipeline
     from varaccel.pipelines.pixels import grid
 
     chosen = make_accelerator(accelerator, parse_options(option or []))
-    pipe = AutoPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=quiet or as_json, leave=False)
+    check_picture_path(out)
+    pipe = load_pipeline(model, quiet=quiet or as_json)
     output = pipe(
         prompt,
         seed=seed,
@@ -141,6 +200,14 @@ DEMO_PROMPTS = (
 )
 
 
+def examples(pipe: LoadablePipeline, descriptions: Sequence[str]) -> list[str]:
+    """The descriptions, or as many class names for a model that draws classes."""
+    names = pipe.config.get("class_names")
+    if names is None:
+        return list(descriptions)
+    return [names[i % len(names)].split(",")[0] for i in range(len(descriptions))]
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
@@ -151,19 +218,18 @@ def demo(
 ) -> None:
     """Make the same pictures plainly and with ZipAR, side by side, and say what each cost."""
     from varaccel.decoding.accelerator import Plain, ZipAR
-    from varaccel.pipelines.auto import AutoPipeline
 
-    prompts = list(prompt or DEMO_PROMPTS)
     accelerators = (Plain(), ZipAR(window=window))
-    pipe = AutoPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(leave=False)
+    pipe = load_pipeline(model)
+    prompts = list(prompt or examples(pipe, DEMO_PROMPTS))
     pipe(prompts[0], seed=seed)  # warm-up: the first call pays for allocations
     outputs = [pipe(prompts, seed=seed, accelerator=a) for a in accelerators]
     sheet = out / "plain-and-zipar.png"
     write_picture(_comparison(prompts, outputs), sheet)
     plain = outputs[0].stats
     typer.echo(f"\nwrote {sheet}")
-    for output in outputs:
+    typer.echo(f"  {plain}")
+    for output in outputs[1:]:
         ratio = plain.seconds["tokens"] / output.stats.seconds["tokens"]
         typer.echo(f"  {output.stats}\n    {ratio:.2f}x the speed of plain decoding in this run")
 
@@ -172,40 +238,48 @@ def demo(
 def bench(
     model: Model = "mini-llamagen",
     out: Annotated[Path | None, typer.Option(help="Also write everything as JSON here.")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures per timed call.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per timed call.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     windows: Annotated[str, typer.Option(help="ZipAR windows, comma-separated.")] = "2,4,8,12",
-    pictures: Annotated[int, typer.Option(help="Pictures per accelerator to judge quality; 0 = none.")] = 100,
+    pictures: Annotated[
+        int, typer.Option(min=0, help="Pictures per accelerator to judge quality; 0 = none.")
+    ] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
 ) -> None:
     """Speed, passes and prompt adherence of every accelerator, against plain decoding."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    from varaccel.decoding.accelerator import ZipAR
+    from varaccel.decoding.accelerator import ZipAR, make_accelerator
     from varaccel.evaluation.adherence import held_out_captions
+    from varaccel.evaluation.detector import load_detector
     from varaccel.evaluation.speed import measure_speed
-    from varaccel.files import atomic_path
-    from varaccel.pipelines.auto import AutoPipeline
 
     try:
-        accelerators = [ZipAR(window=int(window)) for window in windows.split(",") if window.strip()]
+        numbers = [int(window) for window in windows.split(",") if window.strip()]
     except ValueError as error:
         raise InputError(f"--windows is a list of integers like 2,4,8, got {windows!r}.") from error
-    pipe = AutoPipeline.from_pretrained(model)
+    accelerators = [ZipAR(window=number) for number in numbers]
+    pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    captions = held_out_captions(max(batch, pictures, 1))
-    prompts = [text.text for text in captions[:batch]]
+    if pictures and pipe.config.get("class_names") is not None:
+        raise InputError(f"{model} draws classes, so no prompt can be judged; add --pictures 0.")
+    detector = load_detector() if pictures else None
+    captions = held_out_captions(max(batch, pictures))
+    prompts = examples(pipe, [text.text for text in captions[:batch]])
     report = measure_speed(pipe, prompts, accelerators, repeats=repeats, seed=seed)
     rows: list[dict[str, Any]] = [dataclasses.asdict(m) for m in report.measurements]
     table = Table(
-        *("accelerator", "law", "passes", "tokens/pass", "seconds", "speed-up (spread)", "adherence (95 %)"),
+        Column("accelerator", overflow="fold", min_width=15),
+        Column("law", min_width=11),
+        *("passes", "tokens per pass", "seconds", "speed-up (spread)", "adherence (95 %)"),
         title=f"{model}, batch {batch}, {report.repeats} rounds\n{report.machine}",
     )
     for row, measured in zip(rows, report.measurements, strict=True):
         quality = "-"
-        if pictures:
-            rate = _adherence(pipe, captions[:pictures], measured.accelerator, measured.options, seed)
+        if detector is not None:
+            accelerator = make_accelerator(measured.accelerator, measured.options)
+            rate = _adherence(pipe, detector, captions[:pictures], accelerator, seed)
             row["adherence"] = dataclasses.asdict(rate)
             quality = f"{100 * rate.share:.0f} % ({100 * rate.low:.0f} to {100 * rate.high:.0f})"
         low, high = measured.speedup_spread
@@ -221,27 +295,25 @@ def bench(
     Console().print(table)
     if out is not None:
         content = report.to_dict() | {"model": model, "pictures": pictures, "measurements": rows}
-        with atomic_path(out) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        write_text(json.dumps(content, indent=2) + "\n", out)
         typer.echo(f"wrote {out}")
 
 
-def _adherence(pipe: Any, captions: list[Any], name: str, options: dict[str, Any], seed: int) -> Any:
+def _adherence(
+    pipe: Any, detector: SceneDetector, captions: list[Caption], accelerator: Accelerator, seed: int
+) -> Rate:
     """The rate of pictures that show all that their held-out captions say."""
     from tqdm import tqdm
 
-    from varaccel.decoding.accelerator import make_accelerator
     from varaccel.evaluation.adherence import score_adherence
-    from varaccel.evaluation.detector import load_detector
 
-    accelerator = make_accelerator(name, options)
     images: list[Any] = []
-    with tqdm(total=len(captions), desc=f"pictures, {name}", unit="picture", leave=False) as bar:
+    with tqdm(total=len(captions), desc=f"pictures, {accelerator.name}", unit="picture", leave=False) as bar:
         for start in range(0, len(captions), 10):
             texts = [text.text for text in captions[start : start + 10]]
             images += pipe(texts, accelerator=accelerator, seed=seed + start).images
             bar.update(len(texts))
-    return score_adherence(load_detector(), images, captions).rates["correct"]
+    return score_adherence(detector, images, captions).rates["correct"]
 
 
 def _comparison(prompts: list[str], outputs: list[ImageOutput]) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.pixels import OUTPUT_TYPES, to_output
 from varaccel.tokenizers.text import encode_prompts
 from varaccel.tokenizers.vq import VQModel
+
+logger = logging.getLogger(__name__)
 
 StepCallback = Callable[["LlamaGenPipeline", int, int, dict[str, Any]], dict[str, Any] | None]
 
@@ -309,7 +312,21 @@ class LlamaGenPipeline(LoadablePipeline):
             device=device,
             dtype=model.dtype,
         )
+        self._warn_of_unknown_words([str(p) for p in prompts])
         return text.features, text.mask
+
+    def _warn_of_unknown_words(self, prompts: list[str]) -> None:
+        """Say which words of the prompts are lost, if the tokenizer's vocabulary is closed."""
+        if not hasattr(self.tokenizer, "unknown_words"):
+            return
+        # a lone surrogate would stop the tokenizer; as in `encode_prompts`, it counts for nothing
+        text = " ".join(prompts).encode("utf-8", "replace").decode()
+        words = self.tokenizer.unknown_words(text)
+        if words:
+            more = f" and {len(words) - 10} more" if len(words) > 10 else ""
+            logger.warning(
+                "the model has never seen the words: %s%s; they are ignored.", ", ".join(words[:10]), more
+            )
 
     def class_label(self, name: str | int) -> int:
         """The label of a class name, or a label itself if the model has it.

@@ -169,7 +169,7 @@ def train_llamagen(
 
     model.train()
     bar = tqdm(total=100, desc="training LlamaGen", unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}")
-    smooth = float("nan")
+    smooth: float | None = None
     for step in run.steps():
         features, mask, target = batch(order[step])
         drop_seed = torch.Generator().manual_seed(recipe.seed * 7_368_787 + step)
@@ -187,8 +187,8 @@ def train_llamagen(
             optimizer.zero_grad(set_to_none=True)
         ema.update(model)
         if step % 20 == 0:
-            value = float(loss)
-            smooth = value if smooth != smooth else 0.8 * smooth + 0.2 * value
+            value = float(loss.detach())
+            smooth = value if smooth is None else 0.8 * smooth + 0.2 * value
             run.log(loss=value, grad_norm=norm)
             bar.n = min(100, round(100 * run.progress))
             bar.set_postfix_str(f"step {step}, loss {smooth:.3f}")

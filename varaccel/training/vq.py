@@ -279,6 +279,8 @@ class VQTrainer:
         folder: of the run.
         budget: when to stop.
         recipe: how to train.
+        decoder_only: keep the encoder and codebook as they are and train what follows them. Codes made
+            before, and transformers trained on them, stay valid.
         device: where to train.
         log_every: steps between lines of the log.
         evaluate_every: steps between measurements on `held_out`.
@@ -297,6 +299,7 @@ class VQTrainer:
         budget: Budget,
         recipe: VQRecipe = VQRecipe(),
         *,
+        decoder_only: bool = False,
         device: str | torch.device = "cpu",
         log_every: int = 20,
         evaluate_every: int = 250,
@@ -308,8 +311,13 @@ class VQTrainer:
         self.device = torch.device(device)
         self.log_every, self.evaluate_every = log_every, evaluate_every
         self.model = model.to(device=self.device, memory_format=torch.channels_last).train()
+        self.decoder_only = decoder_only
+        if decoder_only:
+            self.model.requires_grad_(False)
+            for part in (self.model.post_quant_conv, self.model.decoder):
+                part.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [p for p in self.model.parameters() if p.requires_grad],
             lr=recipe.learning_rate,
             betas=recipe.betas,
             weight_decay=0.0,
@@ -338,8 +346,12 @@ class VQTrainer:
             state["discriminator"] = self.discriminator
             state["discriminator_optimizer"] = self.discriminator_optimizer
         config = {k: v for k, v in model.config.items() if not k.startswith("_")}
-        self.run = TrainingRun(folder, budget, {"model": config, "recipe": asdict(recipe)}, state)
-        self._forward = torch.compile(self.model) if recipe.compile else self.model
+        settings: dict[str, Any] = {"model": config, "recipe": asdict(recipe)}
+        if decoder_only:
+            settings["decoder_only"] = True
+        self.run = TrainingRun(folder, budget, settings, state)
+        forward = self._decoder_forward if decoder_only else self.model
+        self._forward = torch.compile(forward) if recipe.compile else forward
 
     def train(self) -> VQModel:
         """Train until the budget is spent; returns a model with the averaged weights, also in `export`."""
@@ -390,6 +402,18 @@ class VQTrainer:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bfloat16)
 
+    def _decoder_forward(self, images: Tensor) -> VQTrainingOutput:
+        """As `VQModel.forward`, with gradients to the decoder alone."""
+        with torch.no_grad():
+            encoding = self.model.encode(images)
+            sites, rows = (
+                F.normalize(part.float().permute(0, 2, 3, 1).flatten(0, 2), dim=-1)
+                for part in (encoding.latents, encoding.quantized)
+            )  # [B*h*w, D]
+            similarity = sites @ self.model.quantize.codebook().T
+        reconstruction = self.model.decode(encoding.quantized)
+        return VQTrainingOutput(reconstruction, sites, rows, encoding.indices, similarity)
+
     def _step(self, step: int) -> dict[str, Tensor | float]:
         recipe = self.recipe
         rate = self.schedule(step, self.run.progress)
@@ -416,7 +440,12 @@ class VQTrainer:
         # Not in the decay phase: a code that starts there no longer settles.
         settled = self.run.progress > 1 - self.schedule.decay
         revived = self.revival.update(
-            self.model, self.average, self.optimizer, output, step, enabled=not settled
+            self.model,
+            self.average,
+            self.optimizer,
+            output,
+            step,
+            enabled=not settled and not self.decoder_only,
         )
         used = output.indices.unique().numel() / self.model.codebook_size
         return {
@@ -452,7 +481,7 @@ class VQTrainer:
         terms["codebook_loss"] = recipe.codebook_weight * codebook + recipe.commitment_weight * commitment
         terms["entropy_loss"] = (
             entropy_loss(output.similarity[:: recipe.entropy_stride], recipe.entropy_temperature)
-            if recipe.entropy_weight
+            if recipe.entropy_weight and not self.decoder_only
             else commitment.new_zeros(())
         )
         return {**terms, "image_loss": image_loss}

@@ -1,0 +1,462 @@
+"""The command line as a user types it: what is written, what is printed, and how it fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import CLASSES, GRID, pipeline
+from varaccel import ZipAR, cli
+from varaccel.decoding.accelerator import ACCELERATORS
+from varaccel.errors import InputError
+from varaccel.pipelines.catalog import PUBLISHED
+from varaccel.pipelines.llamagen import LlamaGenPipeline
+
+SIZE = GRID * 2
+"""Side of a picture of the tiny models in pixels."""
+
+
+class Run(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """Runs `varaccel` inside this process, in a folder of its own."""
+
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+        monkeypatch.chdir(folder)
+
+    def __call__(self, *arguments: object) -> Run:
+        self.monkeypatch.setattr(sys, "argv", ["varaccel", *map(str, arguments)])
+        self.capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return Run(code or 0, *self.capsys.readouterr())
+
+    @property
+    def files(self) -> list[str]:
+        """Everything in the folder, hidden and temporary files included."""
+        return sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*"))
+
+
+@pytest.fixture
+def varaccel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def t2i(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "t2i"
+    pipeline("t2i").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def c2i(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "c2i"
+    pipeline("c2i").save_pretrained(folder)
+    return folder
+
+
+def picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def assert_sentence(run: Run, *words: str) -> None:
+    """The library refused: one sentence on stderr after any progress, nothing on stdout, exit code 2."""
+    assert run.code == 2
+    assert run.out == ""
+    sentence = run.err.splitlines()[-1]
+    assert sentence.startswith("varaccel: ")
+    assert "Traceback" not in run.err
+    for word in words:
+        assert word in sentence
+
+
+# -- generate ------------------------------------------------------------------------------------------
+
+
+def test_one_picture(varaccel: Shell, t2i: Path) -> None:
+    run = varaccel("generate", "a red sphere", "--model", t2i, "--seed", 5)
+    assert run.code == 0
+    assert varaccel.files == ["picture.png"]
+    expected = pipeline("t2i")("a red sphere", seed=5).images[0]
+    assert picture(varaccel.folder / "picture.png").tobytes() == expected.tobytes()
+    lines = run.out.splitlines()
+    assert lines[0] == "picture.png"
+    assert lines[1].startswith(f"plain(): 1 pictures of {GRID**2} tokens in {GRID**2} passes")
+
+
+def test_same_seed_same_bytes(varaccel: Shell, t2i: Path) -> None:
+    for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
+        assert varaccel("generate", "a cube", "--model", t2i, "--seed", seed, "--out", name).code == 0
+    first, again, other = ((varaccel.folder / name).read_bytes() for name in varaccel.files)
+    assert first == again
+    assert first != other
+
+
+def test_grid_and_single_pictures(varaccel: Shell, t2i: Path) -> None:
+    run = varaccel(
+        "generate", "a red cube", "-n", 4, "--separate", "--seed", 3, "--model", t2i, "--out", "sub/x.png"
+    )
+    assert run.code == 0
+    singles = [f"sub/x-{i}.png" for i in range(4)]
+    assert varaccel.files == ["sub", *singles, "sub/x.png"]
+    sheet = picture(varaccel.folder / "sub/x.png")
+    assert sheet.size == (2 * SIZE + 2, 2 * SIZE + 2)
+    for index, name in enumerate(singles):
+        alone = pipeline("t2i")("a red cube", seed=3 + index).images[0]
+        assert picture(varaccel.folder / name).tobytes() == alone.tobytes()
+        row, column = divmod(index, 2)
+        left, top = column * (SIZE + 2), row * (SIZE + 2)
+        assert sheet.crop((left, top, left + SIZE, top + SIZE)).tobytes() == alone.tobytes()
+
+
+def test_several_prompts_and_no_separate_files(varaccel: Shell, t2i: Path) -> None:
+    run = varaccel("generate", "a red cube", "a sphere", "-n", 3, "--model", t2i, "--json")
+    assert json.loads(run.out)["images"] == 6
+    assert varaccel.files == ["picture.png"]
+
+
+def test_classes(varaccel: Shell, c2i: Path) -> None:
+    assert varaccel("generate", "hen", "4", "--model", c2i, "--seed", 0).code == 0
+    expected = pipeline("c2i")([4, 4], seed=0).images
+    sheet = picture(varaccel.folder / "picture.png")
+    assert sheet.crop((0, 0, SIZE, SIZE)).tobytes() == expected[0].tobytes()
+
+
+def test_json_is_all_that_is_printed(varaccel: Shell, t2i: Path) -> None:
+    run = varaccel(
+        *("generate", "a red sphere", "--model", t2i, "--json", "--seed", 7),
+        *("-a", "zipar", "-o", "window=2", "-o", "mode=published"),
+    )
+    assert run.code == 0
+    assert run.err == ""
+    cost = json.loads(run.out)
+    accelerator = ZipAR(2, mode="published")
+    stats = pipeline("t2i")("a red sphere", seed=7, accelerator=accelerator).stats
+    told = {k: v for k, v in cost.items() if k not in ("seconds", "total_seconds")}
+    assert told == {
+        **{k: v for k, v in stats.to_dict().items() if k not in ("seconds", "total_seconds")},
+        "out": "picture.png",
+        "seed": 7,
+    }
+    assert cost["options"] == {"window": 2, "mode": "published"}
+    assert set(cost["seconds"]) == {"text", "tokens", "decode"}
+    expected = pipeline("t2i")("a red sphere", seed=7, accelerator=accelerator).images[0]
+    assert picture(varaccel.folder / "picture.png").tobytes() == expected.tobytes()
+
+
+def test_quiet_and_not(varaccel: Shell, t2i: Path) -> None:
+    assert varaccel("generate", "a cube", "--model", t2i, "--quiet").err == ""
+    assert "100%" in varaccel("generate", "a cube", "--model", t2i).err, "bars are back in the same process"
+
+
+def test_quiet_runs_still_warn(varaccel: Shell, t2i: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert varaccel("generate", "a zebra", "--model", t2i, "--json").code == 0
+    assert ["zebra" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_sampling_options_arrive(varaccel: Shell, t2i: Path) -> None:
+    options = ("--guidance-scale", 1.5, "--temperature", 0.7, "--top-k", 5, "--top-p", 0.9)
+    assert varaccel("generate", "a cube", "--model", t2i, *options).code == 0
+    expected = pipeline("t2i")(
+        "a cube", seed=0, guidance_scale=1.5, temperature=0.7, top_k=5, top_p=0.9
+    ).images[0]
+    assert picture(varaccel.folder / "picture.png").tobytes() == expected.tobytes()
+
+
+def test_endless_prompt(varaccel: Shell, t2i: Path) -> None:
+    assert varaccel("generate", "a red sphere " * 4000, "--model", t2i).code == 0
+    assert varaccel.files == ["picture.png"]
+
+
+def test_other_formats(varaccel: Shell, t2i: Path) -> None:
+    for name in ("a.jpg", "b.WEBP"):
+        assert varaccel("generate", "a cube", "--model", t2i, "--out", name).code == 0
+        assert picture(varaccel.folder / name).size == (SIZE, SIZE)
+
+
+# -- generate, refused ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a cube", "--model", "mini-lamagen-3"], ["unknown model", "mini-lamagen-3"]),
+        (["a cube", "--model", "llamagen-c2i-xl-348"], ["did you mean 'llamagen-c2i-xl-384'"]),
+        (["a cube", "--model", "."], ["model_index.json"]),
+        (["a cube", "-a", "zippar"], ["unknown accelerator", "did you mean 'zipar'"]),
+        (["a cube", "-a", "zipar", "-o", "windw=3"], ["did you mean 'window'"]),
+        (["a cube", "-a", "zipar", "-o", "window"], ["key=value", "'window'"]),
+        (["a cube", "-a", "zipar", "-o", "=3"], ["key=value"]),
+        (["a cube", "-a", "zipar", "-o", "window=0"], ["window", ">= 1"]),
+        (["a cube", "-a", "zipar", "-o", "window=two"], ["window", "'two'"]),
+        (["a cube", "-a", "zipar", "-o", "window=NaN"], ["window", "nan"]),
+        (["a cube", "-a", "zipar", "-o", "window=" + "1" * 5000], ["window"]),
+        (["a cube", "-o", "window=2"], ["unknown option of accelerator 'plain'"]),
+        (["a cube", "", "--model", "T2I"], ["prompt", "no text"]),
+        ([" \n", "--model", "T2I"], ["prompt", "no text"]),
+        (["a cube", "-n", "0", "--model", "T2I"], ["at least 1"]),
+        (["a cube", "-n", "-2", "--model", "T2I"], ["at least 1"]),
+        (["a cube", "--seed", "-1", "--model", "T2I"], ["seed", "-1"]),
+        (["a cube", "--seed", str(2**63), "--model", "T2I"], ["seed"]),
+        (["a cube", "--guidance-scale", "nan", "--model", "T2I"], ["guidance_scale", "nan"]),
+        (["a cube", "--temperature", "-1", "--model", "T2I"], ["temperature"]),
+        (["a cube", "--top-p", "0", "--model", "T2I"], ["top_p"]),
+        (["goldfisch", "--model", "C2I"], ["unknown class", "did you mean 'goldfish'"]),
+        (["a cube", "--out", "x.unknown"], ["x.unknown", ".png"]),
+        (["a cube", "--out", "x"], ["x must end", ".png"]),
+        (["a cube", "--out", "x.psd"], ["x.psd", ".png"]),
+        (["a cube", "--out", "."], ["is a folder"]),
+    ],
+    ids=lambda value: " ".join(value)[:60],
+)
+def test_refusals(varaccel: Shell, t2i: Path, c2i: Path, arguments: list[str], words: list[str]) -> None:
+    folders = {"T2I": t2i, "C2I": c2i}
+    assert_sentence(varaccel("generate", *(folders.get(a, a) for a in arguments)), *words)
+    assert varaccel.files == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate"], ["generate", "a cube", "-n", "many"], ["generate", "a cube", "--sed", "1"], ["draw"]],
+    ids=" ".join,
+)
+def test_wrong_usage(varaccel: Shell, arguments: list[str]) -> None:
+    run = varaccel(*arguments)
+    assert run.code == 2
+    assert "Usage" in run.err
+    assert "Traceback" not in run.err
+
+
+def test_path_is_refused_before_the_model_is_loaded(varaccel: Shell) -> None:
+    assert_sentence(varaccel("generate", "a cube", "--model", "not there", "--out", "x.unknown"), "x.unknown")
+
+
+def test_folder_that_cannot_be_made(varaccel: Shell, t2i: Path) -> None:
+    (varaccel.folder / "file").write_text("in the way")
+    run = varaccel("generate", "a cube", "--model", t2i, "--out", "file/x.png", "--quiet")
+    assert_sentence(run, "file/x.png")
+    assert varaccel.files == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_without_permission(varaccel: Shell, t2i: Path) -> None:
+    (varaccel.folder / "locked").mkdir(mode=0o500)
+    assert_sentence(varaccel("generate", "a cube", "--model", t2i, "--out", "locked/x.png"), "locked/x.png")
+    assert varaccel.files == ["locked"]
+
+
+def half_written(error: BaseException) -> Any:
+    """A stand-in for `Image.save` that fails in the middle of the file."""
+
+    def save(self: Image.Image, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half a picture")
+        raise error
+
+    return save
+
+
+def test_full_disk(varaccel: Shell, t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (varaccel.folder / "picture.png").write_bytes(b"older")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", half_written(full))
+    run = varaccel("generate", "a cube", "--model", t2i, "--quiet")
+    assert_sentence(run, "picture.png", "No space left on device")
+    assert run.err.count("\n") == 1
+    assert varaccel.files == ["picture.png"]
+    assert (varaccel.folder / "picture.png").read_bytes() == b"older"
+
+
+def test_interrupted_while_writing(varaccel: Shell, t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image.Image, "save", half_written(KeyboardInterrupt()))
+    run = varaccel("generate", "a cube", "--model", t2i)
+    assert run.code == 130
+    assert "Traceback" not in run.err
+    assert varaccel.files == []
+
+
+def test_out_of_memory(varaccel: Shell, t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LlamaGenPipeline, "_generate", fail)
+    assert_sentence(varaccel("generate", "a cube", "-n", 8, "--model", t2i), "fewer than 8 pictures")
+
+
+def test_a_fault_of_the_library_is_not_disguised(
+    varaccel: Shell, t2i: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(LlamaGenPipeline, "_generate", fail)
+    with pytest.raises(ZeroDivisionError):
+        varaccel("generate", "a cube", "--model", t2i)
+
+
+# -- the other commands --------------------------------------------------------------------------------
+
+
+def test_models_lists_everything(varaccel: Shell) -> None:
+    run = varaccel("models")
+    assert run.code == 0
+    words = run.out.split()
+    for name in (*PUBLISHED, *ACCELERATORS):
+        assert name in words, f"{name} is not listed in one piece"
+
+
+def test_demo(varaccel: Shell, t2i: Path) -> None:
+    prompts = ["a red sphere", "a blue cube left of a red sphere"]
+    run = varaccel(
+        *("demo", "--model", t2i, "--out", "shown", "--window", 2),
+        *(part for prompt in prompts for part in ("--prompt", prompt)),
+    )
+    assert run.code == 0
+    assert varaccel.files == ["shown", "shown/plain-and-zipar.png"]
+    assert f"in {GRID**2} passes" in run.out
+    assert f"in {GRID + (GRID - 1) * 2} passes" in run.out
+    assert run.out.count("x the speed of plain decoding in this run") == 1
+    sheet = picture(varaccel.folder / "shown/plain-and-zipar.png")
+    tile, margin, text = 256, 8, 44
+    assert sheet.size == (margin + 2 * (tile + margin), text + 2 * (tile + text))
+    for row, accelerator in enumerate(("plain", ZipAR(2))):
+        images = pipeline("t2i")(prompts, seed=0, accelerator=accelerator).images
+        for column, image in enumerate(images):
+            left, top = margin + column * (tile + margin), text + row * (tile + text)
+            shown = sheet.crop((left, top, left + tile, top + tile))
+            assert shown.tobytes() == image.resize((tile, tile), Image.Resampling.LANCZOS).tobytes()
+
+
+def test_demo_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None:
+    assert varaccel("demo", "--model", c2i, "--out", ".", "--window", 2).code == 0
+    assert varaccel.files == ["plain-and-zipar.png"]
+
+
+def test_demo_refusals(varaccel: Shell, t2i: Path) -> None:
+    assert_sentence(varaccel("demo", "--model", t2i, "--window", 0), "window")
+    (varaccel.folder / "file").write_text("in the way")
+    run = varaccel("demo", "--model", t2i, "--out", "file", "--prompt", "a cube")
+    assert_sentence(run, "plain-and-zipar.png")
+    assert varaccel.files == ["file"]
+
+
+def test_bench(varaccel: Shell, t2i: Path) -> None:
+    run = varaccel(
+        *("bench", "--model", t2i, "--pictures", 0, "--repeats", 2, "--windows", "1,2,", "--batch", 2),
+        *("--out", "bench.json"),
+    )
+    assert run.code == 0
+    assert varaccel.files == ["bench.json"]
+    report = json.loads((varaccel.folder / "bench.json").read_text())
+    assert (report["batch"], report["repeats"], report["pictures"]) == (2, 2, 0)
+    assert report["model"] == str(t2i)
+    assert report["machine"]
+    plain, *zipar = report["measurements"]
+    assert plain["accelerator"] == "plain"
+    assert plain["passes"] == GRID**2
+    assert plain["speedup_spread"] == [1.0, 1.0]
+    assert [m["passes"] for m in zipar] == [GRID + (GRID - 1) * window for window in (1, 2)]
+    for row in zipar:
+        assert len(row["seconds"]) == 2
+        assert row["speedup_spread"][0] <= row["speedup"] <= row["speedup_spread"][1]
+        assert "adherence" not in row
+    words = run.out.split()
+    assert "lossless" in words
+    assert words.count("approximate") == 2
+
+
+def test_bench_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None:
+    arguments = ("bench", "--model", c2i, "--repeats", 1, "--windows", 2)
+    assert_sentence(varaccel(*arguments, "--pictures", 5), "--pictures 0")
+    run = varaccel(*arguments, "--pictures", 0, "--batch", len(CLASSES) + 1)
+    assert run.code == 0
+    assert varaccel.files == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--windows", "2,three"], ["--windows", "2,three"]), (["--windows", "0"], ["window", ">= 1"])],
+    ids=str,
+)
+def test_bench_refusals(varaccel: Shell, arguments: list[str], words: list[str]) -> None:
+    assert_sentence(varaccel("bench", *arguments), *words)
+
+
+@pytest.mark.parametrize("option", [("--batch", 0), ("--repeats", 0), ("--pictures", -1)], ids=str)
+def test_bench_counts(varaccel: Shell, option: tuple[str, int]) -> None:
+    run = varaccel("bench", *option)
+    assert run.code == 2
+    assert option[0] in run.err
+
+
+def test_bench_that_cannot_be_written(varaccel: Shell, t2i: Path) -> None:
+    (varaccel.folder / "file").write_text("in the way")
+    run = varaccel(
+        *("bench", "--model", t2i, "--pictures", 0, "--repeats", 1, "--windows", ""), "--out", "file/x.json"
+    )
+    assert run.code == 2
+    assert run.err.splitlines()[-1].startswith("varaccel: nothing could be written to file/x.json")
+
+
+# -- parts ---------------------------------------------------------------------------------------------
+
+
+def test_options_are_json_where_they_parse() -> None:
+    pairs = ["a=1", "b=0.5", "c=true", "d=null", "e=masked", "f=", "g=x=y", 'h="1"', "i=[1]"]
+    assert cli.parse_options(pairs) == {
+        **{"a": 1, "b": 0.5, "c": True, "d": None, "e": "masked"},
+        **{"f": "", "g": "x=y", "h": "1", "i": [1]},
+    }
+    with pytest.raises(InputError, match="key=value"):
+        cli.parse_options(["a=1", "b"])
+
+
+def test_progress_bars_return_after_a_failure() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    switches = (diffusers_logging, transformers_logging)
+    before = [s.is_progress_bar_enabled() for s in switches]
+
+    def fail() -> None:
+        with cli.quiet_loading():
+            assert not any(s.is_progress_bar_enabled() for s in switches)
+            raise InputError("no")
+
+    with pytest.raises(InputError):
+        fail()
+    assert [s.is_progress_bar_enabled() for s in switches] == before
+
+
+def test_module_from_outside() -> None:
+    """`python -m varaccel`: help is quick, because it loads no network library."""
+    code = (
+        "import runpy, sys; sys.argv = ['varaccel', '--help']\n"
+        "try: runpy.run_module('varaccel', run_name='__main__')\n"
+        "finally: assert not {'torch', 'diffusers'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    for command in ("generate", "models", "demo", "bench"):
+        assert command in run.stdout
