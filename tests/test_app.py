@@ -52,10 +52,12 @@ def load(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def page(app: ModuleType) -> Iterator[Any]:
-    page = app.build(load, ["tiny", "absent"])
-    yield page
-    page.close()
+def page(app: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        page = app.build(load, ["tiny", "absent"])
+        yield page
+        page.close()
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +154,7 @@ def test_unusable_model_ends_the_script_with_a_sentence(
     assert error.count("\n") == 1
 
 
-def test_a_visit(app: ModuleType, page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_visit(app: ModuleType, page: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from gradio_client import Client
     from gradio_client.exceptions import AppError
 
@@ -164,10 +166,12 @@ def test_a_visit(app: ModuleType, page: Any, monkeypatch: pytest.MonkeyPatch) ->
         return look_up(host, *arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", watched)
+    # only the client of this test asks the hub for something when it is made
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert not page.analytics_enabled
     address = app.serve(page, prevent_thread_lock=True, quiet=True)
     assert address.startswith("http://127.0.0.1:")
-    client = Client(address, verbose=False, analytics_enabled=False)
+    client = Client(address, verbose=False, analytics_enabled=False, download_files=tmp_path)
     try:
         arguments = ("a red sphere", "tiny", "zipar", 2, 3, 2.0, 1)
         plain, fast, costs = client.predict(*arguments, api_name="/generate")

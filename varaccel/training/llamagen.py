@@ -146,10 +146,12 @@ def train_llamagen(
     chosen = optimizers(model, recipe)
     ema = ExponentialAverage(model, recipe.ema_decay)
     order = SampleOrder(len(codes) - validation, recipe.batch_size, recipe.seed)
+    # diffusers' own entries of a config start with "_" and differ from process to process
+    config = {k: v for k, v in model.config.items() if not k.startswith("_")}
     run = TrainingRun(
         folder,
         budget,
-        {"recipe": asdict(recipe), "model": dict(model.config), **(settings or {})},
+        {"recipe": asdict(recipe), "model": config, **(settings or {})},
         {"model": model, "ema": ema, **{f"optimizer{i}": o for i, (o, _) in enumerate(chosen)}},
     )
     forward = torch.compile(model.forward) if compile else model.forward
