@@ -128,7 +128,7 @@ def test_code_in_a_file_is_refused(
         torch.save({"model": state, "args": Payload()}, path)
     else:
         path.write_bytes(pickle.dumps({"model": Payload()}))
-    with pytest.raises(CheckpointError, match="could run code|truncated or not"):
+    with pytest.raises(CheckpointError, match=r"could run code|truncated or not"):
         LlamaGenTransformer.from_original(path, **SIZE)
     assert not (tmp_path / "executed").exists()
 

@@ -70,7 +70,7 @@ def test_shipped_weights_match_the_manifest() -> None:
         for file, digest in entry["sha256"].items():
             assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest, f"{name}/{file}"
             listed.add(folder / file)
-    weights = {p for p in (ROOT / "weights").rglob("*.safetensors")}
+    weights = set((ROOT / "weights").rglob("*.safetensors"))
     assert weights == {p for p in listed if p.suffix == ".safetensors"}
     size = sum(p.stat().st_size for p in (ROOT / "weights").rglob("*") if p.is_file())
     assert size < 80e6

@@ -176,11 +176,15 @@ def test_presets_have_the_published_layout(
     assert model.codebook_size == 16384
 
 
-def test_from_original_prefers_averaged_weights(golden_state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_from_original_takes_averaged_weights_when_asked(
+    golden_state: dict[str, Tensor], tmp_path: Path
+) -> None:
     raw = {k: torch.zeros_like(v) for k, v in golden_state.items()}
     torch.save({"model": raw, "ema": golden_state, "steps": 3}, tmp_path / "vq.pt")
-    model = VQModel.from_original(tmp_path / "vq.pt", "VQ-16", **GOLDEN_CONFIG)
+    model = VQModel.from_original(tmp_path / "vq.pt", "VQ-16", ema=True, **GOLDEN_CONFIG)
     assert torch.equal(model.encoder.conv_in.weight, golden_state["encoder.conv_in.weight"])
+    model = VQModel.from_original(tmp_path / "vq.pt", "VQ-16", **GOLDEN_CONFIG)
+    assert torch.equal(model.encoder.conv_in.weight, raw["encoder.conv_in.weight"])
     torch.save({"model": golden_state}, tmp_path / "vq.pt")
     model = VQModel.from_original(tmp_path / "vq.pt", "VQ-16", **GOLDEN_CONFIG)
     assert torch.equal(model.quant_conv.bias, golden_state["quant_conv.bias"])

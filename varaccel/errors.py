@@ -19,8 +19,14 @@ class CheckpointError(VaraccelError, ValueError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """The error for a name that is not registered; suggests the nearest known one."""
+    """The error for a name that is not registered; suggests the nearest known one.
+
+    Up to twelve known names are listed, the nearest first if there are more.
+    """
     options = sorted(known)
-    near = difflib.get_close_matches(name, options, n=1)
+    near = difflib.get_close_matches(name, options, n=3)
     hint = f" did you mean {near[0]!r}?" if near else ""
-    return InputError(f"unknown {kind} {name!r};{hint} known: {', '.join(options) or 'none'}.")
+    listed = options if len(options) <= 12 else list(dict.fromkeys([*near, *options]))[:12]
+    more = f" and {len(options) - len(listed)} more" if len(options) > len(listed) else ""
+    shown = name if len(name) <= 60 else name[:59] + "…"
+    return InputError(f"unknown {kind} {shown!r};{hint} known: {', '.join(listed) or 'none'}{more}.")

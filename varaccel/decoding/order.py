@@ -69,7 +69,9 @@ def prepare(groups: Sequence[Group], device: torch.device) -> list[Feed]:
             numbers.extend(part)
             sizes.append(len(part))
     parts = torch.tensor(numbers, dtype=torch.int64).to(device).split(sizes)
-    return [Feed(*parts[3 * i : 3 * i + 3], host=group) for i, group in enumerate(groups)]
+    return [
+        Feed(parts[3 * i], parts[3 * i + 1], parts[3 * i + 2], host=group) for i, group in enumerate(groups)
+    ]
 
 
 @dataclass(frozen=True)

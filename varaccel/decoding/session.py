@@ -113,7 +113,8 @@ class CausalSession:
         features = self._features(canvas, feed)
         logits = self.network.logits(features)
         if features.shape[0] > self.batch:
-            logits = self._guide(*logits.split(self.batch), feed)
+            conditional, unconditional = logits.split(self.batch)
+            logits = self._guide(conditional, unconditional, feed)
         return Categorical(self.sampling.filter(logits), greedy=self.sampling.greedy)
 
     def _guide(self, conditional: Tensor, unconditional: Tensor, feed: Feed) -> Tensor:

@@ -124,9 +124,8 @@ class LlamaGenPipeline(LoadablePipeline):
             InputError: components that do not fit each other.
         """
         transformer = LlamaGenTransformer.from_original(path, grid_size=grid_size, num_heads=num_heads)
-        if not isinstance(vq_model, VQModel):
-            vq_model = VQModel.from_original(vq_model)
-        return cls(transformer, vq_model, text_encoder, tokenizer, **settings)
+        image_tokenizer = vq_model if isinstance(vq_model, VQModel) else VQModel.from_original(vq_model)
+        return cls(transformer, image_tokenizer, text_encoder, tokenizer, **settings)
 
     def compile(self, **options: Any) -> None:
         """Compile the network for fixed shapes: the first call after it takes a minute, later ones less.

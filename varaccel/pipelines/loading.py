@@ -11,6 +11,7 @@ from typing import Any, Self
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 
 from varaccel.errors import CheckpointError, unknown_name
 from varaccel.pipelines.catalog import PUBLISHED, shipped_models
@@ -94,7 +95,7 @@ class LoadablePipeline(DiffusionPipeline):
             )
         try:
             return super().from_pretrained(folder, **options)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
 

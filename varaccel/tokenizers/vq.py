@@ -147,14 +147,16 @@ class VQModel(ModelMixin, ConfigMixin):
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
-    def from_original(cls, path: str | os.PathLike[str], variant: str = "VQ-16", **overrides: Any) -> VQModel:
+    def from_original(
+        cls, path: str | os.PathLike[str], variant: str = "VQ-16", *, ema: bool = False, **overrides: Any
+    ) -> VQModel:
         """Load a published file: `vq_ds16_c2i.pt` and `vq_ds16_t2i.pt` are "VQ-16", `vq_ds8_c2i.pt` "VQ-8".
-
-        The averaged weights are taken if the file has them, as LlamaGen's reconstruction tools do.
 
         Args:
             path: the `.pt` or `.safetensors` file.
             variant: name of the layout.
+            ema: take the averaged weights if the file has them, as LlamaGen's reconstruction tools do; its
+                samplers never do, so that is the default.
             overrides: config entries that differ from the layout's.
 
         Raises:
@@ -163,7 +165,7 @@ class VQModel(ModelMixin, ConfigMixin):
         """
         model = cls.from_preset(variant, **overrides)
         state = read_published_weights(
-            path, anchor_key="quantize.embedding.weight", wrappers=("ema", *WRAPPERS)
+            path, anchor_key="quantize.embedding.weight", wrappers=("ema", *WRAPPERS) if ema else WRAPPERS
         )
         # a usage statistic of the training code
         load_strict(model, state, source=str(path), drop=(r"quantize\.codebook_used",))

@@ -293,7 +293,7 @@ def train_text_encoder(
         folder,
         budget,
         {"recipe": asdict(recipe), "world": WORLD_VERSION},
-        {"reader": reader, "optimizer": optimizer},  # type: ignore[dict-item]
+        {"reader": reader, "optimizer": optimizer},
     )
     schedule = Schedule(recipe.peak, recipe.warmup_steps)
     batches = caption_stream(recipe, tokenizer, run.step)
