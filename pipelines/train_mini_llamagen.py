@@ -4,6 +4,11 @@
 
 Every stage keeps its own folder below OUT and is skipped or resumed when the command is run again. The
 finished pipeline is written to OUT/mini-llamagen; `--install weights/mini-llamagen` puts it where it ships.
+
+To train a shipped pipeline further, with its own text encoder and image tokenizer:
+
+    python pipelines/train_mini_llamagen.py --out runs/more --from-pipeline weights/mini-llamagen \\
+        --stages scenes codes transformer pipeline
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokenizer-minutes", type=float, default=60.0)
     parser.add_argument("--minutes", type=float, default=240.0, help="training time of the transformer")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--from-pipeline", type=Path, help="go on from the weights of this pipeline")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-compile", action="store_true", help="train the transformer uncompiled")
     parser.add_argument("--install", type=Path, help="also write the pipeline here, in half precision")
@@ -75,7 +81,26 @@ def caption_condition(
     return condition
 
 
+def adopt(pipeline: Path, out: Path) -> None:
+    """Put the frozen parts of a pipeline where the stages look for them."""
+    import torch
+
+    from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
+    from varaccel.tokenizers.vq import VQModel
+
+    parts = (
+        ("vq_model", VQModel, out / "mini-vq" / "export"),
+        ("text_encoder", WordTextEncoder, out / "mini-text" / "text_encoder"),
+    )
+    for name, cls, target in parts:
+        if not target.exists():
+            cls.from_pretrained(pipeline / name, dtype=torch.float32).save_pretrained(target)
+    WordTokenizer.from_pretrained(pipeline / "tokenizer").save_pretrained(out / "mini-text" / "tokenizer")
+
+
 def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    import torch
+
     from varaccel.models.llamagen import LlamaGenTransformer
     from varaccel.scenes.cache import CachedScenes
     from varaccel.training.codes import read_codes
@@ -84,7 +109,13 @@ def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> No
 
     codes, fingerprint = read_codes(options.out / "codes")
     captions = CachedScenes(options.out / "scenes", allow_partial=True).captions[: len(codes)]
-    model = LlamaGenTransformer(**config["model"]).to(options.device)
+    if options.from_pipeline:
+        model = LlamaGenTransformer.from_pretrained(
+            options.from_pipeline / "transformer", dtype=torch.float32
+        )
+    else:
+        model = LlamaGenTransformer(**config["model"])
+    model.to(options.device)
     condition = caption_condition(captions, options.out / "mini-text", model.prefix_length, options.device)
     finished = train_llamagen(
         model,
@@ -94,6 +125,7 @@ def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> No
         budget=Budget(minutes=options.minutes),
         recipe=LlamaGenRecipe(**config["recipe"]),
         compile=not options.no_compile,
+        from_scratch=not options.from_pipeline,
         settings={"image_tokenizer": fingerprint},
     )
     finished.plot(["loss", "validation_loss"])
@@ -127,6 +159,8 @@ def main() -> int:
     from varaccel.errors import VaraccelError
 
     try:
+        if options.from_pipeline:
+            adopt(options.from_pipeline, out)
         if "scenes" in options.stages:
             command = ["-m", "varaccel.scenes.cache", "--out", out / "scenes"]
             run(*command, "--count", options.pictures, "--workers", options.workers)

@@ -124,16 +124,18 @@ def train_llamagen(
     recipe: LlamaGenRecipe | None = None,
     validation: int = 512,
     compile: bool = False,
+    from_scratch: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> TrainingRun:
     """Train until the budget is spent; resumes a run found in `folder`.
 
     Args:
-        model: initialised here when the run is new; ends with the averaged weights.
+        model: ends with the averaged weights.
         codes: [M, N] integer codes of M pictures in raster order, on the CPU; the last `validation` of them
             are not trained on.
         condition: gives the condition of samples, on the model's device.
         compile: compile the forward and backward pass (worth minutes of compilation on long runs).
+        from_scratch: draw new weights when the run is new; otherwise go on from those that `model` has.
         settings: further facts that must not change between resumes, such as the tokenizer's fingerprint.
 
     Raises:
@@ -142,7 +144,8 @@ def train_llamagen(
     """
     recipe = recipe or LlamaGenRecipe()
     device = model.device
-    initialise(model, torch.Generator().manual_seed(recipe.seed))
+    if from_scratch:
+        initialise(model, torch.Generator().manual_seed(recipe.seed))
     chosen = optimizers(model, recipe)
     ema = ExponentialAverage(model, recipe.ema_decay)
     order = SampleOrder(len(codes) - validation, recipe.batch_size, recipe.seed)
