@@ -146,6 +146,7 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
         WordTokenizer.from_pretrained(text / "tokenizer"),
         guidance_scale=config["guidance_scale"],
         top_k=config["top_k"],
+        temperature=config["temperature"],
     )
     pipe.save_pretrained(options.out / "mini-llamagen")
     if options.install:

@@ -126,7 +126,9 @@ def generate(
     guidance_scale: Annotated[
         float | None, typer.Option(help="How strictly to follow the prompt; 1 = off.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the most likely token.", show_default="the model's own")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 = all.")] = None,
     top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this mass.")] = 1.0,
     accelerator: Annotated[str, typer.Option("-a", "--accelerator", help="See `models`.")] = "plain",
@@ -193,10 +195,10 @@ def models() -> None:
 
 
 DEMO_PROMPTS = (
-    "a red sphere left of a blue cube at sunset",
-    "a shiny green cone behind a yellow cylinder on a checkered floor",
-    "a large metal sphere on a wooden floor at night",
-    "a purple cube",
+    "a large yellow cone on a wooden floor at night",
+    "a green cube on a checkered floor",
+    "a large purple ball at sunset",
+    "a red cylinder left of a blue cube in daylight",
 )
 
 

@@ -48,7 +48,7 @@ class LlamaGenPipeline(LoadablePipeline):
         text_encoder, tokenizer: for text-conditional models: Flan-T5 as published, or the word-level encoder
             of the small shipped model; see `varaccel.tokenizers.text`.
         class_names: for class-conditional models, names that can be used instead of labels.
-        guidance_scale, top_k: defaults of a call.
+        guidance_scale, top_k, temperature: defaults of a call.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vq_model"
@@ -68,6 +68,7 @@ class LlamaGenPipeline(LoadablePipeline):
         class_names: Sequence[str] | None = None,
         guidance_scale: float = 4.0,
         top_k: int = 0,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if transformer.config.vocab_size != vq_model.codebook_size:
@@ -84,6 +85,7 @@ class LlamaGenPipeline(LoadablePipeline):
             class_names=None if class_names is None else list(class_names),
             guidance_scale=guidance_scale,
             top_k=top_k,
+            temperature=temperature,
         )
         self._interrupt = False
         self._compiled: Callable[..., Tensor] | None = None
@@ -117,7 +119,7 @@ class LlamaGenPipeline(LoadablePipeline):
             text_encoder, tokenizer: for text-conditional models, e.g. Flan-T5-XL from transformers.
             grid_size, num_heads: facts that neither file nor file name tell; see
                 `LlamaGenTransformer.from_original`.
-            settings: `class_names`, `guidance_scale`, `top_k`.
+            settings: `class_names`, `guidance_scale`, `top_k`, `temperature`.
 
         Raises:
             CheckpointError: a file that is missing, damaged, unsafe or of another model.
@@ -149,7 +151,7 @@ class LlamaGenPipeline(LoadablePipeline):
         num_images_per_prompt: int = 1,
         seed: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float = 1.0,
         accelerator: Accelerator | str | None = None,
@@ -167,7 +169,7 @@ class LlamaGenPipeline(LoadablePipeline):
             num_images_per_prompt: pictures of each prompt, at least 1.
             seed: picture i uses seed + i and can be made again alone with it.
             generator: instead of a seed: one generator, or one per picture.
-            temperature, top_k, top_p: see `Sampling`; `top_k` is the model's own default if None.
+            temperature, top_k, top_p: see `Sampling`; the model's own defaults if None.
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
             output_type: "pil", "np", "pt", or "latent" for the token codes.
             return_dict: False for a plain tuple (images, stats).
@@ -189,7 +191,11 @@ class LlamaGenPipeline(LoadablePipeline):
         guidance = Guidance(
             self.config.guidance_scale if guidance_scale is None else guidance_scale, guidance_interval
         )
-        sampling = Sampling(temperature, self.config.top_k if top_k is None else top_k, top_p)
+        sampling = Sampling(
+            self.config.temperature if temperature is None else temperature,
+            self.config.top_k if top_k is None else top_k,
+            top_p,
+        )
         chosen = resolve_accelerator(accelerator, "llamagen")
         images = len(prompts) * num_images_per_prompt
         generators = picture_generators(images, seed, generator)
