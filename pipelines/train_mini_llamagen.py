@@ -21,13 +21,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from varaccel.training.allocator import keep_freed_memory
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-# See tokenizers/train_vq_scenes.py: without these, freed training tensors go back to the kernel every step.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 HERE = Path(__file__).parent
 STAGES = ("scenes", "text", "tokenizer", "codes", "transformer", "pipeline")
 
@@ -186,6 +186,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) is None for name in ALLOCATOR):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    keep_freed_memory()
     sys.exit(main())

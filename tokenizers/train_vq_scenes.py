@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-# Training tensors of a few MB are freed and allocated all the time. glibc would hand each back to the kernel
-# and page-fault it in again, which costs a third of the throughput. It reads these only when a program starts.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+from varaccel.training.allocator import keep_freed_memory
 
 
 def main() -> int:
@@ -93,6 +90,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) is None for name in ALLOCATOR):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    keep_freed_memory()
     sys.exit(main())
