@@ -93,7 +93,7 @@ def table(plain: Statistics, fast: Statistics) -> list[list[str | int]]:
     """A row of `COLUMNS` for each decoding; speeds are ratios to plain decoding."""
     return [
         [
-            f"{stats.accelerator}({', '.join(f'{k}={v}' for k, v in stats.options.items())})",
+            stats.label,
             "lossless" if stats.lossless else "approximate",
             stats.passes,
             f"{stats.tokens_per_pass:.2f}",

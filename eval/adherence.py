@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,44 +24,23 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from varaccel.cli import parse_options
-from varaccel.decoding.accelerator import Accelerator, make_accelerator
+from varaccel.decoding.accelerator import make_accelerator
 from varaccel.errors import InputError, VaraccelError
-from varaccel.evaluation.adherence import Adherence, Verdict, held_out_prompts, score_adherence
+from varaccel.evaluation.adherence import (
+    Adherence,
+    Verdict,
+    draw_captions,
+    held_out_prompts,
+    score_adherence,
+)
 from varaccel.evaluation.detector import as_batch, load_detector
 from varaccel.files import atomic_path
 from varaccel.pipelines.pixels import to_output
-from varaccel.scenes import Caption, render, sample_scene
+from varaccel.scenes import render, sample_scene
 from varaccel.scenes.cache import CachedScenes
 from varaccel.tokenizers.vq import VQModel
 
 _LINE = 12
-
-
-def generate(
-    pipeline: Callable[..., Any],
-    captions: Sequence[Caption],
-    *,
-    batch_size: int,
-    seed: int,
-    guidance_scale: float | None,
-    accelerator: Accelerator | None,
-) -> list[Image.Image]:
-    """One picture per caption; the picture of prompt i is drawn with seed `seed` + i, whatever the batch size."""
-    pictures: list[Image.Image] = []
-    with tqdm(total=len(captions), desc="generating", unit="picture") as bar:
-        for start in range(0, len(captions), batch_size):
-            prompts = [text.text for text in captions[start : start + batch_size]]
-            output = pipeline(
-                prompts, guidance_scale=guidance_scale, seed=seed + start, accelerator=accelerator
-            )
-            if len(output.images) != len(prompts):
-                raise InputError(
-                    f"the pipeline returned {len(output.images)} pictures for {len(prompts)} prompts; "
-                    "use one that makes one picture per prompt."
-                )
-            pictures += output.images
-            bar.update(len(prompts))
-    return pictures
 
 
 def render_scenes(seeds: Sequence[int], size: int) -> list[Image.Image]:
@@ -82,17 +62,6 @@ def reconstruct(pictures: Sequence[Image.Image], tokenizer: VQModel, batch_size:
     return result
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if len(longer) > width and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
 def _remark(verdict: Verdict) -> str:
     if verdict.correct:
         return "correct" if verdict.alone else f"correct, {verdict.detected} objects"
@@ -105,7 +74,10 @@ def sheet(
     pictures: Sequence[Image.Image], adherence: Adherence, columns: int = 8, side: int = 160
 ) -> Image.Image:
     """Pictures with their captions and verdicts: a green bar under a correct picture, a red one under others."""
-    texts = [_wrapped(verdict.caption, side // 6 - 1) for verdict in adherence.verdicts]
+    texts = [
+        textwrap.wrap(verdict.caption, side // 6 - 1, break_long_words=False)
+        for verdict in adherence.verdicts
+    ]
     height = side + 6 + _LINE * (max(map(len, texts)) + 1) + 4
     rows = -(-len(pictures) // columns)
     result = Image.new("RGB", (min(columns, len(pictures)) * (side + 4), rows * height), "white")
@@ -186,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 tokenizer = VQModel.from_pretrained(options.tokenizer).eval()
                 pictures = reconstruct(pictures, tokenizer, options.batch_size)
         else:
-            pictures = generate(
+            pictures = draw_captions(
                 _load_pipeline(options.model, options.device),
                 captions,
                 batch_size=options.batch_size,

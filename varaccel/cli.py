@@ -306,16 +306,9 @@ def _adherence(
     pipe: Any, detector: SceneDetector, captions: list[Caption], accelerator: Accelerator, seed: int
 ) -> Rate:
     """The rate of pictures that show all that their held-out captions say."""
-    from tqdm import tqdm
+    from varaccel.evaluation.adherence import draw_captions, score_adherence
 
-    from varaccel.evaluation.adherence import score_adherence
-
-    images: list[Any] = []
-    with tqdm(total=len(captions), desc=f"pictures, {accelerator.name}", unit="picture", leave=False) as bar:
-        for start in range(0, len(captions), 10):
-            texts = [text.text for text in captions[start : start + 10]]
-            images += pipe(texts, accelerator=accelerator, seed=seed + start).images
-            bar.update(len(texts))
+    images = draw_captions(pipe, captions, batch_size=10, seed=seed, accelerator=accelerator)
     return score_adherence(detector, images, captions).rates["correct"]
 
 
@@ -338,9 +331,8 @@ def _comparison(prompts: list[str], outputs: list[ImageOutput]) -> Image.Image:
             place = (margin + column * (tile + margin), top)
             sheet.paste(image.resize((tile, tile), Image.Resampling.LANCZOS), place)
         stats = output.stats
-        options = ", ".join(f"{k}={v}" for k, v in stats.options.items())
         line = (
-            f"{stats.accelerator}({options}): {stats.passes} passes, "
+            f"{stats.label}: {stats.passes} passes, "
             f"{stats.tokens_per_pass:.1f} tokens per pass, {stats.seconds['tokens']:.2f} s"
         )
         draw.text((margin, top + tile + 8), line, "black", font)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+
+def call_label(accelerator: str, options: Mapping[str, Any]) -> str:
+    """An accelerator with its options, as a call is written."""
+    return f"{accelerator}({', '.join(f'{k}={v}' for k, v in options.items())})"
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,11 @@ class Statistics:
     dtype: str = "float32"
 
     @property
+    def label(self) -> str:
+        """The accelerator with its options, such as `zipar(window=8, mode=masked)`."""
+        return call_label(self.accelerator, self.options)
+
+    @property
     def tokens_per_pass(self) -> float:
         return self.tokens / self.passes
 
@@ -51,9 +62,8 @@ class Statistics:
         }
 
     def __str__(self) -> str:
-        options = ", ".join(f"{k}={v}" for k, v in self.options.items())
         phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
         return (
-            f"{self.accelerator}({options}): {self.images} pictures of {self.tokens} tokens in {self.passes} "
+            f"{self.label}: {self.images} pictures of {self.tokens} tokens in {self.passes} "
             f"passes ({self.tokens_per_pass:.2f} tokens per pass), {self.total_seconds:.2f} s ({phases})"
         )

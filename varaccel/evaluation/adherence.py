@@ -6,7 +6,7 @@ positions against the prompt. Here the world is closed, so the detector knows ev
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
 from math import sqrt
@@ -14,7 +14,9 @@ from typing import Any
 
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from varaccel.decoding.accelerator import Accelerator
 from varaccel.errors import InputError, unknown_name
 from varaccel.evaluation.detector import Detection, Observation, SceneDetector
 from varaccel.scenes.grammar import Caption, Mention, caption
@@ -326,3 +328,34 @@ def held_out_prompts(count: int, exclude: Collection[str] = ()) -> dict[int, Cap
 def held_out_captions(count: int, exclude: Collection[str] = ()) -> list[Caption]:
     """The captions of `held_out_prompts(count, exclude)`."""
     return list(held_out_prompts(count, exclude).values())
+
+
+def draw_captions(
+    pipeline: Callable[..., Any],
+    captions: Sequence[Caption],
+    *,
+    batch_size: int,
+    seed: int,
+    guidance_scale: float | None = None,
+    accelerator: Accelerator | None = None,
+) -> list[Image.Image]:
+    """One picture per caption; picture i is drawn with seed `seed` + i, whatever the batch size.
+
+    Raises:
+        InputError: the pipeline does not make one picture per prompt.
+    """
+    pictures: list[Image.Image] = []
+    with tqdm(total=len(captions), desc="drawing", unit="picture") as bar:
+        for start in range(0, len(captions), batch_size):
+            prompts = [text.text for text in captions[start : start + batch_size]]
+            output = pipeline(
+                prompts, guidance_scale=guidance_scale, seed=seed + start, accelerator=accelerator
+            )
+            if len(output.images) != len(prompts):
+                raise InputError(
+                    f"the pipeline returned {len(output.images)} pictures for {len(prompts)} prompts; "
+                    "use one that makes one picture per prompt."
+                )
+            pictures += output.images
+            bar.update(len(prompts))
+    return pictures

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from varaccel.decoding.accelerator import Accelerator, Plain
+from varaccel.decoding.statistics import call_label
 from varaccel.errors import InputError
 from varaccel.evaluation.machine import describe_machine
 
@@ -43,8 +44,7 @@ class Measurement:
 
     @property
     def label(self) -> str:
-        options = ", ".join(f"{k}={v}" for k, v in self.options.items())
-        return f"{self.accelerator}({options})"
+        return call_label(self.accelerator, self.options)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from varaccel.errors import CheckpointError, unknown_name
 from varaccel.pipelines.catalog import PUBLISHED, PublishedModel
 from varaccel.pipelines.llamagen import LlamaGenPipeline
-from varaccel.pipelines.loading import LoadablePipeline, pipeline_class_name, resolve_model
+from varaccel.pipelines.loading import LoadablePipeline, hub_options, pipeline_class_name, resolve_model
 
 PIPELINES: dict[str, type[LoadablePipeline]] = {"LlamaGenPipeline": LlamaGenPipeline}
 """Pipeline classes by the name that a model folder records."""
@@ -39,12 +39,7 @@ class AutoPipeline:
         text = os.fspath(name)
         if text in PUBLISHED:
             return _from_published(text, PUBLISHED[text], **options)
-        hub = {
-            k: options[k]
-            for k in ("revision", "token", "cache_dir", "local_files_only", "force_download")
-            if k in options
-        }
-        folder = resolve_model(name, **hub)
+        folder = resolve_model(name, **hub_options(options))
         class_name = pipeline_class_name(folder)
         if class_name not in PIPELINES:
             raise CheckpointError(str(unknown_name("pipeline class", class_name, PIPELINES)))

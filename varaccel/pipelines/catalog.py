@@ -15,14 +15,12 @@ class PublishedModel:
     """A model whose weights its authors published as single files on the Hugging Face hub.
 
     Attributes:
-        family: host family.
         repository, weights, tokenizer: hub repository and the files of the transformer and image tokenizer.
         text_encoder: hub id of the text encoder, None for class-conditional models.
         grid_size: side of the token grid.
         guidance_scale, top_k: the authors' defaults for sampling.
     """
 
-    family: str
     repository: str
     weights: str
     tokenizer: str
@@ -34,7 +32,6 @@ class PublishedModel:
 
 def _class_conditional(size: str, resolution: int) -> PublishedModel:
     return PublishedModel(
-        "llamagen",
         "FoundationVision/LlamaGen",
         f"c2i_{size}_{resolution}.pt",
         "vq_ds16_c2i.pt",
@@ -47,7 +44,6 @@ def _class_conditional(size: str, resolution: int) -> PublishedModel:
 
 def _text_conditional(stage: int, resolution: int) -> PublishedModel:
     return PublishedModel(
-        "llamagen",
         "peizesun/llamagen_t2i",
         f"t2i_XL_stage{stage}_{resolution}.pt",
         "vq_ds16_t2i.pt",

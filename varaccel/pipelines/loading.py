@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,13 @@ from safetensors import SafetensorError
 
 from varaccel.errors import CheckpointError, unknown_name
 from varaccel.pipelines.catalog import PUBLISHED, shipped_models
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `options` that concern the download from the hub."""
+    return {name: options[name] for name in HUB_OPTIONS if name in options}
 
 
 def resolve_model(name: str | os.PathLike[str], **hub_options: Any) -> Path:
@@ -82,19 +90,15 @@ class LoadablePipeline(DiffusionPipeline):
         Raises:
             CheckpointError: nothing there, not a pipeline of this class, or a damaged file.
         """
-        hub = {
-            k: options.pop(k)
-            for k in ("revision", "token", "cache_dir", "local_files_only", "force_download")
-            if k in options
-        }
-        folder = resolve_model(name, **hub)
+        folder = resolve_model(name, **hub_options(options))
         found = pipeline_class_name(folder)
         if found != cls.__name__:
             raise CheckpointError(
                 f"{folder} holds a {found}, not a {cls.__name__}; load it with AutoPipeline."
             )
         try:
-            return super().from_pretrained(folder, **options)
+            local = {k: v for k, v in options.items() if k not in HUB_OPTIONS}
+            return super().from_pretrained(folder, **local)
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error

@@ -32,7 +32,7 @@ from varaccel.scenes.world import (
     TIMES,
     Scene,
 )
-from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun
+from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
 
 _KINDS = {"shape": SHAPES, "color": COLORS, "material": MATERIALS, "size": SIZES}
 
@@ -305,8 +305,7 @@ def train_detector(
     )
     schedule = Schedule(recipe.lr, recipe.warmup_steps, recipe.decay)
     ema = ExponentialAverage(model, recipe.ema_decay)
-    # names that start with an underscore are diffusers' own records of a load, in no fixed order
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    config = model_settings(model.config)
     state: dict[str, Any] = {"model": model, "ema": ema, "optimizer": optimizer}
     run = TrainingRun(
         folder,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from varaccel.errors import InputError
 from varaccel.models.llamagen import LlamaGenTransformer
-from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun
+from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
 
 logger = logging.getLogger(__name__)
 
@@ -149,8 +149,7 @@ def train_llamagen(
     chosen = optimizers(model, recipe)
     ema = ExponentialAverage(model, recipe.ema_decay)
     order = SampleOrder(len(codes) - validation, recipe.batch_size, recipe.seed)
-    # diffusers' own entries of a config start with "_" and differ from process to process
-    config = {k: v for k, v in model.config.items() if not k.startswith("_")}
+    config = model_settings(model.config)
     run = TrainingRun(
         folder,
         budget,

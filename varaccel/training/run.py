@@ -21,6 +21,11 @@ from varaccel.errors import CheckpointError, InputError
 from varaccel.files import atomic_path
 
 
+def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A diffusers config without the library's own entries, which start with "_" and differ from process to process."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
 class Stateful(Protocol):
     """Anything with the state_dict / load_state_dict pair: modules, optimisers, averages."""
 

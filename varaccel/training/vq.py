@@ -30,7 +30,7 @@ from varaccel.training.discriminator import (
     generator_loss,
 )
 from varaccel.training.perceptual import RandomFeatureLoss, laplacian_loss, ssim_loss
-from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun
+from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
 
 CODEBOOK_KEY = "quantize.embedding.weight"
 
@@ -345,7 +345,7 @@ class VQTrainer:
             )
             state["discriminator"] = self.discriminator
             state["discriminator_optimizer"] = self.discriminator_optimizer
-        config = {k: v for k, v in model.config.items() if not k.startswith("_")}
+        config = model_settings(model.config)
         settings: dict[str, Any] = {"model": config, "recipe": asdict(recipe)}
         if decoder_only:
             settings["decoder_only"] = True
