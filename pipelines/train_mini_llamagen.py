@@ -24,9 +24,7 @@ from typing import TYPE_CHECKING, Any
 from varaccel.training.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
+    from varaccel.training.llamagen import Condition
 
 HERE = Path(__file__).parent
 STAGES = ("scenes", "text", "tokenizer", "codes", "transformer", "pipeline")
@@ -55,30 +53,14 @@ def run(*command: object) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
-def caption_condition(
-    captions: list[str], text_folder: Path, prefix_length: int, device: str
-) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+def caption_condition(captions: list[str], text_folder: Path, prefix_length: int, device: str) -> Condition:
     """Sample indices -> frozen text features [B, T, C] and mask [B, T], as the pipeline will make them."""
-    import torch
-
-    from varaccel.tokenizers.text import TextFeatures, WordTextEncoder, WordTokenizer
+    from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
+    from varaccel.training import conditions
 
     tokenizer = WordTokenizer.from_pretrained(text_folder / "tokenizer")
-    encoder = WordTextEncoder.from_pretrained(text_folder / "text_encoder").to(device).eval()
-    tokens = tokenizer(
-        captions, max_length=prefix_length, padding="max_length", truncation=True, return_tensors="pt"
-    )
-
-    @torch.no_grad()
-    def condition(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = tokens["input_ids"][indices].to(device)
-        mask = tokens["attention_mask"][indices].to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            hidden = encoder(ids, mask).last_hidden_state
-        text = TextFeatures.from_hidden_states(hidden.float(), mask)
-        return text.features, text.mask
-
-    return condition
+    encoder = WordTextEncoder.from_pretrained(text_folder / "text_encoder").to(device)
+    return conditions.caption_condition(captions, tokenizer, encoder, prefix_length, device)
 
 
 def adopt(pipeline: Path, out: Path) -> None:

@@ -362,33 +362,65 @@ def test_demo_refusals(varaccel: Shell, t2i: Path) -> None:
 
 def test_bench(varaccel: Shell, t2i: Path) -> None:
     run = varaccel(
-        *("bench", "--model", t2i, "--pictures", 0, "--repeats", 2, "--windows", "1,2,", "--batch", 2),
-        *("--out", "bench.json"),
+        *("bench", "--model", t2i, "--pictures", 0, "--repeats", 2, "--batch", 1, "--batch", 2),
+        *("-a", "zipar:window=1", "-a", "zipar:window=2,mode=masked", "--out", "new/bench.json"),
     )
     assert run.code == 0
-    assert varaccel.files == ["bench.json"]
-    report = json.loads((varaccel.folder / "bench.json").read_text())
-    assert (report["batch"], report["repeats"], report["pictures"]) == (2, 2, 0)
-    assert report["model"] == str(t2i)
-    assert report["machine"]
-    plain, *zipar = report["measurements"]
+    assert varaccel.files == ["new", "new/bench.json"]
+    report = json.loads((varaccel.folder / "new/bench.json").read_text())
+    settings = report["settings"]
+    assert (settings["repeats"], settings["pictures"], settings["model"]) == (2, 0, str(t2i))
+    assert settings["machine"]
+    plain, *zipar = report["rows"]
     assert plain["accelerator"] == "plain"
-    assert plain["passes"] == GRID**2
-    assert plain["speedup_spread"] == [1.0, 1.0]
-    assert [m["passes"] for m in zipar] == [GRID + (GRID - 1) * window for window in (1, 2)]
-    for row in zipar:
-        assert len(row["seconds"]) == 2
-        assert row["speedup_spread"][0] <= row["speedup"] <= row["speedup_spread"][1]
-        assert "adherence" not in row
+    assert [speed["batch"] for speed in plain["speed"]] == [1, 2]
+    assert plain["speed"][0]["passes"] == GRID**2
+    assert plain["speed"][0]["speedup_spread"] == [1.0, 1.0]
+    for row, window in zip(zipar, (1, 2), strict=True):
+        assert row["options"]["window"] == window
+        assert row["quality"] is None
+        for speed in row["speed"]:
+            assert speed["passes"] == GRID + (GRID - 1) * window
+            assert len(speed["seconds"]) == 2
+            assert speed["speedup_spread"][0] <= speed["speedup"] <= speed["speedup_spread"][1]
     words = run.out.split()
-    assert words.count("lossless") == 1
-    assert words.count("approximate") == words.count("mode=masked") == 2
-    for word in ("plain", "window=1", "window=2", "seconds", "speed-up", "adherence"):
+    assert words.count("lossless") == 2
+    assert words.count("approximate") == words.count("mode=masked") == 4
+    for word in ("plain", "window=1", "window=2", "seconds", "speed-up"):
         assert word in words, f"{word} is cut off where the terminal has 80 columns"
 
 
+def test_bench_with_pictures(varaccel: Shell, t2i: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = (
+        *("bench", "--model", t2i, "--pictures", 4, "--scenes", 6, "--repeats", 1, "--out", "bench.json"),
+        *("-a", "zipar:window=1"),
+    )
+    run = varaccel(*arguments, "--plot", "plot.png", "--samples", "samples.png")
+    assert run.code == 0
+    assert varaccel.files == ["bench.json", "plot.png", "samples.png"]
+    assert run.out.splitlines()[-3:] == ["wrote bench.json", "wrote plot.png", "wrote samples.png"]
+    assert "scenes-detector" in run.out
+    written = (varaccel.folder / "bench.json").read_text()
+    report = json.loads(written)
+    for row in report["rows"]:
+        assert row["quality"]["adherence"]["total"] == len(row["quality"]["correct"]) == 4
+        assert row["quality"]["distance"]["value"] > 0
+    assert report["truth"]["adherence"]["share"] > 0.5
+    assert "of 6 true pictures" in report["settings"]["reference"]
+    versus = report["rows"][1]["against_plain"]
+    assert versus["distance_noise"] > 0
+    assert varaccel(*arguments, "--resume").code == 0
+    assert (varaccel.folder / "bench.json").read_text() == written
+    shown = varaccel(*arguments, "--resume", "--markdown").out
+    assert shown.startswith("Batch 1, ")
+    assert "| zipar window=1, mode=masked | approximate |" in shown
+    assert_sentence(varaccel(*arguments, "--resume", "--seed", 1), "seed 0 instead of 1")
+    assert (varaccel.folder / "bench.json").read_text() == written
+
+
 def test_bench_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None:
-    arguments = ("bench", "--model", c2i, "--repeats", 1, "--windows", 2)
+    arguments = ("bench", "--model", c2i, "--repeats", 1, "-a", "zipar:window=2")
     assert_sentence(varaccel(*arguments, "--pictures", 5), "--pictures 0")
     run = varaccel(*arguments, "--pictures", 0, "--batch", len(CLASSES) + 1)
     assert run.code == 0
@@ -397,27 +429,36 @@ def test_bench_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--windows", "2,three"], ["--windows", "2,three"]), (["--windows", "0"], ["window", ">= 1"])],
-    ids=str,
+    [
+        (["-a", "zipar:window=2", "-a", "zippar:window=2"], ["'zippar:window=2'", "did you mean 'zipar'"]),
+        (["-a", "zipar:window=0"], ["'zipar:window=0'", ">= 1"]),
+        (["-a", "zipar:window=2,4"], ["'zipar:window=2,4'", "key=value"]),
+        (["--resume"], ["--resume", "--out"]),
+        (["--out", "."], ["is a folder"]),
+        (["--plot", "plot.what"], ["plot.what", ".png"]),
+        (["--samples", "samples"], ["samples must end"]),
+        (["--plot", "plot.png", "--pictures", "0"], ["--plot", "--pictures"]),
+        (["--out", "file/x.json"], ["nothing could be written to file/x.json"]),
+        (["--out", "file", "--resume"], ["file cannot be continued"]),
+        (["--out", "other.json", "--resume"], ["other.json cannot be continued", "no report"]),
+    ],
+    ids=" ".join,
 )
 def test_bench_refusals(varaccel: Shell, arguments: list[str], words: list[str]) -> None:
-    assert_sentence(varaccel("bench", *arguments), *words)
+    """All of them before the model, which does not exist, is loaded."""
+    (varaccel.folder / "file").write_text("in the way")
+    (varaccel.folder / "other.json").write_text('{"measurements": []}')
+    assert_sentence(varaccel("bench", "--model", "not there", *arguments), *words)
+    assert varaccel.files == ["file", "other.json"]
 
 
-@pytest.mark.parametrize("option", [("--batch", 0), ("--repeats", 0), ("--pictures", -1)], ids=str)
+@pytest.mark.parametrize(
+    "option", [("--batch", 0), ("--repeats", 0), ("--pictures", -1), ("--scenes", -1)], ids=str
+)
 def test_bench_counts(varaccel: Shell, option: tuple[str, int]) -> None:
     run = varaccel("bench", *option)
     assert run.code == 2
     assert option[0] in run.err
-
-
-def test_bench_that_cannot_be_written(varaccel: Shell, t2i: Path) -> None:
-    (varaccel.folder / "file").write_text("in the way")
-    run = varaccel(
-        *("bench", "--model", t2i, "--pictures", 0, "--repeats", 1, "--windows", ""), "--out", "file/x.json"
-    )
-    assert run.code == 2
-    assert run.err.splitlines()[-1].startswith("varaccel: nothing could be written to file/x.json")
 
 
 # -- parts ---------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Accelerator": "varaccel.decoding.accelerator",
-    "Plain": "varaccel.decoding.accelerator",
-    "ZipAR": "varaccel.decoding.accelerator",
+    "Jacobi": "varaccel.decoding.jacobi",
+    "Plain": "varaccel.decoding.plain",
+    "ZipAR": "varaccel.decoding.zipar",
     "make_accelerator": "varaccel.decoding.accelerator",
     "Guidance": "varaccel.decoding.guidance",
     "Sampling": "varaccel.decoding.sampling",
@@ -39,6 +40,7 @@ __all__ = [
     "CheckpointError",
     "Guidance",
     "InputError",
+    "Jacobi",
     "LlamaGenPipeline",
     "LlamaGenTransformer",
     "Plain",
@@ -51,9 +53,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from varaccel.decoding.accelerator import Accelerator, Plain, ZipAR, make_accelerator
+    from varaccel.decoding.accelerator import Accelerator, make_accelerator
     from varaccel.decoding.guidance import Guidance
+    from varaccel.decoding.jacobi import Jacobi
+    from varaccel.decoding.plain import Plain
     from varaccel.decoding.sampling import Sampling
+    from varaccel.decoding.zipar import ZipAR
     from varaccel.errors import CheckpointError, InputError, VaraccelError
     from varaccel.models.llamagen import LlamaGenTransformer
     from varaccel.pipelines.auto import AutoPipeline

@@ -17,12 +17,9 @@ from varaccel.errors import InputError, VaraccelError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from varaccel.decoding.accelerator import Accelerator
-    from varaccel.evaluation.adherence import Rate
-    from varaccel.evaluation.detector import SceneDetector
+    from varaccel.evaluation.bench import BenchReport
     from varaccel.pipelines.loading import LoadablePipeline
     from varaccel.pipelines.output import ImageOutput
-    from varaccel.scenes.grammar import Caption
 
 app = typer.Typer(
     help="Fast decoding for visual autoregressive image models.",
@@ -239,77 +236,130 @@ def demo(
 @app.command()
 def bench(
     model: Model = "mini-llamagen",
-    out: Annotated[Path | None, typer.Option(help="Also write everything as JSON here.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures per timed call.")] = 1,
+    accelerator: Annotated[
+        list[str] | None,
+        typer.Option(
+            *("-a", "--accelerator"),
+            metavar="NAME:KEY=VALUE,...",
+            help="What to compare with plain decoding; repeatable.",
+            show_default="a grid over all accelerators",
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Pictures per timed call; repeatable.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
-    windows: Annotated[str, typer.Option(help="ZipAR windows, comma-separated.")] = "2,4,8,12",
     pictures: Annotated[
         int, typer.Option(min=0, help="Pictures per accelerator to judge quality; 0 = none.")
     ] = 100,
+    scenes: Annotated[
+        int, typer.Option(min=0, help="True pictures to measure the distance from; 0 = no distance.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write everything as JSON here, from the first rows on.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what --out holds of the same settings.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of speed against quality (needs matplotlib).")
+    ] = None,
+    samples: Annotated[Path | None, typer.Option(help="Picture of what each accelerator draws.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
 ) -> None:
-    """Speed, passes and prompt adherence of every accelerator, against plain decoding."""
+    """Speed, passes and quality of accelerators, against plain decoding in the same run."""
     from rich.console import Console
-    from rich.table import Column, Table
 
-    from varaccel.decoding.accelerator import ZipAR, make_accelerator
-    from varaccel.evaluation.adherence import held_out_captions
+    from varaccel.evaluation import bench as measuring
+    from varaccel.evaluation import bench_figures as figures
+    from varaccel.evaluation.adherence import held_out_prompts
     from varaccel.evaluation.detector import load_detector
-    from varaccel.evaluation.speed import measure_speed
 
-    try:
-        numbers = [int(window) for window in windows.split(",") if window.strip()]
-    except ValueError as error:
-        raise InputError(f"--windows is a list of integers like 2,4,8, got {windows!r}.") from error
-    accelerators = [ZipAR(window=number) for number in numbers]
+    if out is not None:
+        _check_writable(out)
+    if resume and out is None:
+        raise InputError("--resume continues the report of --out; name that file.")
+    if plot is not None:
+        check_picture_path(plot)
+        _check_writable(plot)
+        figures.check_matplotlib()
+        if not pictures:
+            raise InputError("--plot shows quality, so it needs pictures to be judged; raise --pictures.")
+    if samples is not None:
+        check_picture_path(samples)
+        _check_writable(samples)
+    grid = measuring.parse_grid(measuring.DEFAULT_GRID if accelerator is None else accelerator)
+    finished = _earlier_report(out) if resume and out is not None else None
+    batches = batch or [1]
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     if pictures and pipe.config.get("class_names") is not None:
         raise InputError(f"{model} draws classes, so no prompt can be judged; add --pictures 0.")
+    scenes = scenes if pictures > 1 else 0
+    held_out = held_out_prompts(max(pictures + scenes, max(batches) * repeats, len(DEMO_PROMPTS)))
+    seeds, captions = list(held_out), list(held_out.values())
+    prompts = examples(pipe, [text.text for text in captions[: max(batches) * repeats]])
     detector = load_detector() if pictures else None
-    captions = held_out_captions(max(batch, pictures))
-    prompts = examples(pipe, [text.text for text in captions[:batch]])
-    report = measure_speed(pipe, prompts, accelerators, repeats=repeats, seed=seed)
-    rows: list[dict[str, Any]] = [dataclasses.asdict(m) for m in report.measurements]
-    # as wide as the longest word, so that nothing is cut where a terminal has 80 columns
-    widths = {"passes": 6, "tokens per pass": 6, "seconds": 7, "speed-up (spread)": 8, "adherence (95 %)": 9}
-    table = Table(
-        *("accelerator", "law"),
-        *(Column(name, width=width) for name, width in widths.items()),
-        title=f"{model}, batch {batch}, {report.repeats} rounds\n{report.machine}",
+    report = measuring.run_bench(
+        pipe,
+        grid,
+        prompts=prompts,
+        captions=captions[:pictures],
+        batches=batches,
+        repeats=repeats,
+        detector=detector,
+        # other scenes than those of the captions, which every accelerator would be close to
+        reference=detector
+        and (
+            measuring.reference_statistics(detector, seeds[pictures : pictures + scenes]) if scenes else None
+        ),
+        truth=detector and measuring.true_pictures(seeds[:pictures], detector.config.image_size),
+        seed=seed,
+        model=model,
+        finished=finished,
+        on_rows=None if out is None else lambda rows: _write_report(rows, out),
     )
-    for row, measured in zip(rows, report.measurements, strict=True):
-        quality = "-"
-        if detector is not None:
-            accelerator = make_accelerator(measured.accelerator, measured.options)
-            rate = _adherence(pipe, detector, captions[:pictures], accelerator, seed)
-            row["adherence"] = dataclasses.asdict(rate)
-            quality = f"{100 * rate.share:.0f} % ({100 * rate.low:.0f} to {100 * rate.high:.0f})"
-        low, high = measured.speedup_spread
-        table.add_row(
-            "\n".join([measured.accelerator, *(f"{k}={v}" for k, v in measured.options.items())]),
-            "lossless" if measured.lossless else "approximate",
-            str(measured.passes),
-            f"{measured.tokens_per_pass:.2f}",
-            f"{measured.median_seconds:.3f}",
-            f"{measured.speedup:.2f}x ({low:.2f} to {high:.2f})",
-            quality,
-        )
-    Console().print(table)
+    if markdown:
+        typer.echo(report.markdown())
+    else:
+        Console().print(report.table())
     if out is not None:
-        content = report.to_dict() | {"model": model, "pictures": pictures, "measurements": rows}
-        write_text(json.dumps(content, indent=2) + "\n", out)
+        _write_report(report, out)
         typer.echo(f"wrote {out}")
+    if plot is not None:
+        figures.plot(report, plot)
+        typer.echo(f"wrote {plot}")
+    if samples is not None:
+        shown = examples(pipe, [text.text for text in captions[: len(DEMO_PROMPTS)]])
+        write_picture(figures.sample_sheet(pipe, grid, shown, seed=seed), samples)
+        typer.echo(f"wrote {samples}")
 
 
-def _adherence(
-    pipe: Any, detector: SceneDetector, captions: list[Caption], accelerator: Accelerator, seed: int
-) -> Rate:
-    """The rate of pictures that show all that their held-out captions say."""
-    from varaccel.evaluation.adherence import draw_captions, score_adherence
+def _check_writable(path: Path) -> None:
+    """Refuse, before hours of work, a path that no file can be written to."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"nothing could be written to {path}: {error}") from error
 
-    images = draw_captions(pipe, captions, batch_size=10, seed=seed, accelerator=accelerator)
-    return score_adherence(detector, images, captions).rates["correct"]
+
+def _earlier_report(path: Path) -> BenchReport | None:
+    """The report in a file, None if there is no such file yet."""
+    from varaccel.evaluation.bench import BenchReport
+
+    if not path.exists():
+        return None
+    try:
+        return BenchReport.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:  # InputError is a ValueError
+        raise InputError(f"{path} cannot be continued, so leave out --resume: {error}") from error
+
+
+def _write_report(report: BenchReport, path: Path) -> None:
+    write_text(json.dumps(report.to_dict(), indent=2, default=str) + "\n", path)
 
 
 def _comparison(prompts: list[str], outputs: list[ImageOutput]) -> Image.Image:

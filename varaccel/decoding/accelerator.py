@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import Tensor, nn
+
 from varaccel.decoding.canvas import Canvas
-from varaccel.decoding.loop import OnStep, decode
-from varaccel.decoding.order import Raster, StaggeredRows
+from varaccel.decoding.lanes import Lanes
+from varaccel.decoding.loop import OnStep
 from varaccel.decoding.randomness import Randomness
-from varaccel.decoding.session import Session
+from varaccel.decoding.session import CausalSession
+from varaccel.decoding.statistics import Tally
 from varaccel.errors import InputError, unknown_name
 
 
@@ -21,18 +24,33 @@ class Job:
     """One call as an accelerator sees it.
 
     Attributes:
-        open_session: makes a session of the host model for this call; takes the session's options.
+        open_session: makes a session for this call, of the host model or of another `network` of the same
+            conditions and codes; takes the session's options.
+        network: the host model.
         grid_width: columns of the token grid.
+        codes: size of the vocabulary.
         canvas: to be filled.
         randomness: the draws of each picture and position.
         on_step: observer of every pass.
+        neighbours: gives the codebook's table of nearest neighbours, (k, normalise) -> [V, k + 1] int.
+        drafters: the drafters that came with the model, by name.
     """
 
-    open_session: Callable[..., Session]
+    open_session: Callable[..., CausalSession]
+    network: nn.Module
     grid_width: int
+    codes: int
     canvas: Canvas
     randomness: Randomness
     on_step: OnStep | None = None
+    neighbours: Callable[[int, bool], Tensor] | None = None
+    drafters: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def lanes(self, order: int | str) -> Lanes:
+        """Lanes of an `order` option: "raster", or the window of ZipAR's order."""
+        if isinstance(order, str):
+            return Lanes.raster(self.canvas.num_positions)
+        return Lanes.rows(self.grid_width, self.canvas.num_positions, order)
 
 
 class Accelerator(ABC):
@@ -40,7 +58,7 @@ class Accelerator(ABC):
 
     Class attributes:
         name: what the user types.
-        lossless: whether the pictures follow exactly the law of plain decoding.
+        lossless: whether the pictures follow exactly the law of plain decoding, with default options.
         hosts: model families it works on.
         summary: one line for lists and help texts.
     """
@@ -50,9 +68,28 @@ class Accelerator(ABC):
     hosts: ClassVar[tuple[str, ...]]
     summary: ClassVar[str]
 
+    @property
+    def keeps_law(self) -> bool:
+        """Whether the pictures follow exactly the law of plain decoding, with these options."""
+        return self.lossless
+
     @abstractmethod
-    def run(self, job: Job) -> int:
-        """Fill `job.canvas`; return the number of forward passes of the host model."""
+    def run(self, job: Job) -> int | Tally:
+        """Fill `job.canvas`; return the number of forward passes of the host model, or a tally of them."""
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain values; objects by what they are called."""
+        plain = {}
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, Accelerator):
+                value = {"name": value.name, **value.options()}
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value = {"name": type(value).__name__, **dataclasses.asdict(value)}
+            elif not isinstance(value, (str, int, float, bool, list, tuple, type(None))):
+                value = type(value).__name__
+            plain[item.name] = value
+        return plain
 
 
 ACCELERATORS: dict[str, type[Accelerator]] = {}
@@ -83,13 +120,13 @@ def make_accelerator(name: str, options: Mapping[str, Any] | None = None) -> Acc
 
 
 def resolve_accelerator(accelerator: Accelerator | str | None, host: str) -> Accelerator:
-    """What the `accelerator=` argument of a pipeline means on a host family.
+    """What the `accelerator=` argument of a pipeline means on a host family; None is plain decoding.
 
     Raises:
         InputError: unknown, of the wrong type, or not made for this family.
     """
     if accelerator is None:
-        accelerator = Plain()
+        accelerator = "plain"
     if isinstance(accelerator, str):
         accelerator = make_accelerator(accelerator)
     if not isinstance(accelerator, Accelerator):
@@ -101,56 +138,3 @@ def resolve_accelerator(accelerator: Accelerator | str | None, host: str) -> Acc
             f"{accelerator.name!r} does not work on {host} models, only on {', '.join(accelerator.hosts)}."
         )
     return accelerator
-
-
-@register
-@dataclass(frozen=True)
-class Plain(Accelerator):
-    """One token per pass in raster order: the reference that every speed-up is stated against."""
-
-    name: ClassVar[str] = "plain"
-    lossless: ClassVar[bool] = True
-    hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
-    summary: ClassVar[str] = "one token per pass, in raster order"
-
-    def run(self, job: Job) -> int:
-        return decode(job.open_session(), job.canvas, Raster(), job.randomness, job.on_step)
-
-
-@register
-@dataclass(frozen=True)
-class ZipAR(Accelerator):
-    """Decode several rows at once, each a window behind the row above (He et al. 2024, arXiv 2412.04062).
-
-    Training-free and approximate: a token does not see the right part of the rows above it that is not there
-    yet. With `window` at least the row width it is raster decoding.
-
-    Attributes:
-        window: lag between rows in tokens, at least 1. Smaller is faster and further from the plain law.
-        mode: "masked" starts every row early, W + (H - 1) * window passes, and hides empty slots from
-            attention. "published" is the published code: the first row is finished before the second
-            starts, 2 W + (H - 2) * window passes, and empty slots are visible with zero key and value.
-
-    Raises:
-        InputError: window below 1, or an unknown mode.
-    """
-
-    name: ClassVar[str] = "zipar"
-    lossless: ClassVar[bool] = False
-    hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
-    summary: ClassVar[str] = "rows in parallel, each a window behind the row above (approximate)"
-
-    window: int = 8
-    mode: str = "masked"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            raise InputError(f"ZipAR window must be an integer >= 1, got {self.window!r}.")
-        if self.mode not in ("masked", "published"):
-            raise unknown_name("ZipAR mode", self.mode, ["masked", "published"])
-
-    def run(self, job: Job) -> int:
-        published = self.mode == "published"
-        order = StaggeredRows(job.grid_width, self.window, first_row_alone=published)
-        session = job.open_session(visibility="causal" if published else "encoded")
-        return decode(session, job.canvas, order, job.randomness, job.on_step)

@@ -55,3 +55,10 @@ class KVCache:
             all_keys[batch, :, slots] = keys.transpose(1, 2).to(all_keys.dtype)
             all_values[batch, :, slots] = values.transpose(1, 2).to(all_values.dtype)
         return all_keys[:, :, :length], all_values[:, :, :length]
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy keys and values of all layers from slots `source` [B, M] to slots `target` [B, M]."""
+        rows = torch.arange(source.shape[0], device=source.device).unsqueeze(1)
+        for buffer in (self.keys, self.values):
+            by_slot = buffer.permute(1, 3, 0, 2, 4)  # [B, S, L, H, D], a view
+            by_slot[rows, target] = by_slot[rows, source]

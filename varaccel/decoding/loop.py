@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from varaccel.decoding.canvas import Canvas
-from varaccel.decoding.order import Feed, Order
+from varaccel.decoding.order import Order
 from varaccel.decoding.randomness import Randomness
 from varaccel.decoding.session import Session
 
@@ -19,15 +20,22 @@ class Step:
 
     Attributes:
         number: of the pass, counted from 1; the number that `canvas.written` holds.
-        total: number of passes, if known ahead.
-        feed: what the pass decided.
+        progress: share of the work that is done, 0 to 1.
+        positions: what the pass decided, [P], or [B, P] with -1 as padding.
         canvas: the canvas after the pass; observers must not change it.
     """
 
     number: int
-    total: int | None
-    feed: Feed
+    progress: float
+    positions: Tensor
     canvas: Canvas
+
+    @property
+    def decided(self) -> int:
+        """Tokens decided per picture; the most of any picture if they differ (asks the device then)."""
+        if self.positions.dim() == 1:
+            return self.positions.shape[0]
+        return int((self.positions >= 0).sum(1).max())
 
 
 OnStep = Callable[[Step], None]
@@ -48,11 +56,10 @@ def decode(
     from numbers drawn ahead.
     """
     feeds = order.feeds(canvas)
-    total = len(feeds) if isinstance(feeds, list) else None
     number = 0
     for number, feed in enumerate(feeds, start=1):
         law = session.predict(canvas, feed)
         canvas.write(feed.positions, law.sample(randomness.at(feed.positions)), number)
         if on_step is not None:
-            on_step(Step(number, total, feed, canvas))
+            on_step(Step(number, number / len(feeds), feed.positions, canvas))
     return number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,11 @@ class Group:
     positions: tuple[int, ...]
     sources: tuple[int, ...]
     refresh: tuple[int, ...] = ()
+
+    @property
+    def last_slot(self) -> int:
+        """The last slot that is fed."""
+        return max((*self.refresh, *(p - 1 for p in self.positions)))
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Feed:
 class Order(Protocol):
     """A function of the canvas: the groups in which its empty positions are decided."""
 
-    def feeds(self, canvas: Canvas) -> Iterable[Feed]: ...
+    def feeds(self, canvas: Canvas) -> Sequence[Feed]: ...
 
 
 def prepare(groups: Sequence[Group], device: torch.device) -> list[Feed]:
@@ -92,20 +97,26 @@ class StaggeredRows:
     true token replaces it in the cache as soon as it exists. A row whose predecessor is known starts from
     it, so `window >= width` is raster order.
 
+    Models with end-of-line tokens need no stand-in: what a row starts from, the end of line of the row above,
+    is known ahead. It must stand on the canvas already; it is fed, never decided.
+
     Attributes:
-        width: columns of the grid.
+        width: columns of the grid that are decided.
         window: lag between rows, at least 1.
         first_row_alone: finish row 0 before row 1 starts, as the published code does: 2 W + (H - 2) s passes
             instead of W + (H - 1) s.
+        end_of_line: every row has one further position, holding an end-of-line token (Lumina-mGPT, Emu3).
     """
 
     width: int
     window: int
     first_row_alone: bool = False
+    end_of_line: bool = False
 
     def groups(self, positions: int) -> list[Group]:
-        """The schedule for a grid of `positions` cells; depends on sizes only."""
-        width, height = self.width, positions // self.width
+        """The schedule for a grid of `positions` cells, ends of line included; depends on sizes only."""
+        width, pitch = self.width, self.width + self.end_of_line
+        height = positions // pitch
         lag = min(self.window, width)
         # starts[r]: number of passes before the one that decides (r, 0)
         starts = [0]
@@ -118,13 +129,14 @@ class StaggeredRows:
             refresh: list[int] = []
             for row, start in enumerate(starts):
                 column = step - start
-                first = row * width
-                if column == width and row + 1 < height and starts[row + 1] < start + width:
+                first = row * pitch
+                late = starts[row + 1] < start + width if row + 1 < height else False
+                if column == width and (late or (self.end_of_line and row + 1 < height)):
                     refresh.append(first + width - 1)
                 if not 0 <= column < width:
                     continue
                 decided.append(first + column)
-                if column > 0 or row == 0 or start >= starts[row - 1] + width:
+                if column > 0 or row == 0 or self.end_of_line or start >= starts[row - 1] + width:
                     sources.append(first + column - 1)
                 else:
                     above = max(row - 2, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,11 +21,16 @@ class Randomness:
     on the order in which positions are decided: with the same laws, every order gives the same picture. And
     nothing is drawn inside the decoding loop.
 
+    Speculation needs more: guesses are drawn, tested and drawn again, pass after pass. Those numbers come
+    from `stream` and `gumbel`, and again each picture spends its own generator alone.
+
     Attributes:
         uniforms: [B, N] float64 in [0, 1), one number per position.
+        generators: of each picture.
     """
 
     uniforms: Tensor
+    generators: tuple[torch.Generator, ...] = field(default=(), repr=False)
 
     @classmethod
     def draw(
@@ -36,13 +41,79 @@ class Randomness:
             torch.rand(positions, dtype=torch.float64, generator=g, device=g.device).to(device)
             for g in generators
         ]
-        return cls(torch.stack(rows))
+        return cls(torch.stack(rows), tuple(generators))
 
     def at(self, positions: Tensor) -> Tensor:
         """The numbers of `positions` ([P] or [B, P], -1 = padding): [B, P]."""
         if positions.dim() == 1:
             return self.uniforms[:, positions]
         return self.uniforms.gather(1, positions.clamp(min=0))
+
+    def stream(self, width: int) -> Stream:
+        """Numbers for the passes to come, `width` per picture and pass."""
+        return Stream(self.generators, width, self.uniforms.device)
+
+    def gumbel(self, codes: int) -> GumbelNoise:
+        """Gumbel noise for every position and each of `codes` codes."""
+        return GumbelNoise(self.generators, self.uniforms.shape[1], codes, self.uniforms.device)
+
+
+class Stream:
+    """Uniform numbers per picture and pass, drawn some passes ahead in one copy to the device.
+
+    Every picture passes through the same number of passes from its own point of view, alone or in a batch, so
+    its numbers do not depend on the batch.
+    """
+
+    AHEAD = 16
+
+    def __init__(self, generators: Sequence[torch.Generator], width: int, device: torch.device) -> None:
+        self.generators, self.width, self.device = generators, width, device
+        self._block = torch.empty(0)
+        self._next = self.AHEAD
+
+    def next(self) -> Tensor:
+        """[B, width] float64 in [0, 1) for the next pass."""
+        if self._next == self.AHEAD:
+            shape = (self.AHEAD, self.width)
+            rows = [torch.rand(shape, dtype=torch.float64, generator=g, device=g.device) for g in self.generators]
+            self._block = torch.stack(rows, dim=1).to(self.device)
+            self._next = 0
+        self._next += 1
+        return self._block[self._next - 1]
+
+
+class GumbelNoise:
+    """Standard Gumbel noise that belongs to a picture, a position and a code.
+
+    Adding it to log-probabilities and taking the largest draws from them (the Gumbel-max trick). Since a
+    position keeps its noise, laws that differ little draw the same code at it. Drawn in blocks of positions
+    when they are first asked for: 4 bytes per position and code.
+    """
+
+    BLOCK = 64
+
+    def __init__(
+        self, generators: Sequence[torch.Generator], positions: int, codes: int, device: torch.device
+    ) -> None:
+        self.generators, self.positions, self.codes, self.device = generators, positions, codes, device
+        self._noise = torch.empty(len(generators), 0, codes, device=device)
+
+    def at(self, positions: Tensor, last: int) -> Tensor:
+        """Noise of `positions` [B, P]: [B, P, V] float32.
+
+        Args:
+            positions: places outside the picture get the noise of its border; their draws are not used.
+            last: the largest of them, as the host knows it.
+        """
+        wanted = min(last + 1, self.positions)
+        while self._noise.shape[1] < wanted:
+            shape = (min(self.BLOCK, self.positions - self._noise.shape[1]), self.codes)
+            rows = [torch.empty(shape, device=g.device).exponential_(generator=g) for g in self.generators]
+            block = torch.stack(rows).to(self.device).log_().neg_()
+            self._noise = torch.cat([self._noise, block], dim=1)
+        batch = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
+        return self._noise[batch, positions.clamp(0, wanted - 1)]
 
 
 def picture_generators(

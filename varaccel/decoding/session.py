@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,11 +12,10 @@ from varaccel.decoding.cache import KVCache
 from varaccel.decoding.canvas import Canvas
 from varaccel.decoding.guidance import Guidance
 from varaccel.decoding.law import Categorical, Law
+from varaccel.decoding.memory import Memory, Visibility
 from varaccel.decoding.order import Feed
 from varaccel.decoding.reading import Reading, prefix_mask
 from varaccel.decoding.sampling import Sampling
-
-Visibility = Literal["encoded", "causal"]
 
 
 class Session(Protocol):
@@ -40,6 +40,23 @@ class CausalNetwork(Protocol):
     def new_cache(self, batch: int, spare: int = 0) -> KVCache: ...
 
 
+@dataclass(frozen=True)
+class Guesses:
+    """Tokens to be read although not all of them are decided.
+
+    Attributes:
+        tokens: [B, F] codes.
+        positions: [B, F] the position that each stands for, -1 for padding.
+        scratch: [B, F] scratch slot of a guess, -1 for a decided token, which is read in its own slot.
+        visible: [B, F, scratch] bool, the guesses that each entry sees.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    scratch: Tensor | None = None
+    visible: Tensor | None = None
+
+
 class CausalSession:
     """A causal token network, its cache and guidance for one call.
 
@@ -53,6 +70,7 @@ class CausalSession:
             the same mask, so it depends on the length of the caption.
         visibility: "encoded": a query sees the slots before it that hold a token. "causal": it sees all
             slots before it, empty ones with zero key and value, as published ZipAR does.
+        scratch: number of guesses that can be read in one pass, see `Memory`.
         static_shapes: attend over all slots in every pass, so that shapes never change (for compiled
             networks); otherwise over the leading slots in use.
         transform: replaces `network.transform`, for a compiled version of it.
@@ -67,13 +85,13 @@ class CausalSession:
         guidance: Guidance | None = None,
         sampling: Sampling | None = None,
         visibility: Visibility = "encoded",
+        scratch: int = 0,
         static_shapes: bool = False,
         transform: Any = None,
     ) -> None:
         self.network = network
         self.guidance = guidance or Guidance()
         self.sampling = sampling or Sampling()
-        self.visibility = visibility
         self.static_shapes = static_shapes
         self._transform = transform or network.transform
         self.batch = condition.shape[0]
@@ -83,23 +101,34 @@ class CausalSession:
             condition_mask = None if condition_mask is None else condition_mask.repeat(2, 1)
         self._condition = condition
         self._condition_mask = condition_mask
-        # One spare slot takes what padded entries of ragged feeds write; nothing ever looks at it.
-        self.cache = network.new_cache(condition.shape[0], spare=1)
-        self._slots = self.prefix + network.num_tokens
-        self._rotary = network.rotary_table(network.device)
-        self._rotary = torch.cat([self._rotary, torch.zeros_like(self._rotary[:1])])
-        self._usable = torch.zeros(
-            condition.shape[0], self._slots + 1, dtype=torch.bool, device=network.device
+        self.memory = Memory(
+            network.new_cache(condition.shape[0], spare=scratch + 1),
+            network.rotary_table(network.device),
+            prefix=self.prefix,
+            scratch=scratch,
+            condition_mask=condition_mask,
+            visibility=visibility,
         )
-        self._usable[:, : self.prefix] = True if condition_mask is None else condition_mask.bool()
         self._padded = condition_mask is not None
-        self._frontier = 0  # slots before it are all encoded, in every row
-        self._first: Tensor | None = None  # features that predict position 0
+        self._frontier = 0  # positions before it are all encoded, in every row
+        self._prefix_features: Tensor | None = None
+        self.reads = 0  # forward passes of the network, the prefill included
+
+    @property
+    def cache(self) -> KVCache:
+        return self.memory.cache
 
     @property
     def rows_per_pass(self) -> int:
         """Network rows of a guided pass."""
-        return self._usable.shape[0]
+        return self.memory.rows
+
+    @property
+    def prefix_features(self) -> Tensor:
+        """[R, prefix, dim], features of the condition slots; the last predicts position 0."""
+        if self._prefix_features is None:
+            self._prefix_features = self._prefill()
+        return self._prefix_features
 
     @torch.inference_mode()
     def predict(self, canvas: Canvas, feed: Feed) -> Categorical:
@@ -108,20 +137,51 @@ class CausalSession:
         Encodes the condition and the tokens named by `feed`. Slots before the first of them must have been
         fed in earlier passes; otherwise they are empty and treated as `visibility` says.
         """
-        if self._first is None:
-            self._first = self._prefill()
-        features = self._features(canvas, feed)
+        return self.law(self._features(canvas, feed), feed.positions)
+
+    @torch.inference_mode()
+    def first_law(self) -> Categorical:
+        """The law of position 0, [B, 1, V], from the condition alone."""
+        positions = torch.zeros(1, dtype=torch.int64, device=self.network.device)
+        return self.law(self.prefix_features[:, -1:], positions)
+
+    @torch.inference_mode()
+    def read(self, guesses: Guesses, *, guided: bool, length: int | None = None) -> Tensor:
+        """Read decided tokens and guesses of any shape in one pass.
+
+        Args:
+            guided: whether the unconditional branch is still needed.
+            length: positions before it are all that is in use; ignored with static shapes.
+
+        Returns:
+            features [R, F, dim], R = 2 B while guided; those of position p predict position p + 1.
+        """
+        _ = self.prefix_features  # the condition is encoded before anything else
+        rows = self.rows_per_pass if guided else self.batch
+        x = self.network.embed_tokens(guesses.tokens)
+        reading = self.memory.reading(
+            guesses.positions,
+            rows=rows,
+            scratch=guesses.scratch,
+            visible=guesses.visible,
+            length=None if self.static_shapes or length is None else self.memory.base + length,
+        )
+        self.reads += 1
+        return self._transform(x.repeat(rows // self.batch, 1, 1), reading)
+
+    def law(self, features: Tensor, positions: Tensor) -> Categorical:
+        """The law of `positions` ([P] or [B, P]) that features [R, P, dim] predict; guided if R = 2 B."""
         logits = self.network.logits(features)
         if features.shape[0] > self.batch:
             conditional, unconditional = logits.split(self.batch)
-            logits = self._guide(conditional, unconditional, feed)
+            logits = self._guide(conditional, unconditional, positions)
         return Categorical(self.sampling.filter(logits), greedy=self.sampling.greedy)
 
-    def _guide(self, conditional: Tensor, unconditional: Tensor, feed: Feed) -> Tensor:
+    def _guide(self, conditional: Tensor, unconditional: Tensor, positions: Tensor) -> Tensor:
         guided = self.guidance.combine(conditional, unconditional)
         if self.guidance.interval < 0:
             return guided
-        active = feed.positions <= self.guidance.last_position  # [P] or [B, P]
+        active = positions <= self.guidance.last_position  # [P] or [B, P]
         return torch.where(active.unsqueeze(-1), guided, conditional)
 
     def _guided(self, feed: Feed) -> bool:
@@ -129,75 +189,64 @@ class CausalSession:
             return self.guidance.enabled
         return any(self.guidance.active_at(p) for p in feed.host.positions)
 
+    @torch.inference_mode()
     def _prefill(self) -> Tensor:
         x = self.network.embed_condition(self._condition)
         mask = None if self._condition_mask is None else prefix_mask(self._condition_mask, self.prefix)
         slots = torch.arange(self.prefix, device=x.device)
         reading = Reading(
-            self._rotary[: self.prefix],
+            self.memory.rotary[: self.prefix],
             mask=mask,
             causal=mask is None,
             cache=self.cache,
             slots=slots,
             length=self.prefix,
         )
-        self._frontier = self.prefix
-        return self.network.transform(x, reading)[:, -1:]
+        self.reads += 1
+        return self.network.transform(x, reading)
 
     def _features(self, canvas: Canvas, feed: Feed) -> Tensor:
         """Features [R, P, dim] that predict the positions, R = B or 2 B rows."""
-        assert self._first is not None
         rows = self.rows_per_pass if self._guided(feed) else self.batch
+        first = self.prefix_features[:rows, -1:]
         if feed.host is not None and feed.host.positions == (0,):
-            return self._first[:rows]
-        x, slots = self._inputs(canvas, feed)
-        if rows > self.batch:
-            x = x.repeat(2, 1, 1)
-            slots = slots.repeat(2, 1) if slots.dim() == 2 else slots
-        features = self._transform(x, self._reading(slots, feed, rows))
+            return first
+        if feed.host is not None and self._is_next(feed):
+            features = self._read_next(canvas, feed, rows)
+        else:
+            features = self._read_feed(canvas, feed, rows)
         features = features[:, -feed.positions.shape[-1] :]
         if feed.host is None:  # rows that stand at position 0 are predicted from the condition
             at_start = (feed.positions == 0).repeat(rows // self.batch, 1).unsqueeze(-1)
-            features = torch.where(at_start, self._first[:rows], features)
+            features = torch.where(at_start, first, features)
         return features
 
-    def _inputs(self, canvas: Canvas, feed: Feed) -> tuple[Tensor, Tensor]:
-        if feed.tokens.dim() == 1:
-            return self.network.embed_tokens(canvas.tokens[:, feed.tokens]), feed.slots + self.prefix
-        tokens = canvas.tokens.gather(1, feed.tokens.clamp(min=0))
-        slots = torch.where(feed.slots >= 0, feed.slots + self.prefix, self._slots)
-        return self.network.embed_tokens(tokens), slots
+    def _is_next(self, feed: Feed) -> bool:
+        """Whether one token is read and all tokens before it are encoded: raster decoding."""
+        assert feed.host is not None
+        if feed.host.refresh or feed.host.positions != (self._frontier + 1,):
+            return False
+        self._frontier += 1
+        return not self.static_shapes
 
-    def _reading(self, slots: Tensor, feed: Feed, rows: int) -> Reading:
-        rotary = self._rotary[slots]
-        if feed.host is not None:
-            last = self.prefix + max((*feed.host.refresh, *(p - 1 for p in feed.host.positions)))
-            length = None if self.static_shapes else last + 1
-            if slots.shape[0] == 1 and last == self._frontier:
-                # Raster decoding: everything before the query is encoded.
-                self._frontier += 1
-                if not self.static_shapes:
-                    self._usable[:, last] = True
-                    mask = self._usable[:rows, None, None, :length] if self._padded else None
-                    return Reading(rotary, mask=mask, cache=self.cache, slots=slots, length=length)
-        else:
-            length = None
-        return Reading(
-            rotary, mask=self._mask(slots, rows, length), cache=self.cache, slots=slots, length=length
+    def _read_next(self, canvas: Canvas, feed: Feed, rows: int) -> Tensor:
+        """A raster step needs no mask of its own: everything encoded so far is visible."""
+        memory, last = self.memory, self._frontier - 1
+        slots = feed.slots + memory.base
+        memory.usable[:, memory.base + last] = True
+        length = memory.base + last + 1
+        mask = memory.usable[:rows, None, None, :length] if self._padded or memory.scratch else None
+        reading = Reading(
+            memory.rotary[feed.slots + self.prefix], mask=mask, cache=self.cache, slots=slots, length=length
         )
+        self.reads += 1
+        x = self.network.embed_tokens(canvas.tokens[:, feed.tokens])
+        return self._transform(x.repeat(rows // self.batch, 1, 1), reading)
 
-    def _mask(self, slots: Tensor, rows: int, length: int | None) -> Tensor:
-        """[R, 1, F, K] bool for queries at `slots`, which are encoded in this pass."""
-        per_row = slots.expand(rows, -1) if slots.dim() == 1 else slots
-        # both branches have the same slots, so the dropped branch stays consistent if rows are repeated
-        repeats = self.rows_per_pass // rows
-        self._usable.scatter_(1, per_row.repeat(repeats, 1), True)
-        self._usable[:, -1] = False
-        usable = self._usable[:rows, :length]
-        if self.visibility == "causal":
-            usable = usable.clone()
-            usable[:, self.prefix : self._slots] = True
-        index = torch.arange(usable.shape[1], device=slots.device)
-        mask = usable[:, None] & (index <= per_row.unsqueeze(-1))
-        # A padded entry would see nothing, and softmax over nothing is not a number.
-        return (mask | (index == per_row.unsqueeze(-1))).unsqueeze(1)
+    def _read_feed(self, canvas: Canvas, feed: Feed, rows: int) -> Tensor:
+        tokens, slots = feed.tokens, feed.slots
+        if tokens.dim() == 1:
+            tokens, slots = tokens.expand(self.batch, -1), slots.expand(self.batch, -1)
+        guesses = Guesses(canvas.tokens.gather(1, tokens.clamp(min=0)), slots)
+        length = None if feed.host is None else feed.host.last_slot + 1
+        return self.read(guesses, guided=rows > self.batch, length=length)

@@ -6,10 +6,36 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def call_label(accelerator: str, options: Mapping[str, Any]) -> str:
     """An accelerator with its options, as a call is written."""
     return f"{accelerator}({', '.join(f'{k}={v}' for k, v in options.items())})"
+
+
+@dataclass
+class Tally:
+    """Counts of a call whose pictures advance at their own pace.
+
+    Attributes:
+        passes: [B] passes of the host model until the picture was finished, the prefill included.
+        attempts: [B] chains or trees of guesses that were judged.
+        accepted: [B] guesses that were accepted and written.
+        draft_passes: forward passes of the drafter, shared by all pictures.
+    """
+
+    passes: Tensor
+    attempts: Tensor
+    accepted: Tensor
+    draft_passes: int = 0
+
+    @classmethod
+    def start(cls, batch: int, device: torch.device) -> Tally:
+        """Before the first pass, in which nothing is guessed."""
+        zero = torch.zeros(batch, dtype=torch.int64, device=device)
+        return cls(zero, zero.clone(), zero.clone())
 
 
 @dataclass(frozen=True)
@@ -22,10 +48,14 @@ class Statistics:
         lossless: whether it keeps the law of plain decoding.
         images: pictures made.
         tokens: tokens per picture.
-        passes: forward passes of the host model, prefill included; all pictures share them.
+        passes: forward passes of the host model, prefill included; all pictures share them, so where they
+            advance at their own pace it is the number that the slowest needed.
         rows: network rows per pass, 2 per picture while guided.
         cache_bytes: size of the key-value cache.
         seconds: wall-clock time by phase: text, tokens (prefill and steps), decode (tokens to pixels).
+        picture_passes: passes that each picture needed, empty if all need the same.
+        accepted: of each picture, guesses accepted per pass and chain or tree; empty without guesses.
+        draft_passes: forward passes of the drafter.
         device, dtype: where and in which precision the host model ran.
     """
 
@@ -38,6 +68,9 @@ class Statistics:
     rows: int
     cache_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
+    picture_passes: tuple[int, ...] = ()
+    accepted: tuple[float, ...] = ()
+    draft_passes: int = 0
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -59,11 +92,20 @@ class Statistics:
         return asdict(self) | {
             "tokens_per_pass": self.tokens_per_pass,
             "total_seconds": self.total_seconds,
+            "mean_accepted": self.mean_accepted,
         }
+
+    @property
+    def mean_accepted(self) -> float | None:
+        """Mean of `accepted` over the pictures, None without guesses."""
+        return sum(self.accepted) / len(self.accepted) if self.accepted else None
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
+        guessed = "" if not self.accepted else f", {self.mean_accepted:.2f} guesses accepted per pass"
+        if self.draft_passes:
+            guessed += f", {self.draft_passes} drafter passes"
         return (
             f"{self.label}: {self.images} pictures of {self.tokens} tokens in {self.passes} "
-            f"passes ({self.tokens_per_pass:.2f} tokens per pass), {self.total_seconds:.2f} s ({phases})"
+            f"passes ({self.tokens_per_pass:.2f} tokens per pass{guessed}), {self.total_seconds:.2f} s ({phases})"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -233,10 +234,10 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
             device=device or self.device,
         )
 
-    def new_cache(self, batch: int, spare: int = 0) -> KVCache:
+    def new_cache(self, batch: int, spare: int = 0, layers: int | None = None) -> KVCache:
         """An empty cache for `batch` rows, the prefix and one picture, and `spare` slots beyond."""
         return KVCache(
-            layers=self.config.num_layers,
+            layers=self.config.num_layers if layers is None else layers,
             batch=batch,
             heads=self.config.num_kv_heads or self.config.num_heads,
             slots=self.prefix_length + self.num_tokens + spare,
@@ -261,11 +262,15 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
             return self.cls_embedding.uncond_embedding.expand_as(condition).to(condition.dtype)
         return torch.full_like(condition, self.config.num_classes)
 
-    def transform(self, x: Tensor, reading: Reading) -> Tensor:
-        """Run the blocks and the final norm on embedded inputs [B, P, dim] -> features [B, P, dim]."""
+    def transform(self, x: Tensor, reading: Reading, layers: Sequence[int] | None = None) -> Tensor:
+        """Run the blocks and the final norm on embedded inputs [B, P, dim] -> features [B, P, dim].
+
+        Args:
+            layers: numbers of the blocks to run, all if None; the i-th of them uses layer i of the cache.
+        """
         x = self.token_dropout(x)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, reading, index)
+        for index, number in enumerate(range(len(self.layers)) if layers is None else layers):
+            x = self.layers[number](x, reading, index)
         return self.norm(x)
 
     def logits(self, features: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import time
@@ -11,17 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varaccel.decoding.accelerator import Accelerator, Job, resolve_accelerator
 from varaccel.decoding.canvas import Canvas
 from varaccel.decoding.guidance import Guidance
 from varaccel.decoding.loop import Step
+from varaccel.decoding.neighbours import neighbour_table
+from varaccel.decoding.network_drafter import check_same_codes
 from varaccel.decoding.randomness import Randomness, picture_generators
 from varaccel.decoding.sampling import Sampling
 from varaccel.decoding.session import CausalSession
-from varaccel.decoding.statistics import Statistics
+from varaccel.decoding.statistics import Statistics, Tally
 from varaccel.errors import InputError, unknown_name
+from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.memory import memory_errors
@@ -49,15 +51,22 @@ class LlamaGenPipeline(LoadablePipeline):
             of the small shipped model; see `varaccel.tokenizers.text`.
         class_names: for class-conditional models, names that can be used instead of labels.
         guidance_scale, top_k, temperature: defaults of a call.
+        eagle_head, draft_transformer: drafters for speculative accelerators, trained for this transformer; see
+            `varaccel train drafter`.
+
+    Raises:
+        InputError: components that do not fit each other.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vq_model"
-    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012
+    _optional_components = ["text_encoder", "tokenizer", "eagle_head", "draft_transformer"]  # noqa: RUF012
 
     transformer: LlamaGenTransformer
     vq_model: VQModel
     text_encoder: Any
     tokenizer: Any
+    eagle_head: EagleHead | None
+    draft_transformer: LlamaGenTransformer | None
 
     def __init__(
         self,
@@ -69,6 +78,8 @@ class LlamaGenPipeline(LoadablePipeline):
         guidance_scale: float = 4.0,
         top_k: int = 0,
         temperature: float = 1.0,
+        eagle_head: EagleHead | None = None,
+        draft_transformer: LlamaGenTransformer | None = None,
     ) -> None:
         super().__init__()
         if transformer.config.vocab_size != vq_model.codebook_size:
@@ -78,8 +89,17 @@ class LlamaGenPipeline(LoadablePipeline):
             )
         if transformer.config.model_type == "t2i" and (text_encoder is None or tokenizer is None):
             raise InputError("a text-conditional transformer needs a text_encoder and a tokenizer.")
+        if eagle_head is not None:
+            eagle_head.check_fits(transformer)
+        if draft_transformer is not None:
+            check_same_codes(draft_transformer, transformer)
         self.register_modules(
-            transformer=transformer, vq_model=vq_model, text_encoder=text_encoder, tokenizer=tokenizer
+            transformer=transformer,
+            vq_model=vq_model,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            eagle_head=eagle_head,
+            draft_transformer=draft_transformer,
         )
         self.register_to_config(
             class_names=None if class_names is None else list(class_names),
@@ -88,12 +108,28 @@ class LlamaGenPipeline(LoadablePipeline):
             temperature=temperature,
         )
         self._interrupt = False
+        self._tables: dict[bool, Tensor] = {}
         self._compiled: Callable[..., Tensor] | None = None
 
     @property
     def image_size(self) -> int:
         """Height and width of the pictures in pixels."""
         return self.transformer.config.grid_size * self.vq_model.downsample_factor
+
+    @property
+    def drafters(self) -> dict[str, nn.Module]:
+        """The drafters that came with the model, by the names that accelerators know them by."""
+        found = {"eagle": self.eagle_head, "small": self.draft_transformer}
+        return {name: drafter for name, drafter in found.items() if drafter is not None}
+
+    def _neighbours(self, k: int, normalise: bool) -> Tensor:
+        """Nearest neighbours in the codebook, int32 [V, k + 1]; kept for the next call."""
+        table = self._tables.get(normalise)
+        if table is None or table.shape[1] < min(k + 1, self.vq_model.codebook_size - 1):
+            weight = self.vq_model.quantize.embedding.weight.detach().float()
+            table = neighbour_table(weight, k, normalise=normalise)
+            self._tables[normalise] = table
+        return table
 
     @property
     def interrupt(self) -> bool:
@@ -234,16 +270,17 @@ class LlamaGenPipeline(LoadablePipeline):
         canvas = Canvas.empty(len(generators), model.num_tokens, device=device)
         sessions: list[CausalSession] = []
 
-        def open_session(**options: Any) -> CausalSession:
+        def open_session(network: Any = None, **options: Any) -> CausalSession:
+            fixed = self._compiled is not None and network is None
             sessions.append(
                 CausalSession(
-                    model,
+                    model if network is None else network,
                     condition,
                     mask,
                     guidance=guidance,
                     sampling=sampling,
-                    static_shapes=self._compiled is not None,
-                    transform=self._compiled,
+                    static_shapes=fixed,
+                    transform=self._compiled if fixed else None,
                     **options,
                 )
             )
@@ -251,22 +288,33 @@ class LlamaGenPipeline(LoadablePipeline):
 
         self._interrupt = False
         passes = 0
+        tally: Tally | None = None
         with self.progress_bar(total=100) as bar:
 
             def on_step(step: Step) -> None:
                 nonlocal passes
                 passes = step.number
-                if step.total:
-                    bar.update(100 * step.number // step.total - bar.n)
+                bar.update(int(100 * step.progress) - bar.n)
                 if callback is not None:
-                    callback(self, step.number - 1, step.feed.positions.shape[-1], {"canvas": step.canvas})
+                    callback(self, step.number - 1, step.decided, {"canvas": step.canvas})
                 if self._interrupt:
                     raise Interrupted
 
             randomness = Randomness.draw(generators, canvas.num_positions, device)
-            job = Job(open_session, model.config.grid_size, canvas, randomness, on_step)
+            job = Job(
+                open_session,
+                model,
+                model.config.grid_size,
+                model.config.vocab_size,
+                canvas,
+                randomness,
+                on_step,
+                neighbours=self._neighbours,
+                drafters=self.drafters,
+            )
             with contextlib.suppress(Interrupted):
-                passes = accelerator.run(job)
+                counts = accelerator.run(job)
+                tally = counts if isinstance(counts, Tally) else None
         clock.lap("tokens")
 
         size = model.config.grid_size
@@ -279,14 +327,15 @@ class LlamaGenPipeline(LoadablePipeline):
         self.maybe_free_model_hooks()
         stats = Statistics(
             accelerator=accelerator.name,
-            options=dataclasses.asdict(accelerator),  # type: ignore[call-overload]
-            lossless=accelerator.lossless,
+            options=accelerator.options(),
+            lossless=accelerator.keeps_law,
             images=canvas.batch,
             tokens=model.num_tokens,
             passes=passes,
             rows=sessions[0].rows_per_pass,
             cache_bytes=sum(s.cache.nbytes for s in sessions),
             seconds=clock.laps,
+            **_of_tally(tally),
             device=str(device),
             dtype=str(model.dtype).removeprefix("torch."),
         )
@@ -353,6 +402,18 @@ class LlamaGenPipeline(LoadablePipeline):
         if wanted not in labels:
             raise unknown_name("class", str(name), list(labels) or [f"0 to {classes - 1}"])
         return labels[wanted]
+
+
+def _of_tally(tally: Tally | None) -> dict[str, Any]:
+    """A tally as fields of the statistics."""
+    if tally is None:
+        return {}
+    accepted = tally.accepted / tally.attempts.clamp(min=1)
+    return {
+        "picture_passes": tuple(tally.passes.tolist()),
+        "accepted": tuple(accepted.tolist()),
+        "draft_passes": tally.draft_passes,
+    }
 
 
 class Stopwatch:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from diffusers.utils import BaseOutput
+from PIL import Image
 
 from varaccel.decoding.statistics import Statistics
+from varaccel.errors import InputError
+from varaccel.pipelines.acceptance_map import acceptance_map
 
 
 @dataclass
@@ -24,3 +28,26 @@ class ImageOutput(BaseOutput):
     images: Any
     stats: Statistics
     written: Any
+
+    def acceptance_maps(
+        self, size: int = 512, *, overlay: bool = False, legend: bool = True
+    ) -> list[Image.Image]:
+        """One picture per picture of which pass decided each token; see `acceptance_map` for how to read it.
+
+        Args:
+            size: longer side in pixels, without the legend.
+            overlay: show the picture in grey under the colours.
+            legend: add a bar of the colours.
+
+        Raises:
+            InputError: `overlay` of a call whose `images` are not PIL pictures; `size` below the token grid.
+        """
+        pictures: Sequence[Image.Image | None] = [None] * len(self.written)
+        if overlay:
+            if not isinstance(self.images, list):
+                raise InputError("an overlay needs PIL pictures; make them with output_type='pil'.")
+            pictures = self.images
+        return [
+            acceptance_map(written, self.stats.passes, size, picture=picture, legend=legend)
+            for written, picture in zip(self.written, pictures, strict=True)
+        ]

@@ -1,0 +1,24 @@
+"""Plain decoding: the reference that every speed-up is stated against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from varaccel.decoding.accelerator import Accelerator, Job, register
+from varaccel.decoding.loop import decode
+from varaccel.decoding.order import Raster
+
+
+@register
+@dataclass(frozen=True)
+class Plain(Accelerator):
+    """One token per pass in raster order: the reference that every speed-up is stated against."""
+
+    name: ClassVar[str] = "plain"
+    lossless: ClassVar[bool] = True
+    hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
+    summary: ClassVar[str] = "one token per pass, in raster order"
+
+    def run(self, job: Job) -> int:
+        return decode(job.open_session(), job.canvas, Raster(), job.randomness, job.on_step)

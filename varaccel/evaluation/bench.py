@@ -1,0 +1,687 @@
+"""Every accelerator of a grid on one model: passes, speed and quality against plain decoding.
+
+Speed is measured per batch size as `measure_speed` does it. Quality is measured once per accelerator, on pictures of
+the same prompts and seeds: prompt adherence, and the Fréchet distance from true pictures in the features of the scene
+detector, which is no FID (see `varaccel.evaluation.frechet`). A report says of every difference to plain decoding
+whether the noise of sampling explains it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import comb, sqrt
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from varaccel import Plain
+from varaccel.cli import parse_options
+from varaccel.decoding.accelerator import Accelerator, make_accelerator
+from varaccel.decoding.statistics import call_label
+from varaccel.errors import InputError
+from varaccel.evaluation.adherence import Rate, score_adherence
+from varaccel.evaluation.detector import SceneDetector
+from varaccel.evaluation.frechet import (
+    FeatureStatistics,
+    FrechetSpread,
+    frechet_distance,
+    frechet_spread,
+    scene_features,
+    scene_space,
+)
+from varaccel.evaluation.machine import describe_machine
+from varaccel.evaluation.speed import Measurement, accelerator_options, measure_speed, naming
+from varaccel.scenes.grammar import Caption
+from varaccel.scenes.renderer import render
+from varaccel.scenes.sampler import sample_scene
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+DEFAULT_GRID = ("zipar:window=2", "zipar:window=4", "zipar:window=8", "zipar:window=12")
+"""What is compared if nothing is asked for, as typed on a command line."""
+
+SIGNIFICANT = 0.05
+"""A difference in adherence is noise if chance makes one as large or larger more often than this."""
+
+_DRAWN_TOGETHER = 10
+_REFERENCE_BATCH = 100
+_REFERENCES: dict[tuple[str, tuple[int, ...]], FeatureStatistics] = {}
+
+
+# -- the grid ------------------------------------------------------------------------------------------
+
+
+def _pieces(text: str) -> list[str]:
+    """`text` cut at its commas, except those within brackets or double quotes."""
+    pieces, depth, quoted = [""], 0, False
+    for index, letter in enumerate(text):
+        if letter == '"' and text[index - 1 : index] != "\\":
+            quoted = not quoted
+        elif not quoted:
+            depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth <= 0 and not quoted:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def parse_accelerator(text: str) -> Accelerator:
+    """An accelerator as typed: `NAME` or `NAME:key=value,key=value`, such as `zipar:window=4,mode=published`.
+
+    Values are JSON where they parse, so lists keep their commas: `name:tree=[1, 2, 3],k=100`.
+
+    Raises:
+        InputError: an unknown name or option, or a value that the accelerator refuses; quotes `text`.
+    """
+    name, _, options = text.partition(":")
+    try:
+        return make_accelerator(name.strip(), parse_options(_pieces(options)))
+    except InputError as error:
+        raise InputError(f"accelerator {text!r}: {error}") from error
+
+
+def parse_grid(texts: Iterable[str]) -> list[Accelerator]:
+    """The accelerators of several texts; see `parse_accelerator`."""
+    return [parse_accelerator(text) for text in texts]
+
+
+# -- what is found -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Fréchet distance from the reference, `value`, and its spread over bootstrap resamples of the pictures."""
+
+    value: float
+    spread: FrechetSpread
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good the pictures of one accelerator are.
+
+    Attributes:
+        adherence: rate of pictures that show all objects and relations of their captions.
+        correct: which of them do, in the order of the captions.
+        distance: of all pictures from the reference; None without a reference.
+    """
+
+    adherence: Rate
+    correct: tuple[bool, ...]
+    distance: Distance | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `correct` becomes a string of 0 and 1."""
+        return asdict(self) | {"correct": "".join("01"[shown] for shown in self.correct)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_dict` made."""
+        distance = values["distance"]
+        return cls(
+            Rate(**values["adherence"]),
+            tuple(letter == "1" for letter in values["correct"]),
+            distance and Distance(distance["value"], FrechetSpread(**distance["spread"])),
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Quality of one accelerator beside that of plain decoding, of the same prompts and seeds.
+
+    Attributes:
+        gained, lost: prompts that only this one, or only plain decoding, shows correctly.
+        p: probability of a split at least as uneven if both are equally good: the exact two-sided sign test on
+            the prompts where they differ (McNemar 1947). Not corrected for the number of accelerators.
+        distance: difference of the Fréchet distances, positive if this one is further away; None without them.
+        distance_noise: 2 (s² + s_plain²)^½ with the bootstrap standard deviations s: what the difference must
+            exceed. On the wide side, because the same prompts make both distances move together.
+    """
+
+    gained: int
+    lost: int
+    p: float
+    distance: float | None
+    distance_noise: float | None
+
+    @property
+    def same_adherence(self) -> bool:
+        """Whether noise explains the difference in adherence."""
+        return self.p >= SIGNIFICANT
+
+    @property
+    def same_distance(self) -> bool | None:
+        """Whether noise explains the difference in distance; None without distances."""
+        if self.distance is None or self.distance_noise is None:
+            return None
+        return abs(self.distance) < self.distance_noise or self.distance == 0
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """Two-sided exact binomial probability of a split of `gained` + `lost` at least as uneven, at even odds."""
+    total = gained + lost
+    tail = sum(comb(total, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def compare(quality: Quality, plain: Quality) -> Comparison:
+    """`quality` beside `plain`.
+
+    Raises:
+        InputError: they are of different numbers of pictures.
+    """
+    if len(quality.correct) != len(plain.correct):
+        raise InputError(
+            f"{len(quality.correct)} pictures cannot be compared with {len(plain.correct)}; judge equally many."
+        )
+    pairs = list(zip(quality.correct, plain.correct, strict=True))
+    gained, lost = pairs.count((True, False)), pairs.count((False, True))
+    difference = noise = None
+    if quality.distance is not None and plain.distance is not None:
+        difference = quality.distance.value - plain.distance.value
+        noise = 2 * sqrt(quality.distance.spread.std**2 + plain.distance.spread.std**2)
+    return Comparison(gained, lost, sign_test(gained, lost), difference, noise)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Everything about one accelerator.
+
+    Attributes:
+        accelerator, options, lossless: see `Measurement`.
+        speed: by batch size.
+        quality: None if no pictures were judged (yet).
+    """
+
+    accelerator: str
+    options: dict[str, Any]
+    lossless: bool
+    speed: dict[int, Measurement] = field(default_factory=dict)
+    quality: Quality | None = None
+
+    @property
+    def label(self) -> str:
+        return call_label(self.accelerator, self.options)
+
+    @property
+    def key(self) -> str:
+        """The same for the same accelerator, also after a way through JSON."""
+        return json.dumps([self.accelerator, self.options], sort_keys=True, default=str)
+
+    @property
+    def law(self) -> str:
+        return "lossless" if self.lossless else "approximate"
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Self:
+        """An empty row."""
+        return cls(accelerator.name, accelerator_options(accelerator), accelerator.lossless)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `speed` becomes a list."""
+        speed = []
+        for batch, measured in sorted(self.speed.items()):
+            own = asdict(measured) | {"median_seconds": measured.median_seconds}
+            speed.append({"batch": batch} | {k: v for k, v in own.items() if k not in _ROW_FIELDS})
+        return {
+            "accelerator": self.accelerator,
+            "options": self.options,
+            "lossless": self.lossless,
+            "speed": speed,
+            "quality": self.quality and self.quality.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_dict` made."""
+        own = {name: values[name] for name in _ROW_FIELDS}
+        speed = {}
+        for one in values["speed"]:
+            kept = {k: v for k, v in one.items() if k not in ("batch", "median_seconds")}
+            kept |= {name: tuple(kept[name]) for name in ("seconds", "speedup_spread")}
+            speed[int(one["batch"])] = Measurement(**own, **kept)
+        quality = values["quality"]
+        return cls(**own, speed=speed, quality=quality and Quality.from_dict(quality))
+
+
+_ROW_FIELDS = ("accelerator", "options", "lossless")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What must be equal for rows to stand in one report.
+
+    Attributes:
+        model: its name.
+        weights: digest of the pipeline's weights.
+        dtype, machine: precision and place of the measurement.
+        seed: of the first picture.
+        repeats: timed rounds.
+        prompts: digest of the prompts that speed was measured on.
+        pictures: judged per accelerator.
+        captions: digest of what they were asked to show.
+        reference: space, number and digest of the true pictures; None without distances.
+        call: further arguments of the pipeline call.
+    """
+
+    model: str
+    weights: str
+    dtype: str
+    machine: str
+    seed: int
+    repeats: int
+    prompts: str
+    pictures: int
+    captions: str
+    reference: str | None
+    call: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Rows of one run, plain decoding first.
+
+    Attributes:
+        settings: what was measured, and where.
+        rows: one per accelerator.
+        truth: quality of the true pictures of the captions: what adherence and distance of as many pictures can
+            reach with this detector; None if they were not judged.
+    """
+
+    settings: Settings
+    rows: tuple[Row, ...]
+    truth: Quality | None = None
+
+    @property
+    def batches(self) -> list[int]:
+        """The batch sizes that any row was measured on."""
+        return sorted({batch for row in self.rows for batch in row.speed})
+
+    @property
+    def plain(self) -> Row:
+        return self.rows[0]
+
+    def against_plain(self, row: Row) -> Comparison | None:
+        """`row` beside plain decoding; None for that itself, or if either was not judged."""
+        if row is self.plain or row.quality is None or self.plain.quality is None:
+            return None
+        return compare(row.quality, self.plain.quality)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON. `against_plain` repeats what follows from the rest."""
+        rows = []
+        for row in self.rows:
+            versus = self.against_plain(row)
+            rows.append(row.to_dict() | {"against_plain": versus and asdict(versus)})
+        return {"settings": asdict(self.settings), "truth": self.truth and self.truth.to_dict(), "rows": rows}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_dict` made.
+
+        Raises:
+            InputError: it is not from there.
+        """
+        try:
+            truth = values["truth"]
+            return cls(
+                Settings(**values["settings"]),
+                tuple(Row.from_dict(row) for row in values["rows"]),
+                truth and Quality.from_dict(truth),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"this is no report of `varaccel bench` that can be continued ({type(error).__name__}: {error})."
+            ) from error
+
+    # -- shown ---------------------------------------------------------------------------------------------
+
+    def _speed_header(self) -> list[str]:
+        return ["accelerator", "law", "passes", "tokens per pass", "seconds", "speed-up (spread)"]
+
+    def _speed_cells(self, batch: int) -> list[list[str]]:
+        """A line per row that was measured on this batch, for `_speed_header`."""
+        lines = []
+        for row in self.rows:
+            if batch not in row.speed:
+                continue
+            one = row.speed[batch]
+            low, high = one.speedup_spread
+            spread = "" if row is self.plain else f" ({low:.2f} to {high:.2f})"
+            lines.append(
+                [
+                    *(_call(row), row.law, f"{one.passes:.4g}", f"{one.tokens_per_pass:.2f}"),
+                    *(f"{one.median_seconds:.3f}", f"{one.speedup:.2f}x{spread}"),
+                ]
+            )
+        return lines
+
+    def _quality_header(self) -> list[str]:
+        header = ["accelerator", "adherence (95 %)", "against plain"]
+        return header if self.settings.reference is None else [*header, "distance (sd)", "against plain"]
+
+    def _quality_cells(self) -> list[list[str]]:
+        """A line per judged row, for `_quality_header`."""
+        judged = [(_call(row), row.quality, self.against_plain(row)) for row in self.rows]
+        lines = []
+        for call, quality, versus in [*judged, ("true pictures", self.truth, None)]:
+            if quality is None:
+                continue
+            rate = quality.adherence
+            cells = [call, f"{100 * rate.share:.0f} % ({100 * rate.low:.0f} to {100 * rate.high:.0f})"]
+            cells.append("-" if versus is None else _adherence_verdict(versus))
+            if quality.distance is not None:
+                cells.append(f"{quality.distance.value:.3g} ({quality.distance.spread.std:.2g})")
+                cells.append("-" if versus is None else _distance_verdict(versus))
+            lines.append(cells + ["-"] * (len(self._quality_header()) - len(cells)))
+        return lines
+
+    def _notes(self) -> list[str]:
+        """What the columns of quality mean."""
+        notes = [
+            f"Adherence: share of {self.settings.pictures} pictures that show all of their captions; +a -b: prompts "
+            "that only the accelerator, or only plain decoding, shows correctly, and p of the exact sign test."
+        ]
+        if self.settings.reference is not None:
+            notes.append(
+                f"Distance: Fréchet distance in the feature space {self.settings.reference}; not FID, and comparable "
+                "at the same number of pictures only; sd by bootstrap, noise is twice that of the difference."
+            )
+        return notes
+
+    def table(self) -> Group:
+        """Tables for a terminal of 80 columns: speed by batch size, then quality."""
+        from rich.console import Group
+        from rich.table import Column, Table
+
+        # as wide as the longest word, so that nothing is cut
+        longest = max(len(line) for row in self.rows for line in _call(row).split("\n"))
+        widths = {"passes": 6, "tokens per pass": 6, "seconds": 7, "accelerator": max(13, min(longest, 24))}
+        parts: list[Any] = []
+        for batch in self.batches:
+            table = Table(
+                *(Column(name, width=widths.get(name)) for name in self._speed_header()),
+                title=f"{self.settings.model}, batch {batch}, {self.settings.repeats} rounds\n"
+                f"{self.settings.machine}",
+            )
+            for cells in self._speed_cells(batch):
+                table.add_row(*cells)
+            parts.append(table)
+        if lines := self._quality_cells():
+            header = [Column(name, width=widths.get(name)) for name in self._quality_header()]
+            table = Table(*header, title=f"quality of {self.settings.pictures} pictures")
+            for cells in lines:
+                table.add_row(*cells)
+            parts += [table, *self._notes()]
+        return Group(*parts)
+
+    def markdown(self) -> str:
+        """The same tables in Markdown."""
+        parts = []
+        for batch in self.batches:
+            title = f"Batch {batch}, median of {self.settings.repeats} rounds, {self.settings.machine}:"
+            parts += [title, _markdown(self._speed_header(), self._speed_cells(batch), left=2)]
+        if lines := self._quality_cells():
+            parts += [_markdown(self._quality_header(), lines, left=1), *self._notes()]
+        return "\n\n".join(parts) + "\n"
+
+
+def _call(row: Row) -> str:
+    """The accelerator and its options, one a line."""
+    return "\n".join([row.accelerator, *(f"{k}={v}" for k, v in row.options.items())])
+
+
+def _adherence_verdict(versus: Comparison) -> str:
+    word = "within noise" if versus.same_adherence else "better" if versus.gained > versus.lost else "worse"
+    return f"{word} (+{versus.gained} -{versus.lost}, p {_probability(versus.p)})"
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+
+
+def _distance_verdict(versus: Comparison) -> str:
+    if versus.distance is None:
+        return "-"
+    word = "within noise" if versus.same_distance else "closer" if versus.distance < 0 else "further"
+    return f"{word} ({versus.distance:+.2g}, noise {versus.distance_noise:.2g})"
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    """A table whose first `left` columns are aligned to the left, the others to the right."""
+
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(_one_line(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+    rule = "|" + "|".join("---" if index < left else "---:" for index in range(len(header))) + "|"
+    return "\n".join([line(header), rule, *(line(cells) for cells in lines)])
+
+
+def _one_line(cell: str) -> str:
+    first, *rest = cell.split("\n")
+    return f"{first} {', '.join(rest)}".strip()
+
+
+# -- true pictures -------------------------------------------------------------------------------------
+
+
+def true_pictures(seeds: Iterable[int], size: int) -> list[Image.Image]:
+    """The scenes of `seeds` as they are, `size` pixels a side."""
+    return [Image.fromarray(render(sample_scene(seed), size).image) for seed in seeds]
+
+
+def reference_statistics(
+    detector: SceneDetector, seeds: Sequence[int], *, progress: bool = True
+) -> FeatureStatistics:
+    """Feature statistics of the true pictures of `seeds`, kept for the next call of this process."""
+    key = (scene_space(detector), tuple(seeds))
+    if key not in _REFERENCES:
+        features = []
+        with tqdm(
+            total=len(seeds), desc="true pictures", unit="picture", leave=False, disable=not progress
+        ) as bar:
+            for start in range(0, len(seeds), _REFERENCE_BATCH):
+                part = seeds[start : start + _REFERENCE_BATCH]
+                features.append(scene_features(detector, true_pictures(part, detector.config.image_size)))
+                bar.update(len(part))
+        if not features:
+            raise InputError("a reference needs at least two scenes, got none.")
+        _REFERENCES[key] = FeatureStatistics.from_features(torch.cat(features), key[0])
+    return _REFERENCES[key]
+
+
+def judge_pictures(
+    detector: SceneDetector,
+    images: Sequence[Image.Image],
+    captions: Sequence[Caption],
+    reference: FeatureStatistics | None = None,
+) -> Quality:
+    """Adherence of `images` to `captions`, and their distance from `reference` if there is one."""
+    scored = score_adherence(detector, images, captions)
+    distance = None
+    if reference is not None:
+        features, space = scene_features(detector, images), scene_space(detector)
+        own = FeatureStatistics.from_features(features, space)
+        distance = Distance(frechet_distance(reference, own), frechet_spread(reference, features, space))
+    return Quality(scored.rates["correct"], tuple(v.correct for v in scored.verdicts), distance)
+
+
+# -- the run -------------------------------------------------------------------------------------------
+
+
+def run_bench(
+    pipe: Any,
+    accelerators: Sequence[Accelerator],
+    *,
+    prompts: Sequence[str | int],
+    captions: Sequence[Caption] = (),
+    batches: Sequence[int] = (1,),
+    repeats: int = 5,
+    detector: SceneDetector | None = None,
+    reference: FeatureStatistics | None = None,
+    truth: Sequence[Image.Image] | None = None,
+    seed: int = 0,
+    model: str = "",
+    finished: BenchReport | None = None,
+    on_rows: Callable[[BenchReport], None] | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> BenchReport:
+    """Measure accelerators against plain decoding: speed by batch size, then quality.
+
+    All accelerators of a batch size are timed in turn; a ratio is taken within a round, so it stays fair if rows are
+    added later (`finished`), when plain decoding is timed again beside them.
+
+    Args:
+        pipe: a pipeline; its own progress bar is left as it is.
+        accelerators: to be compared; plain decoding is added in front, repetitions are dropped.
+        prompts: for speed, at least the largest batch; up to `repeats` batches of them are used.
+        captions: for quality, one picture of each per accelerator; picture i has seed `seed` + i. None: only speed.
+        batches: pictures per timed call.
+        repeats: timed rounds.
+        detector: judges the pictures of `captions`.
+        reference: statistics of true pictures to measure the distance from; none: no distances.
+        truth: true pictures of `captions`, to be judged like the others.
+        model: name for the report.
+        finished: an earlier report of the same settings; what it holds is not measured again.
+        on_rows: called with the report so far whenever rows have been added, to save it.
+        progress: show a bar over the whole.
+        call: further arguments of the pipeline call, such as guidance_scale.
+
+    Raises:
+        InputError: captions without a detector; `finished` is of other settings; an accelerator that cannot be used
+            here, by its label.
+    """
+    if captions and detector is None:
+        raise InputError("pictures are judged by a detector; pass one, or no captions.")
+    if reference is not None and len(captions) == 1:
+        raise InputError("a distance needs at least two pictures; judge more, or pass no reference.")
+    if not batches or min(batches) < 1 or max(batches) > len(prompts):
+        raise InputError(
+            f"batches are 1 to as many pictures as there are prompts ({len(prompts)}), got {list(batches)}."
+        )
+    settings = Settings(
+        model=model,
+        weights=_weights_digest(pipe),
+        dtype=str(pipe.transformer.dtype).removeprefix("torch."),
+        machine=describe_machine(pipe.transformer.device),
+        seed=seed,
+        repeats=repeats,
+        prompts=_digest([str(prompt) for prompt in prompts]),
+        pictures=len(captions),
+        captions=_digest([text.text for text in captions]),
+        reference=None if reference is None or not captions else _describe(reference),
+        call=call,
+    )
+    candidates = {Row.of(one).key: one for one in (Plain(), *accelerators)}
+    rows = {key: Row.of(one) for key, one in candidates.items()}
+    seen_truth: Quality | None = None
+    if finished is not None:
+        _check_settings(finished.settings, settings)
+        rows |= {row.key: row for row in finished.rows}
+        seen_truth = finished.truth
+
+    def added() -> BenchReport:
+        report = BenchReport(settings, tuple(rows.values()), seen_truth)
+        if on_rows is not None:
+            on_rows(report)
+        return report
+
+    untimed = {
+        batch: [one for key, one in candidates.items() if batch not in rows[key].speed]
+        for batch in dict.fromkeys(batches)
+    }
+    unjudged = [(key, one) for key, one in candidates.items() if captions and rows[key].quality is None]
+    total = len(captions) * len(unjudged) + sum(
+        batch * (repeats + 1) * len({Row.of(one).key for one in (Plain(), *todo)})
+        for batch, todo in untimed.items()
+        if todo
+    )
+    with tqdm(total=total, unit="picture", disable=not progress, leave=False) as bar:
+        for batch, todo in untimed.items():
+            if not todo:
+                continue
+            bar.set_description(f"speed, batch {batch}")
+            measured = measure_speed(
+                pipe,
+                prompts,
+                todo,
+                batch=batch,
+                repeats=repeats,
+                seed=seed,
+                on_call=lambda _, batch=batch: bar.update(batch),  # type: ignore[misc]
+                **call,
+            )
+            timed = [Plain(), *(one for one in todo if not isinstance(one, Plain))]
+            for accelerator, one in zip(timed, measured.measurements, strict=True):
+                row = rows[key := Row.of(accelerator).key]
+                if batch not in row.speed:
+                    # what was asked for names the row, whatever a call made of it
+                    kept = replace(one, options=row.options, lossless=row.lossless)
+                    rows[key] = replace(row, speed={**row.speed, batch: kept})
+            added()
+        if captions and detector is not None:
+            if truth is not None and seen_truth is None:
+                seen_truth = judge_pictures(detector, truth, captions, reference)
+            for key, accelerator in unjudged:
+                bar.set_description(f"pictures, {accelerator.name}")
+                images = _draw(pipe, captions, accelerator, seed, bar.update, call)
+                quality = judge_pictures(detector, images, captions, reference)
+                rows[key] = replace(rows[key], quality=quality)
+                added()
+    return BenchReport(settings, tuple(rows.values()), seen_truth)
+
+
+def _draw(
+    pipe: Any,
+    captions: Sequence[Caption],
+    accelerator: Accelerator,
+    seed: int,
+    on_pictures: Callable[[int], Any],
+    call: Mapping[str, Any],
+) -> list[Image.Image]:
+    """One picture per caption; picture i has seed `seed` + i, whatever is drawn together."""
+    images: list[Image.Image] = []
+    for start in range(0, len(captions), _DRAWN_TOGETHER):
+        texts = [text.text for text in captions[start : start + _DRAWN_TOGETHER]]
+        with naming(accelerator):
+            output = pipe(texts, accelerator=accelerator, seed=seed + start, **call)
+        images += output.images
+        on_pictures(len(texts))
+    return images
+
+
+def _check_settings(earlier: Settings, now: Settings) -> None:
+    before, wanted = (json.loads(json.dumps(asdict(one), default=str)) for one in (earlier, now))
+    other = [name for name in wanted if before[name] != wanted[name]]
+    if other:
+        named = ", ".join(f"{name} {before[name]!r} instead of {wanted[name]!r}" for name in other)
+        raise InputError(f"the earlier report is of other settings, so it cannot be continued: {named}.")
+
+
+def _digest(values: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:8]
+
+
+def _describe(reference: FeatureStatistics) -> str:
+    digest = hashlib.sha256(reference.mean.numpy().tobytes()).hexdigest()[:8]
+    return f"{reference.space} of {reference.count} true pictures ({digest})"
+
+
+def _weights_digest(pipe: Any) -> str:
+    """Names, shapes and the first numbers of all weights: training changes them, and a large model is read quickly."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, nn.Module):
+            for key, value in sorted(part.state_dict().items()):
+                first = value.detach().flatten()[:16].to("cpu", torch.float64)
+                digest.update(f"{name}.{key}{list(value.shape)}".encode() + first.numpy().tobytes())
+    return digest.hexdigest()[:8]

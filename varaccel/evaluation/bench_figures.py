@@ -1,0 +1,257 @@
+"""Pictures of a bench report: speed against quality, and what the accelerators draw."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from varaccel import Plain
+from varaccel.decoding.accelerator import Accelerator
+from varaccel.errors import InputError
+from varaccel.evaluation.bench import BenchReport, Row
+from varaccel.evaluation.speed import naming
+from varaccel.files import atomic_path
+
+# Okabe and Ito's colours, which are told apart without full colour vision
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_TRUTH = "#006644"
+_LABEL_PLACES = tuple(
+    (reach * x, reach * y)
+    for reach in (10, 17, 25, 34)
+    for x, y in ((0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8), (0, 1), (0, -1), (1, 0), (-1, 0))
+)
+"""Offsets of a number from its point, in points, in order of preference."""
+
+
+def check_matplotlib() -> None:
+    """Refuse, before any work is done, a plot that nothing can draw.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise InputError("a plot needs matplotlib; install it with `pip install varaccel[eval]`.")
+
+
+def telling_options(row: Row, rows: Sequence[Row]) -> str:
+    """Those of a row's options that differ among the `rows` of its accelerator, such as `window=4`."""
+    family = [other for other in rows if other.accelerator == row.accelerator]
+    told = (
+        (name, value)
+        for name, value in row.options.items()
+        if any(other.options.get(name, value) != value for other in family)
+    )
+    return ", ".join(f"{name}={value}" for name, value in told)
+
+
+def plot(report: BenchReport, path: str | Path, batch: int | None = None) -> None:
+    """Speed-up against adherence and, where measured, Fréchet distance, with error bars; written whole or not at all.
+
+    Bars: smallest and largest ratio of a round, 95 % interval of adherence, one standard deviation of the distance.
+
+    Args:
+        batch: whose speed; by default the smallest measured.
+
+    Raises:
+        InputError: matplotlib is missing, or no row was both timed and judged.
+    """
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    batch = report.batches[0] if batch is None and report.batches else batch
+    rows = [row for row in report.rows if row.quality is not None and batch in row.speed]
+    if not rows or batch is None:
+        raise InputError("a plot of quality against speed needs pictures to be judged; ask for some.")
+    kinds = ["adherence"]
+    if all(row.quality is not None and row.quality.distance is not None for row in rows):
+        kinds.append("distance")
+    styles = _styles(rows)
+    figure = Figure(figsize=(5 * len(kinds) + 3, 5), dpi=130, layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    figure.suptitle(
+        f"{report.settings.model}, batch {batch}, {report.settings.pictures} pictures\n{report.settings.machine}",
+        fontsize=9,
+    )
+    for axes, kind in zip(panels, kinds, strict=True):
+        _panel(axes, report, rows, batch, kind, styles)
+    keys = [
+        Line2D(
+            *([], []),
+            linestyle="",
+            **styles[row.accelerator],
+            label=f"{number}  {row.accelerator} {telling_options(row, rows)}".rstrip(),
+        )
+        for number, row in enumerate(rows, start=1)
+    ]
+    figure.legend(handles=keys, loc="outside right upper", fontsize=8, frameon=False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # only a drawn figure knows where its points are
+    for axes, kind in zip(panels, kinds, strict=True):
+        _number(
+            canvas.get_renderer(), axes, [(row.speed[batch].speedup, _value(row, kind)[0]) for row in rows]
+        )
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Marker and colour of each accelerator: filled if it is lossless."""
+    styles: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.accelerator == Plain.name:
+            styles[row.accelerator] = {"marker": "*", "color": "#333333", "markersize": 11}
+        elif row.accelerator not in styles:
+            place = len([name for name in styles if name != Plain.name])
+            color = _COLORS[place % len(_COLORS)]
+            styles[row.accelerator] = {
+                "marker": _MARKERS[place % len(_MARKERS)],
+                "color": color,
+                "markerfacecolor": color if row.lossless else "white",
+                "markersize": 6,
+            }
+    return styles
+
+
+def _value(row: Row, kind: str) -> tuple[float, float, float]:
+    """What a panel shows of a row: value, and how far its bar reaches down and up."""
+    assert row.quality is not None
+    if kind == "adherence":
+        rate = row.quality.adherence
+        return 100 * rate.share, 100 * (rate.share - rate.low), 100 * (rate.high - rate.share)
+    assert row.quality.distance is not None
+    std = row.quality.distance.spread.std
+    return row.quality.distance.value, std, std
+
+
+def _panel(
+    axes: Any,
+    report: BenchReport,
+    rows: Sequence[Row],
+    batch: int,
+    kind: str,
+    styles: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """One kind of quality against speed, with plain decoding and true pictures as lines."""
+    for row in rows:
+        x, (low, high) = row.speed[batch].speedup, row.speed[batch].speedup_spread
+        y, down, up = _value(row, kind)
+        style = styles[row.accelerator]
+        axes.errorbar(
+            *(x, y), ([down], [up]), ([x - low], [high - x]), elinewidth=0.7, capsize=2, alpha=0.9, **style
+        )
+    if report.plain in rows:
+        axes.axhline(_value(report.plain, kind)[0], color="#333333", linewidth=0.8, linestyle=":", zorder=0)
+    top = 1.1 * max(sum(_value(row, kind)[::2]) for row in rows)
+    axes.set_ylim(0, top or 1)
+    truth = report.truth and Row("true", {}, True, {}, report.truth)
+    if truth and (kind == "adherence" or report.truth.distance is not None):  # type: ignore[union-attr]
+        level = _value(truth, kind)[0]
+        inside = level < axes.get_ylim()[1]
+        if inside:
+            axes.axhline(level, color=_TRUTH, linewidth=0.8, linestyle="--", zorder=0)
+        axes.annotate(
+            f"true pictures: {level:.3g}{'' if inside else ' (above)'}",
+            (1, level if inside else axes.get_ylim()[1]),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(-4, 3 if inside else -12),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=_TRUTH,
+        )
+    axes.set_xlabel("speed-up over plain decoding (filled: lossless)")
+    if kind == "adherence":
+        axes.set_ylabel("prompt adherence, % (higher is better)")
+    else:
+        space = (report.settings.reference or "").split("/")[0]
+        axes.set_ylabel(f"Fréchet distance, {space} features (lower is better)")
+    axes.grid(alpha=0.25)
+    axes.margins(x=0.1)
+
+
+def _number(renderer: Any, axes: Any, points: Sequence[tuple[float, float]]) -> None:
+    """Put its number beside every point, where it hides least of the other points and numbers."""
+    centres = [axes.transData.transform(point) for point in points]
+    frame = axes.get_window_extent(renderer)
+    taken: list[Any] = []
+    for number, point in enumerate(points, start=1):
+        notes = [
+            axes.annotate(
+                *(str(number), point),
+                xytext=place,
+                textcoords="offset points",
+                ha="center",
+                va="center",
+                fontsize=8,
+            )
+            for place in _LABEL_PLACES
+        ]
+        costs = []
+        for rank, note in enumerate(notes):
+            box = note.get_window_extent(renderer)
+            around = box.expanded(1.5, 1.3)
+            hits = sum(box.overlaps(other) for other in taken) + sum(around.contains(*at) for at in centres)
+            outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+            costs.append((hits + 2 * outside, rank))
+        best = notes[min(costs)[1]]
+        taken.append(best.get_window_extent(renderer))
+        for note in notes:
+            if note is not best:
+                note.remove()
+
+
+# -- what they draw ------------------------------------------------------------------------------------
+
+
+def sample_sheet(
+    pipe: Any,
+    accelerators: Sequence[Accelerator],
+    prompts: Sequence[str | int],
+    *,
+    seed: int = 0,
+    side: int = 160,
+    **call: Any,
+) -> Image.Image:
+    """A row per accelerator, plain decoding first, and a column per prompt, of the same seeds.
+
+    Args:
+        prompts: one call per accelerator draws all of them; picture i has seed `seed` + i.
+        side: of a picture on the sheet in pixels.
+        call: further arguments of the pipeline call.
+
+    Raises:
+        InputError: no prompts; an accelerator that cannot be used here, by its label.
+    """
+    if not prompts:
+        raise InputError("a sheet of samples needs at least one prompt.")
+    candidates = {Row.of(one).key: one for one in (Plain(), *accelerators)}.values()
+    margin, left = 6, 190
+    small, bold = ImageFont.load_default(12), ImageFont.load_default(15)
+    wrapped = [textwrap.wrap(str(prompt), side // 7, break_long_words=True) for prompt in prompts]
+    top = 2 * margin + 15 * max(map(len, wrapped))
+    size = (left + len(prompts) * (side + margin), top + len(candidates) * (side + margin))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(wrapped):
+        draw.multiline_text((left + column * (side + margin), margin), "\n".join(lines), "black", small)
+    for index, accelerator in enumerate(candidates):
+        with naming(accelerator):
+            output = pipe(list(prompts), accelerator=accelerator, seed=seed, **call)
+        height = top + index * (side + margin)
+        stats = output.stats
+        draw.text((margin, height), accelerator.name, "black", bold)
+        options = [line for k, v in stats.options.items() for line in textwrap.wrap(f"{k}={v}", 26)]
+        told = [*options, f"{stats.passes} passes", f"{stats.tokens_per_pass:.2f} tokens per pass"]
+        draw.multiline_text((margin, height + 22), "\n".join(told), "#444444", small)
+        for column, image in enumerate(output.images):
+            shown = image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(shown, (left + column * (side + margin), height))
+    return sheet

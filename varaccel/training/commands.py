@@ -1,0 +1,185 @@
+"""`varaccel train ...`: training what belongs to a finished pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from varaccel.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from varaccel.models.eagle import EagleHead
+    from varaccel.training.llamagen import Condition
+
+train_app = typer.Typer(help="Train helpers of a finished pipeline.", no_args_is_help=True)
+
+
+@train_app.callback()
+def train() -> None:
+    """Train helpers of a finished pipeline."""
+
+
+@train_app.command()
+def drafter(
+    codes: Annotated[Path, typer.Option(help="Folder of codes, from `python -m varaccel.training.codes`.")],
+    target: Annotated[str, typer.Option(help="The pipeline to draft for.")] = "mini-llamagen",
+    scenes: Annotated[
+        Path | None, typer.Option(help="Folder of the encoded pictures, for their captions.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Class labels of the pictures (.npy), for class-conditional targets.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run; the drafter is written to OUT/export.")
+    ] = Path("runs/drafter"),
+    minutes: Annotated[float | None, typer.Option(help="Training time.", show_default="20")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of or beside a time.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures per optimiser step.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Compute a batch in this many parts, to save memory.")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    law_weight: Annotated[float, typer.Option(help="Weight of the cross-entropy of laws.")] = 0.1,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Train on the laws of this guidance; 1 = on unguided ones.", show_default="the target's own"
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of the laws.", show_default="the target's own")
+    ] = None,
+    noise: Annotated[float, typer.Option(help="Half-width of noise on the features that are read.")] = 0.0,
+    unroll: Annotated[
+        int, typer.Option(help="Guesses in a row that are trained; 2 makes later ones better.")
+    ] = 1,
+    validation: Annotated[int, typer.Option(help="Pictures that are held out.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of weights, sample order and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile both networks first.")] = False,
+    install: Annotated[
+        Path | None, typer.Option(help="Also write the drafter here, in half precision.")
+    ] = None,
+) -> None:
+    """Train a drafter for speculative decoding of a LlamaGen pipeline. Run it again to resume."""
+    import torch
+
+    from varaccel.models.eagle import EagleHead
+    from varaccel.pipelines.auto import AutoPipeline
+    from varaccel.training.codes import fingerprint, read_codes
+    from varaccel.training.drafter import MEASURED_DEPTH, DrafterRecipe, train_drafter
+    from varaccel.training.run import Budget
+
+    if batch_size < 1 or accumulate < 1 or validation < 0:
+        raise InputError("batch_size and accumulate must be at least 1, validation at least 0.")
+    pipe: Any = AutoPipeline.from_pretrained(target, dtype=torch.float32)
+    recipe = DrafterRecipe(
+        batch_size=batch_size,
+        accumulate=accumulate,
+        lr=lr,
+        law_weight=law_weight,
+        guidance_scale=pipe.config.guidance_scale if guidance_scale is None else guidance_scale,
+        temperature=pipe.config.temperature if temperature is None else temperature,
+        noise=noise,
+        unroll=unroll,
+        seed=seed,
+    )
+    tokens, made_by = read_codes(codes)
+    own = fingerprint(pipe.vq_model)
+    if made_by != own:
+        raise InputError(
+            f"the codes in {codes} were made by another image tokenizer ({made_by}) than that of {target} "
+            f"({own}); encode the pictures with the target's vq_model."
+        )
+    pipe.transformer.to(device)
+    tokens, condition = _conditions(pipe, tokens, scenes, labels, device)
+    torch.manual_seed(seed)
+    head = EagleHead.for_target(pipe.transformer)
+    run = train_drafter(
+        head,
+        pipe.transformer,
+        tokens,
+        condition,
+        out,
+        budget=Budget(steps, 20.0 if steps is None and minutes is None else minutes),
+        recipe=recipe,
+        validation=validation,
+        compile=compile,
+        settings={"image_tokenizer": own, "pictures": len(tokens)},
+    )
+    save_drafter(head, out / "export")
+    with contextlib.suppress(ImportError):  # matplotlib comes with the `train` extra only
+        run.plot(["loss", *(f"acceptance_{depth}" for depth in range(1, MEASURED_DEPTH + 1))])
+    typer.echo(f"{out / 'export'}: {run.step} steps in {run.seconds / 60:.1f} min")
+    if install is not None:
+        save_drafter(copy.deepcopy(head).half(), install)
+        typer.echo(f"{install}: the same in half precision")
+    measured = [row for row in run.history() if "acceptance_1" in row]
+    if measured:
+        chances = [f"{v:.3f}" for k, v in sorted(measured[-1].items()) if k.startswith("acceptance_")]
+        typer.echo(f"chance that guess 1, 2, 3 in a row is accepted: {', '.join(chances)}")
+
+
+def _conditions(
+    pipe: Any, codes: Tensor, scenes: Path | None, labels: Path | None, device: str
+) -> tuple[Tensor, Condition]:
+    """The codes that have a condition, and their conditions."""
+    import torch
+
+    from varaccel.scenes.cache import CachedScenes
+    from varaccel.training.conditions import caption_condition, label_condition
+
+    model = pipe.transformer
+    if model.config.model_type == "t2i":
+        if scenes is None:
+            raise InputError("a text-conditional target needs the captions of the pictures: pass --scenes.")
+        captions = CachedScenes(scenes, allow_partial=True).captions
+        count = min(len(codes), len(captions))
+        pipe.text_encoder.to(device)
+        condition = caption_condition(
+            captions[:count], pipe.tokenizer, pipe.text_encoder, model.prefix_length, device
+        )
+        return codes[:count], condition
+    if labels is None:
+        raise InputError("a class-conditional target needs the labels of the pictures: pass --labels.")
+    numbers = torch.from_numpy(_read_array(labels))
+    if len(numbers) < len(codes):
+        raise InputError(
+            f"{labels} holds {len(numbers)} labels for {len(codes)} pictures; one for each is needed."
+        )
+    return codes, label_condition(numbers[: len(codes)], model.config.num_classes, device)
+
+
+def _read_array(path: Path) -> Any:
+    import numpy as np
+
+    try:
+        array = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} cannot be read as a numpy array ({error}).") from error
+    # unsigned types of more than 8 bits exist in numpy but hardly in torch
+    return array.astype(np.int64) if np.issubdtype(array.dtype, np.integer) else array
+
+
+def save_drafter(head: EagleHead, folder: Path) -> None:
+    """Write a drafter whole or not at all; other files of `folder`, such as a model card, stay.
+
+    Raises:
+        CheckpointError: nothing could be written.
+    """
+    from varaccel.files import atomic_path
+
+    try:
+        with atomic_path(folder) as temporary:
+            head.save_pretrained(temporary)
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                if not (temporary / entry.name).exists():
+                    copied = temporary / entry.name
+                    shutil.copytree(entry, copied) if entry.is_dir() else shutil.copy2(entry, copied)
+    except OSError as error:
+        raise CheckpointError(f"the drafter could not be written to {folder}: {error}") from error

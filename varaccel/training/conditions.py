@@ -1,0 +1,75 @@
+"""The conditions of training pictures, as the pipeline will make them when it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varaccel.errors import InputError
+from varaccel.tokenizers.captions import clean_prompt
+from varaccel.tokenizers.text import TextFeatures
+from varaccel.training.llamagen import Condition
+
+
+def caption_condition(
+    captions: Sequence[str],
+    tokenizer: Any,
+    text_encoder: Any,
+    prefix_length: int,
+    device: torch.device | str,
+) -> Condition:
+    """Sample indices [B] -> frozen text features [B, T, C] float32 and mask [B, T] of their captions.
+
+    Args:
+        captions: of all pictures; entry i belongs to picture i. What is longer than the prefix is cut.
+        tokenizer, text_encoder: of the pipeline; the encoder runs where it is, in bfloat16.
+        prefix_length: caption slots T of the transformer.
+        device: of the result.
+    """
+    text_encoder.eval()
+    preprocess: Callable[[str], str] = getattr(tokenizer, "preprocess_prompt", clean_prompt)
+    source = text_encoder.device
+
+    @torch.no_grad()
+    def condition(indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        tokens = tokenizer(
+            [preprocess(captions[index]) for index in indices.tolist()],
+            max_length=prefix_length,
+            padding="max_length",
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        ids, mask = tokens["input_ids"].to(source), tokens["attention_mask"].to(source)
+        with torch.autocast(source.type, torch.bfloat16):
+            hidden = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        text = TextFeatures.from_hidden_states(hidden.float(), mask).to(device)
+        return text.features, text.mask
+
+    return condition
+
+
+def label_condition(labels: Tensor, num_classes: int, device: torch.device | str) -> Condition:
+    """Sample indices [B] -> class labels [B] int64, without a mask.
+
+    Args:
+        labels: [M] integers, entry i belongs to picture i.
+        num_classes: of the transformer, without the unconditional one.
+
+    Raises:
+        InputError: labels that the transformer does not have.
+    """
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise InputError(
+            f"labels must be one whole number per picture, got {labels.dtype} {list(labels.shape)}."
+        )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise InputError(
+            f"the labels go from {int(labels.min())} to {int(labels.max())}, but the model knows "
+            f"0 to {num_classes - 1}."
+        )
+    wide = labels.to(torch.int64)
+    return lambda indices: (wide[indices].to(device), None)

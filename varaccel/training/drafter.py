@@ -1,0 +1,470 @@
+"""Training a one-layer EAGLE drafter for a frozen LlamaGen target (arXiv 2401.15077, 2410.03355).
+
+The target reads real pictures teacher-forced; the drafter learns to predict its features one slot ahead:
+smooth L1 on the features plus the cross-entropy between the target's law and the law that the target's head
+reads off the prediction. With `guidance_scale` > 1 the target reads every picture with and without its
+condition, as in guided decoding, and the second term compares the guided laws, which are what speculation
+verifies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from varaccel.decoding.cache import KVCache
+from varaccel.decoding.guidance import Guidance
+from varaccel.decoding.reading import Reading, prefix_mask
+from varaccel.errors import InputError
+from varaccel.models.eagle import EagleHead
+from varaccel.models.llamagen import LlamaGenTransformer
+from varaccel.training.llamagen import Condition, SampleOrder
+from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
+
+MEASURED_DEPTH = 3
+"""How many guesses in a row validation looks at."""
+
+VALIDATE_EVERY = 250
+
+_LAW_ENTRIES = 1 << 24  # probabilities held at a time; 64 MB in float32
+
+
+@dataclass(frozen=True)
+class DrafterRecipe:
+    """Everything that decides what is learnt; a resumed run must have the same.
+
+    Attributes:
+        batch_size: pictures per optimiser step.
+        accumulate: number of equal parts a batch is computed in, to save memory; the step is the same.
+        lr: peak learning rate of AdamW (betas 0.9 and 0.95). The default suits short runs for small targets;
+            published drafters of the XL size take 20 epochs at 1e-4.
+        weight_decay: decoupled, on matrices only.
+        feature_weight, law_weight: of the smooth L1 and the cross-entropy term, as published. More of the
+            second helps the first guess and harms those after it, whose input it lets drift.
+        guidance_scale: 1 or less: one branch, whose condition is dropped for a share of the pictures. More:
+            both branches of every picture, and the cross-entropy of their guided laws.
+        temperature: of the laws in the cross-entropy.
+        condition_dropout: share of pictures without condition; has no meaning with guidance.
+        noise: half-width of uniform noise on the features that the drafter reads, 0 for none. EAGLE's
+            formula for a sequence of L slots is 0.1 * 512 / L.
+        unroll: guesses in a row that are trained: the second reads the feature that the first predicted, as
+            in drafting (HASS, arXiv 2408.15766; EAGLE-3, arXiv 2503.01840). 1 as published; 2 costs another
+            pass of the drafter and makes the second and later guesses much better.
+        mask_first_pair: leave out the pair of the first image token, as the published mask does by accident.
+        warmup_steps, decay: see `Schedule`.
+        ema_decay: of the averaged weights that are exported.
+        grad_clip: largest gradient norm.
+        precision: of the matrix products, "bfloat16" or "float32"; the target's laws are always computed
+            from its features in its own precision.
+        seed: of sample order, condition dropout and noise.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    batch_size: int = 8
+    accumulate: int = 1
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    feature_weight: float = 1.0
+    law_weight: float = 0.1
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    condition_dropout: float = 0.1
+    noise: float = 0.0
+    unroll: int = 1
+    mask_first_pair: bool = False
+    warmup_steps: int = 50
+    decay: float = 0.4
+    ema_decay: float = 0.998
+    grad_clip: float = 1.0
+    precision: str = "bfloat16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.batch_size < 1 or self.batch_size % self.accumulate:
+            raise InputError(
+                f"a batch of {self.batch_size} cannot be computed in {self.accumulate} equal parts; "
+                "choose a batch_size that is a multiple of accumulate."
+            )
+        if not self.temperature > 0:
+            raise InputError(f"the temperature of a trained law must be above 0, got {self.temperature}.")
+        if self.unroll < 1:
+            raise InputError(f"unroll must be at least 1, got {self.unroll}.")
+        if self.precision not in ("bfloat16", "float32"):
+            raise InputError(f"precision must be bfloat16 or float32, got {self.precision!r}.")
+
+    @property
+    def guidance(self) -> Guidance:
+        return Guidance(self.guidance_scale)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a drafter reads and should say about some pictures; G branches, 2 with guidance, else 1.
+
+    Attributes:
+        tokens: [G, B, T + N - 2] int64, zeros at the T - 1 prefix pairs, then all image tokens but the last.
+        features: [G, B, T + N - 2, dim], the target's features of the slots before those tokens.
+        wanted: [G, B, N - 1, dim], its features at the image tokens.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    wanted: Tensor
+
+
+@torch.no_grad()
+def make_pairs(
+    target: LlamaGenTransformer,
+    transform: Callable[[Tensor, Reading], Tensor],
+    condition: Tensor,
+    mask: Tensor | None,
+    codes: Tensor,
+    guided: bool,
+) -> Pairs:
+    """One teacher-forced pass of the target over codes [B, N]; `transform` is its own or a compiled one."""
+    branches = 2 if guided else 1
+    if guided:
+        condition = torch.cat([condition, target.unconditional(condition)])
+        mask = None if mask is None else torch.cat([mask, mask])  # as in decoding, and as published
+    if condition.is_floating_point():
+        condition = condition.to(target.dtype)
+    read = codes[:, :-1]
+    prefix = target.embed_condition(condition)  # [G * B, T, dim]
+    x = torch.cat([prefix, target.embed_tokens(read.repeat(branches, 1))], dim=1)
+    rotary = target.rotary_table(x.device)[: x.shape[1]]
+    if mask is None:
+        reading = Reading(rotary, causal=True)
+    else:
+        reading = Reading(rotary, mask=prefix_mask(mask, x.shape[1]))
+    features = transform(x, reading).unflatten(0, (branches, -1))  # [G, B, T + N - 1, dim]
+    tokens = F.pad(read, (prefix.shape[1] - 1, 0)).expand(branches, -1, -1)
+    return Pairs(tokens, features[:, :, :-1], features[:, :, prefix.shape[1] :])
+
+
+class _Trail(KVCache):
+    """Keys and values of passes one after another, kept apart so that gradients flow through them."""
+
+    def __init__(self) -> None:
+        self._past: list[tuple[Tensor, Tensor]] = []
+
+    def update(
+        self, layer: int, slots: Tensor, keys: Tensor, values: Tensor, length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        self._past.append((keys, values))
+        all_keys, all_values = zip(*self._past, strict=True)
+        return torch.cat(all_keys, dim=2), torch.cat(all_values, dim=2)
+
+
+def chain_mask(prefix_pairs: int, tokens: int, depth: int, device: torch.device) -> Tensor:
+    """Whom the pairs of the `depth`-th guess see among the pairs of all guesses so far, [tokens - depth, K].
+
+    The guess at pair n, `depth` steps after the last committed token, reads true features up to pair
+    n - depth + 1, then one pair of each guess in between, then itself.
+    """
+    n = torch.arange(depth - 1, tokens - 1, device=device).unsqueeze(1)
+    true_pairs = torch.arange(-prefix_pairs, tokens - 1, device=device)
+    guessed = (
+        torch.arange(guess - 1, tokens - 1, device=device) == n - (depth - guess)
+        for guess in range(2, depth + 1)
+    )
+    return torch.cat([true_pairs <= n - (depth - 1), *guessed], dim=1)
+
+
+def predictions(
+    head: EagleHead,
+    transform: Callable[[Tensor, Reading], Tensor],
+    pairs: Pairs,
+    depth: int = 1,
+    noise: Tensor | None = None,
+) -> list[Tensor]:
+    """Guessed features of `depth` guesses in a row, each from the true tokens and the features guessed before.
+
+    Every position of a picture is a start, and what a guess attends to is exactly what it would in drafting
+    (`chain_mask`). Entry d - 1 is [G, B, N - d, dim], in line with the last N - d features of `pairs.wanted`.
+
+    Args:
+        transform: the drafter's own or a compiled one.
+        noise: added to the true features, in their shape.
+    """
+    branches = pairs.tokens.shape[0]
+    tokens = pairs.tokens.flatten(0, 1)
+    features = pairs.features if noise is None else pairs.features + noise
+    prefix, length = head.prefix_pairs, tokens.shape[1]
+    count = length - prefix + 1  # image tokens N
+    rotary = head.rotary_table(tokens.device)[:length]
+    slots = torch.arange(length, device=tokens.device)
+    trail = _Trail() if depth > 1 else None
+    first = Reading(rotary, causal=True, cache=trail, slots=slots)
+    guess = transform(head.fuse(tokens, features.flatten(0, 1)), first)[:, prefix:]
+    guesses = [guess]
+    for number in range(2, depth + 1):
+        here = slice(prefix + number - 1, None)
+        reading = Reading(
+            rotary[here],
+            mask=chain_mask(prefix, count, number, tokens.device),
+            cache=trail,
+            slots=slots[here],
+        )
+        guess = transform(head.fuse(tokens[:, here], guess[:, :-1]), reading)
+        guesses.append(guess)
+    return [g.unflatten(0, (branches, -1)) for g in guesses]
+
+
+def law_logits(target: LlamaGenTransformer, features: Tensor, recipe: DrafterRecipe) -> Tensor:
+    """Features [G, ..., dim] -> logits [..., V] of the law that is verified: guided, over the temperature."""
+    # Guidance and a low temperature multiply the rounding of logits, so bfloat16 would blur the laws.
+    with torch.autocast(features.device.type, enabled=False):
+        logits = target.logits(features.to(target.dtype))
+    combined = recipe.guidance.combine(*logits) if len(logits) == 2 else logits[0]
+    return combined / recipe.temperature
+
+
+def _by_pictures(
+    function: Callable[..., Tensor], vocab_size: int, wanted: Tensor, guesses: list[Tensor]
+) -> Tensor:
+    """Sum of `function(wanted, *guesses)` over groups of pictures, so that V-wide tensors stay small.
+
+    With several groups, those of the backward pass are computed again instead of being kept.
+    """
+    group = max(1, _LAW_ENTRIES // (wanted.shape[2] * vocab_size))
+    parts = list(zip(*(t.split(group, dim=1) for t in (wanted, *guesses)), strict=True))
+    if len(parts) == 1:
+        return function(*parts[0])
+    return torch.stack([checkpoint(function, *part, use_reentrant=False) for part in parts]).sum(0)
+
+
+def law_losses(
+    target: LlamaGenTransformer, wanted: Tensor, guesses: list[Tensor], recipe: DrafterRecipe
+) -> Tensor:
+    """Cross-entropy of the target's law against that of each guess, mean over positions: [depth]."""
+
+    def summed(wanted: Tensor, *guesses: Tensor) -> Tensor:
+        with torch.no_grad():
+            law = law_logits(target, wanted, recipe).softmax(-1)
+        return torch.stack(
+            [-(law[:, -g.shape[2] :] * law_logits(target, g, recipe).log_softmax(-1)).sum() for g in guesses]
+        )
+
+    counts = torch.tensor([g.shape[1] * g.shape[2] for g in guesses], device=wanted.device)
+    return _by_pictures(summed, target.config.vocab_size, wanted, guesses) / counts
+
+
+@torch.no_grad()
+def acceptance(
+    target: LlamaGenTransformer, wanted: Tensor, guesses: list[Tensor], recipe: DrafterRecipe
+) -> Tensor:
+    """Chance that a token drawn from each guess is accepted, given that those before were: [depth].
+
+    It is sum_x min(p(x), q(x)), one minus the total variation between target and draft, averaged over
+    positions (speculative sampling, arXiv 2211.17192).
+    """
+
+    def summed(wanted: Tensor, *guesses: Tensor) -> Tensor:
+        law = law_logits(target, wanted, recipe).softmax(-1)
+        return torch.stack(
+            [
+                torch.minimum(law[:, -g.shape[2] :], law_logits(target, g, recipe).softmax(-1)).sum()
+                for g in guesses
+            ]
+        )
+
+    counts = torch.tensor([g.shape[1] * g.shape[2] for g in guesses], device=wanted.device)
+    return _by_pictures(summed, target.config.vocab_size, wanted, guesses) / counts
+
+
+def drafter_losses(
+    target: LlamaGenTransformer, wanted: Tensor, guesses: list[Tensor], recipe: DrafterRecipe
+) -> tuple[Tensor, Tensor]:
+    """Feature and law loss, each the mean over the guesses."""
+    if recipe.mask_first_pair:
+        wanted = wanted[:, :, 1:]
+        guesses = [g[:, :, -wanted.shape[2] :] for g in guesses]  # later guesses have no such pair
+    feature = [F.smooth_l1_loss(g.float(), wanted[:, :, -g.shape[2] :].float()) for g in guesses]
+    return torch.stack(feature).mean(), law_losses(target, wanted, guesses, recipe).mean()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients, and afterwards as it was."""
+    training = model.training
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def train_drafter(
+    head: EagleHead,
+    target: LlamaGenTransformer,
+    codes: Tensor,
+    condition: Condition,
+    folder: Path,
+    *,
+    budget: Budget,
+    recipe: DrafterRecipe | None = None,
+    validation: int = 256,
+    compile: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> TrainingRun:
+    """Train until the budget is spent; resumes a run found in `folder`.
+
+    The log has `loss`, `feature_loss` and `law_loss`, and from validation `acceptance_1` to `acceptance_3`,
+    the chance of the first, second and third guess in a row (see `acceptance`).
+
+    Args:
+        head: moved to the target's device; ends with the averaged weights. Its embedding is not trained.
+        target: what it drafts for; not changed.
+        codes: [M, N] integer codes of M pictures in raster order, on the CPU; the last `validation` of them
+            are not trained on.
+        condition: gives the condition of samples, on the target's device.
+        compile: compile the passes of both networks (worth minutes of compilation on long runs).
+        settings: further facts that must not change between resumes, such as the tokenizer's fingerprint.
+
+    Raises:
+        InputError: too few samples, codes of another grid or codebook, or a drafter of another target.
+        CheckpointError: `folder` holds a different run.
+    """
+    recipe = recipe or DrafterRecipe()
+    head.check_fits(target)
+    _check_codes(codes, target)
+    device = target.device
+    head.to(device)
+    guided = recipe.guidance.enabled
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=recipe.lr,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    schedule = Schedule(recipe.lr, recipe.warmup_steps, recipe.decay)
+    ema = ExponentialAverage(head, recipe.ema_decay)
+    order = SampleOrder(len(codes) - validation, recipe.batch_size, recipe.seed)
+    run = TrainingRun(
+        folder,
+        budget,
+        {
+            "recipe": asdict(recipe),
+            "drafter": model_settings(head.config),
+            "target": model_settings(target.config),
+            **(settings or {}),
+        },
+        {"head": head, "ema": ema, "optimizer": optimizer},
+    )
+    read_target = torch.compile(target.transform) if compile else target.transform
+    read_pairs = torch.compile(head.transform) if compile else head.transform
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+
+    def pairs_of(indices: Tensor, dropped: Tensor | None = None) -> Pairs:
+        features, mask = condition(indices)
+        if dropped is not None and not guided:
+            where = dropped.to(device).view(-1, *[1] * (features.dim() - 1))
+            features = torch.where(where, target.unconditional(features), features)
+        picture = codes[indices].to(device, torch.int64)
+        return make_pairs(target, read_target, features, mask, picture, guided)
+
+    @torch.no_grad()
+    def validate(kind: str) -> None:
+        head.eval()
+        sums = torch.zeros(MEASURED_DEPTH + 1, dtype=torch.float64)
+        for indices in torch.arange(len(codes) - validation, len(codes)).split(
+            recipe.batch_size // recipe.accumulate
+        ):
+            with autocast():
+                pairs = pairs_of(indices)
+                guesses = predictions(head, head.transform, pairs, MEASURED_DEPTH)
+                feature, law = drafter_losses(target, pairs.wanted, guesses[:1], recipe)
+                loss = recipe.feature_weight * feature + recipe.law_weight * law
+                chances = acceptance(target, pairs.wanted, guesses, recipe)
+            sums += len(indices) * torch.cat([loss.view(1), chances]).double().cpu()
+        mean_loss, *means = (sums / validation).tolist()
+        head.train()
+        run.log(
+            **{f"{kind}_loss": mean_loss},
+            **{f"acceptance_{depth}": mean for depth, mean in enumerate(means, start=1)},
+        )
+
+    def noise_of(step: int) -> Tensor | None:
+        """[G, batch, pairs, dim], the same however the batch is split."""
+        if recipe.noise == 0:
+            return None
+        length = head.prefix_pairs + head.num_tokens - 1
+        generator = torch.Generator(device).manual_seed(recipe.seed * 5_915_587 + step)
+        shape = (2 if guided else 1, recipe.batch_size, length, head.config.dim)
+        return (2 * torch.rand(shape, device=device, generator=generator) - 1) * recipe.noise
+
+    bar = tqdm(total=100, desc="training a drafter", unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}")
+    smooth: float | None = None
+    head.train()
+    with frozen(target):
+        for step in run.steps():
+            drop_seed = torch.Generator().manual_seed(recipe.seed * 7_368_787 + step)
+            dropped = torch.rand(recipe.batch_size, generator=drop_seed) < recipe.condition_dropout
+            noise = noise_of(step)
+            losses = torch.zeros(2, device=device)
+            # The parts' losses are summed to that of the whole batch before the one step is taken.
+            for part in torch.arange(recipe.batch_size).chunk(recipe.accumulate):
+                with autocast():
+                    pairs = pairs_of(order[step][part], dropped[part])
+                    part_noise = None if noise is None else noise[:, part.to(device)]
+                    guesses = predictions(head, read_pairs, pairs, recipe.unroll, part_noise)
+                    feature, law = drafter_losses(target, pairs.wanted, guesses, recipe)
+                loss = recipe.feature_weight * feature + recipe.law_weight * law
+                (loss / recipe.accumulate).backward()
+                losses += torch.stack([feature, law]).detach() / recipe.accumulate
+            norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(step, run.progress)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(head)
+            if step % 20 == 0:
+                feature_loss, law_loss = losses.tolist()
+                value = recipe.feature_weight * feature_loss + recipe.law_weight * law_loss
+                smooth = value if smooth is None else 0.8 * smooth + 0.2 * value
+                run.log(loss=value, feature_loss=feature_loss, law_loss=law_loss, grad_norm=norm)
+                bar.n = min(100, round(100 * run.progress))
+                bar.set_postfix_str(f"step {step}, loss {smooth:.3f}")
+            if validation and step and step % VALIDATE_EVERY == 0:
+                validate("validation")
+        ema.copy_to(head)
+        if validation:
+            validate("ema_validation")
+    bar.close()
+    head.eval()
+    return run
+
+
+def _check_codes(codes: Tensor, target: LlamaGenTransformer) -> None:
+    if codes.dim() != 2 or codes.shape[1] != target.num_tokens:
+        raise InputError(
+            f"the codes have the shape {list(codes.shape)}, but the target makes pictures of "
+            f"{target.num_tokens} tokens; encode pictures of its size."
+        )
+    if int(codes.max()) >= target.config.vocab_size:
+        raise InputError(
+            f"the codes go up to {int(codes.max())}, but the target has {target.config.vocab_size}; "
+            "encode the pictures with its own image tokenizer."
+        )
