@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from varaccel.decoding.accelerator import ACCELERATORS, Accelerator, Plain, ZipAR, make_accelerator
+from varaccel.decoding.accelerator import ACCELERATORS, Accelerator, make_accelerator
+from varaccel.decoding.plain import Plain
+from varaccel.decoding.zipar import ZipAR
 from varaccel.errors import InputError, VaraccelError
 
 if TYPE_CHECKING:

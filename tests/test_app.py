@@ -73,7 +73,7 @@ def test_both_sides_draw_what_the_pipeline_draws(generate: Generate) -> None:
         assert [i.tobytes() for i in images] == [i.tobytes() for i in expected]
     assert [row[:4] for row in rows] == [
         ["plain()", "lossless", GRID**2, "1.00"],
-        ["zipar(window=2, mode=masked)", "approximate", GRID + (GRID - 1) * 2, "1.60"],
+        ["zipar(window=2)", "approximate", GRID + (GRID - 1) * 2, "1.60"],
     ]
     assert rows[0][-1] == "1.00x"
     assert float(rows[1][-1].removesuffix("x")) > 0
@@ -181,7 +181,7 @@ def test_a_visit(app: ModuleType, page: Any, monkeypatch: pytest.MonkeyPatch, tm
             expected = pipeline("t2i")("a red sphere", seed=3, guidance_scale=2.0, accelerator=accelerator)
             assert np.array_equal(shown, np.asarray(expected.images[0]))
         assert costs["headers"] == list(app.COLUMNS)
-        assert costs["data"][1][0] == "zipar(window=2, mode=masked)"
+        assert costs["data"][1][0] == "zipar(window=2)"
         with pytest.raises(AppError, match="holds no text"):
             client.predict("", *arguments[1:], api_name="/generate")
         port = int(address.rstrip("/").rsplit(":", 1)[1])

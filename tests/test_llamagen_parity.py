@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from tests.golden_cases import llamagen_cases, llamagen_condition, llamagen_model, llamagen_tensors
-from varaccel.decoding.accelerator import Accelerator, Job, Plain, ZipAR
+from varaccel.decoding.accelerator import Accelerator, Job
 from varaccel.decoding.canvas import Canvas
 from varaccel.decoding.guidance import Guidance
 from varaccel.decoding.order import Raster, StaggeredRows
+from varaccel.decoding.plain import Plain
 from varaccel.decoding.randomness import Randomness, picture_generators
 from varaccel.decoding.sampling import Sampling
 from varaccel.decoding.session import CausalSession
+from varaccel.decoding.zipar import ZipAR
 
 LOGITS = {"atol": 2e-4, "rtol": 1e-4}
 
@@ -37,7 +39,16 @@ def greedy(
         )
 
     randomness = Randomness.draw(picture_generators(canvas.batch, seed=0), canvas.num_positions)
-    passes = accelerator.run(Job(open_session, model.config.grid_size, canvas, randomness))
+    passes = accelerator.run(
+        Job(
+            open_session,
+            model,
+            model.config.grid_size,
+            model.config.vocab_size,
+            canvas,
+            randomness,
+        )
+    )
     assert canvas.is_full
     return canvas.tokens, passes
 

@@ -216,7 +216,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
 ) -> None:
     """Make the same pictures plainly and with ZipAR, side by side, and say what each cost."""
-    from varaccel.decoding.accelerator import Plain, ZipAR
+    from varaccel import Plain, ZipAR
 
     accelerators = (Plain(), ZipAR(window=window))
     pipe = load_pipeline(model)

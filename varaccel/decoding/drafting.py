@@ -41,7 +41,8 @@ class BranchReader(Protocol):
         passes: forward passes so far.
     """
 
-    passes: int
+    @property
+    def passes(self) -> int: ...
 
     def begin(self, roots: Tensor, fronts: Fronts) -> Categorical:
         """Catch up with the canvas; the law [M, 1, V] of what follows the roots [B, A]."""
@@ -73,7 +74,7 @@ def draw_children(law: Categorical, numbers: Tensor, proposal: Proposal) -> Tens
     if proposal == "deterministic":
         return law.logits.topk(count, dim=-1).indices
     left = law.probs
-    tokens = []
+    tokens: list[Tensor] = []
     for child in range(count):
         if child and proposal == "without_replacement":
             left = left.scatter(-1, tokens[-1].unsqueeze(-1), 0.0)
@@ -226,7 +227,9 @@ class DynamicProposer:
             visible = beam.visible.new_zeros(*beam.tokens.shape, size)
             visible[..., : beam.visible.shape[-1]] = beam.visible
             first = (beam.level - 1) * width
-            parents = beam.rows + (beam.level - 2) * width if beam.level > 1 else torch.full_like(beam.rows, -1)
+            parents = (
+                beam.rows + (beam.level - 2) * width if beam.level > 1 else torch.full_like(beam.rows, -1)
+            )
             branch = Branch(
                 beam.tokens.view(batch, lanes, width),
                 parents.view(batch, lanes, width),

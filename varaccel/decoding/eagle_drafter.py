@@ -39,7 +39,9 @@ class EagleReader:
         lanes: lanes that are open at once at most.
     """
 
-    def __init__(self, head: EagleHead, session: CausalSession, canvas: Canvas, scratch: int, lanes: int) -> None:
+    def __init__(
+        self, head: EagleHead, session: CausalSession, canvas: Canvas, scratch: int, lanes: int
+    ) -> None:
         self.head, self.session, self.canvas, self.scratch = head, session, canvas, scratch
         rows = session.rows_per_pass
         self.memory = Memory(

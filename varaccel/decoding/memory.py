@@ -103,7 +103,11 @@ class Memory:
         rotary = self.rotary[torch.where(used, positions + self.prefix, self.rotary.shape[0] - 1)]
         repeats = rows // batch
         if repeats > 1:
-            mask, rotary, slots = mask.repeat(repeats, 1, 1), rotary.repeat(repeats, 1, 1, 1), slots.repeat(repeats, 1)
+            mask, rotary, slots = (
+                mask.repeat(repeats, 1, 1),
+                rotary.repeat(repeats, 1, 1, 1),
+                slots.repeat(repeats, 1),
+            )
         return Reading(rotary, mask=mask.unsqueeze(1), cache=self.cache, slots=slots, length=length)
 
     def keep(self, scratch: Tensor, positions: Tensor) -> None:

@@ -89,7 +89,7 @@ class NetworkReader:
 
     def begin(self, roots: Tensor, fronts: Fronts) -> Categorical:
         self._fronts = fronts
-        batch, lanes = roots.shape
+        lanes = roots.shape[1]
         back = torch.arange(-self.depth, 1, device=roots.device)
         ends = torch.where(fronts.open, fronts.start - 1, -1)
         if fronts.refresh is not None:  # the end of a lane that was finished

@@ -25,5 +25,7 @@ def check_order(order: int | str) -> None:
     if order == "raster":
         return
     if isinstance(order, str):
-        raise InputError(f'order must be "raster" or an integer, the window of ZipAR\'s order, got {order!r}.')
+        raise InputError(
+            f'order must be "raster" or an integer, the window of ZipAR\'s order, got {order!r}.'
+        )
     positive_integer("the ZipAR window given as order", order)

@@ -76,7 +76,9 @@ class Stream:
         """[B, width] float64 in [0, 1) for the next pass."""
         if self._next == self.AHEAD:
             shape = (self.AHEAD, self.width)
-            rows = [torch.rand(shape, dtype=torch.float64, generator=g, device=g.device) for g in self.generators]
+            rows = [
+                torch.rand(shape, dtype=torch.float64, generator=g, device=g.device) for g in self.generators
+            ]
             self._block = torch.stack(rows, dim=1).to(self.device)
             self._next = 0
         self._next += 1

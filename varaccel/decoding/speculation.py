@@ -117,7 +117,9 @@ class Proposer(Protocol):
 
     nodes: int
     draws: int
-    passes: int
+
+    @property
+    def passes(self) -> int: ...
 
     def propose(self, roots: Tensor, fronts: Fronts, draws: Draws) -> DraftTree:
         """Guess what follows `roots` [B, A], the tokens before the lanes' next positions."""
@@ -230,9 +232,7 @@ def _settle(
     )
 
 
-def _read(
-    session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTree, stands: Tensor
-) -> Tensor:
+def _read(session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTree, stands: Tensor) -> Tensor:
     """Features [R, A * T, dim] at all nodes, from one pass over late tokens, roots and guesses."""
     batch, lanes = fronts.start.shape
     nodes = tree.tokens.shape[1]

@@ -51,7 +51,7 @@ def resolve_shape(tree: object) -> Shape:
         return tree
     if tree == "dynamic":
         return DynamicTree()
-    return resolve_tree(tree)  # type: ignore[arg-type]
+    return resolve_tree(tree)
 
 
 def resolve_drafter(drafter: object, job: Job) -> nn.Module | LayerSubset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,9 +11,21 @@ import torch
 from torch import Tensor
 
 
+def telling(accelerator: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that say what was done: the first one, and those that are not the default."""
+    from varaccel.decoding.accelerator import ACCELERATORS
+
+    usual: dict[str, Any] = {}
+    if accelerator in ACCELERATORS:
+        fields = dataclasses.fields(ACCELERATORS[accelerator])  # type: ignore[arg-type]
+        usual = {f.name: f.default for f in fields[1:]}
+    return {k: v for k, v in options.items() if k not in usual or usual[k] != v}
+
+
 def call_label(accelerator: str, options: Mapping[str, Any]) -> str:
-    """An accelerator with its options, as a call is written."""
-    return f"{accelerator}({', '.join(f'{k}={v}' for k, v in options.items())})"
+    """An accelerator with its telling options, as a call of it is written."""
+    told = (f"{name}={value}" for name, value in telling(accelerator, options).items())
+    return f"{accelerator}({', '.join(told)})"
 
 
 @dataclass
@@ -76,7 +89,7 @@ class Statistics:
 
     @property
     def label(self) -> str:
-        """The accelerator with its options, such as `zipar(window=8, mode=masked)`."""
+        """The accelerator with its options, such as `zipar(window=8)`."""
         return call_label(self.accelerator, self.options)
 
     @property

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from varaccel import Plain
 from varaccel.cli import parse_options
 from varaccel.decoding.accelerator import Accelerator, make_accelerator
-from varaccel.decoding.statistics import call_label
+from varaccel.decoding.statistics import call_label, telling
 from varaccel.errors import InputError
 from varaccel.evaluation.adherence import Rate, score_adherence
 from varaccel.evaluation.detector import SceneDetector
@@ -223,7 +223,7 @@ class Row:
     @classmethod
     def of(cls, accelerator: Accelerator) -> Self:
         """An empty row."""
-        return cls(accelerator.name, accelerator_options(accelerator), accelerator.lossless)
+        return cls(accelerator.name, accelerator_options(accelerator), accelerator.keeps_law)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `speed` becomes a list."""
@@ -436,7 +436,9 @@ class BenchReport:
 
 def _call(row: Row) -> str:
     """The accelerator and its options, one a line."""
-    return "\n".join([row.accelerator, *(f"{k}={v}" for k, v in row.options.items())])
+    return "\n".join(
+        [row.accelerator, *(f"{k}={v}" for k, v in telling(row.accelerator, row.options).items())]
+    )
 
 
 def _adherence_verdict(versus: Comparison) -> str:

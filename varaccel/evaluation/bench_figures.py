@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from varaccel import Plain
 from varaccel.decoding.accelerator import Accelerator
+from varaccel.decoding.statistics import telling
 from varaccel.errors import InputError
 from varaccel.evaluation.bench import BenchReport, Row
 from varaccel.evaluation.speed import naming
@@ -248,9 +249,13 @@ def sample_sheet(
         height = top + index * (side + margin)
         stats = output.stats
         draw.text((margin, height), accelerator.name, "black", bold)
-        options = [line for k, v in stats.options.items() for line in textwrap.wrap(f"{k}={v}", 26)]
-        told = [*options, f"{stats.passes} passes", f"{stats.tokens_per_pass:.2f} tokens per pass"]
-        draw.multiline_text((margin, height + 22), "\n".join(told), "#444444", small)
+        options = [
+            line
+            for k, v in telling(stats.accelerator, stats.options).items()
+            for line in textwrap.wrap(f"{k}={v}", 26)
+        ]
+        lines = [*options, f"{stats.passes} passes", f"{stats.tokens_per_pass:.2f} tokens per pass"]
+        draw.multiline_text((margin, height + 22), "\n".join(lines), "#444444", small)
         for column, image in enumerate(output.images):
             shown = image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(shown, (left + column * (side + margin), height))

@@ -172,9 +172,10 @@ def frechet_spread(
 
     Bootstrap: the distance of N features drawn with repetition, again and again. Its standard deviation estimates the
     noise of the distance, on the wide side: for 100 true scenes against 1000 others in the shipped detector's
-    features it is 0.81 on average, while the distances of 15 such samples vary by 0.45. Its mean lies above the distance itself, because a resample holds fewer distinct pictures
-    and small samples bias the distance upwards; so report `frechet_distance` and this spread, and compare equal N
-    only. The noise of the reference is not included: it is the same for all that are compared with it.
+    features it is 0.81 on average, while the distances of 15 such samples vary by 0.45. Its mean lies above the
+    distance itself, because a resample holds fewer distinct pictures and small samples bias the distance upwards;
+    so report `frechet_distance` and this spread, and compare equal N only. The noise of the reference is not
+    included: it is the same for all that are compared with it.
 
     Args:
         space: feature space of `features`.

@@ -134,11 +134,11 @@ def measure_speed(
 
 def accelerator_options(accelerator: Accelerator) -> dict[str, Any]:
     """Its options by name, the default ones included."""
-    return asdict(accelerator)  # type: ignore[call-overload]
+    return accelerator.options()
 
 
 def accelerator_label(accelerator: Accelerator) -> str:
-    """The accelerator with its options, such as `zipar(window=8, mode=masked)`."""
+    """The accelerator with its options, such as `zipar(window=8)`."""
     return call_label(accelerator.name, accelerator_options(accelerator))
 
 
