@@ -46,6 +46,7 @@ def greedy(
             model.config.grid_size,
             model.config.vocab_size,
             canvas,
+            canvas.batch,
             randomness,
         )
     )

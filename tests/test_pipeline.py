@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from tests.tiny import CLASSES, CODES, GRID, PROMPTS, new_pipeline, pipeline, transformer, vq_model
-from varaccel import AutoPipeline, LlamaGenPipeline, Plain, ZipAR
+from varaccel import Auto, AutoPipeline, Jacobi, LlamaGenPipeline, Plain, ZipAR
 from varaccel.decoding.accelerator import ACCELERATORS, make_accelerator
+from varaccel.decoding.balance import Balance, measure_balance
 from varaccel.errors import CheckpointError, InputError
 from varaccel.pipelines.memory import OutOfMemory
 from varaccel.tokenizers.text import WordTokenizer
@@ -106,6 +107,39 @@ def test_zipar_passes(window: int) -> None:
     published = pipeline("c2i")([0], seed=0, accelerator=ZipAR(window, mode="published"))
     assert masked.stats.passes == GRID + (GRID - 1) * window
     assert published.stats.passes == 2 * GRID + (GRID - 2) * window
+
+
+# -- Jacobi and auto -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_gumbel_pictures_do_not_depend_on_the_window(host: str) -> None:
+    one = codes(host, PROMPTS[host], seed=4, accelerator=Jacobi(window=1))
+    for window in (2, 5, 99):
+        assert torch.equal(codes(host, PROMPTS[host], seed=4, accelerator=Jacobi(window)), one)
+    assert torch.equal(codes(host, PROMPTS[host], seed=4, accelerator="auto"), one)
+
+
+def test_auto_names_what_it_chose_by_the_free_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(free: float, prompts: list[int], **options: Any) -> str:
+        balance = Balance(rate=free, bandwidth=2.0, itemsize=4)
+        assert balance.free_tokens == free
+        monkeypatch.setattr("varaccel.decoding.auto.measure_balance", lambda device, dtype: balance)
+        return pipeline("c2i")(prompts, seed=0, **options).stats.label
+
+    assert chosen(8, [0], accelerator="auto") == "jacobi(window=4)", "a guided picture is two rows"
+    assert chosen(8, [0], accelerator="auto", guidance_scale=1.0) == "jacobi(window=8)"
+    assert chosen(8, [0, 1, 2, 3], accelerator="auto") == "jacobi(window=1)"
+    assert chosen(1e6, [0], accelerator="auto") == "jacobi(window=16)"
+    fast = Auto(quality="approximate")
+    assert chosen(1e6, [0], accelerator=fast) == f"zipar(window={GRID // 2})"
+    assert chosen(2, [0], accelerator=fast) == f"zipar(window={GRID})", "which is raster order"
+
+
+def test_a_device_is_measured() -> None:
+    balance = measure_balance(torch.device("cpu"), torch.float32)
+    assert balance.free_tokens > 0
+    assert measure_balance(torch.device("cpu"), torch.float32) is balance, "once per process"
 
 
 # -- arguments -----------------------------------------------------------------------------------------
@@ -219,6 +253,7 @@ def test_bad_classes(label: Any) -> None:
         ("zipar", {"window": 2.5}, "integer"),
         ("zipar", {"mode": "fast"}, "masked"),
         ("plain", {"window": 1}, "unknown option"),
+        ("auto", {"quality": "good"}, "lossless"),
         ("none", {}, "unknown accelerator"),
     ],
 )

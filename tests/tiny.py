@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
@@ -71,6 +72,52 @@ def new_pipeline(model_type: str) -> LlamaGenPipeline:
         pipe = LlamaGenPipeline(
             transformer("t2i"), vq_model(), text_encoder(tokenizer), tokenizer, guidance_scale=2.0
         )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def eagle_head(target: LlamaGenTransformer, seed: int = 0) -> EagleHead:
+    """An untrained drafter: it knows nothing, but fits."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return EagleHead.for_target(target).eval()
+
+
+@cache
+def drafting_pipeline(
+    model_type: str, codes: int = CODES, grid: int = GRID, sharpness: float = 1.0
+) -> LlamaGenPipeline:
+    """A pipeline with every drafter, shared by tests, which must not change it.
+
+    Args:
+        codes, grid: few enough of them and all its pictures can be listed.
+        sharpness: factor on the logits.
+
+    Attention is made strong, so that every token matters for all that follow and not only for the next.
+    """
+    sizes = {"dim": 16, "num_layers": 3, "num_heads": 2, "vocab_size": codes, "grid_size": grid}
+    target, small = (transformer(model_type, seed, **sizes) for seed in (0, 1))
+    with torch.no_grad():
+        for layer in target.layers:
+            layer.attention.wqkv.weight.mul_(2)
+            layer.attention.wo.weight.mul_(8)
+        target.output.weight.mul_(sharpness)
+        # the drafter is a disturbed copy, so that some of its guesses hold and some do not
+        for ours, theirs in zip(small.parameters(), target.parameters(), strict=True):
+            ours.mul_(0.2).add_(theirs)
+    words = None
+    if model_type == "t2i":
+        words = WordTokenizer.from_words(WORDS, max_length=8)
+    pipe = LlamaGenPipeline(
+        target,
+        vq_model(codebook_size=codes),
+        None if words is None else text_encoder(words),
+        words,
+        class_names=CLASSES if model_type == "c2i" else None,
+        guidance_scale=2.0,
+        eagle_head=eagle_head(target),
+        draft_transformer=small,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -19,7 +19,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Accelerator": "varaccel.decoding.accelerator",
+    "Auto": "varaccel.decoding.auto",
+    "DynamicTree": "varaccel.decoding.tree",
     "Jacobi": "varaccel.decoding.jacobi",
+    "Lantern": "varaccel.decoding.lantern",
+    "LayerSkip": "varaccel.decoding.speculative",
+    "Speculative": "varaccel.decoding.speculative",
+    "Topology": "varaccel.decoding.tree",
+    "EagleHead": "varaccel.models.eagle",
     "Plain": "varaccel.decoding.plain",
     "ZipAR": "varaccel.decoding.zipar",
     "make_accelerator": "varaccel.decoding.accelerator",
@@ -36,15 +43,22 @@ _HOMES = {
 
 __all__ = [
     "Accelerator",
+    "Auto",
     "AutoPipeline",
     "CheckpointError",
+    "DynamicTree",
+    "EagleHead",
     "Guidance",
     "InputError",
     "Jacobi",
+    "Lantern",
+    "LayerSkip",
     "LlamaGenPipeline",
     "LlamaGenTransformer",
     "Plain",
     "Sampling",
+    "Speculative",
+    "Topology",
     "VQModel",
     "VaraccelError",
     "ZipAR",
@@ -54,12 +68,17 @@ __all__ = [
 
 if TYPE_CHECKING:
     from varaccel.decoding.accelerator import Accelerator, make_accelerator
+    from varaccel.decoding.auto import Auto
     from varaccel.decoding.guidance import Guidance
     from varaccel.decoding.jacobi import Jacobi
+    from varaccel.decoding.lantern import Lantern
     from varaccel.decoding.plain import Plain
     from varaccel.decoding.sampling import Sampling
+    from varaccel.decoding.speculative import LayerSkip, Speculative
+    from varaccel.decoding.tree import DynamicTree, Topology
     from varaccel.decoding.zipar import ZipAR
     from varaccel.errors import CheckpointError, InputError, VaraccelError
+    from varaccel.models.eagle import EagleHead
     from varaccel.models.llamagen import LlamaGenTransformer
     from varaccel.pipelines.auto import AutoPipeline
     from varaccel.pipelines.llamagen import LlamaGenPipeline

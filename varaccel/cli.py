@@ -1,4 +1,4 @@
-"""The command line: `varaccel generate`, `varaccel models`, `varaccel demo`, `varaccel bench`."""
+"""The command line: `varaccel generate`, `models`, `demo`, `bench` and `train`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from varaccel.errors import InputError, VaraccelError
+from varaccel.training.commands import train_app
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+app.add_typer(train_app, name="train")
 
 Model = Annotated[str, typer.Option(help="Shipped or published model, folder or hub id (see `models`).")]
 
@@ -135,6 +138,9 @@ def generate(
     separate: Annotated[
         bool, typer.Option("--separate", help="Also write every picture by itself: NAME-0.png, ...")
     ] = False,
+    passes_map: Annotated[
+        bool, typer.Option("--map", help="Also write which pass wrote each token: NAME-map-0.png, ...")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what it cost as JSON, and no progress bars.")
     ] = False,
@@ -162,6 +168,9 @@ def generate(
     if separate:
         for index, image in enumerate(images):
             write_picture(image, numbered(out, index))
+    if passes_map:
+        for index, picture in enumerate(output.acceptance_maps()):
+            write_picture(picture, numbered(out.with_stem(f"{out.stem}-map"), index))
     if as_json:
         typer.echo(json.dumps(output.stats.to_dict() | {"out": str(out), "seed": seed}))
     else:

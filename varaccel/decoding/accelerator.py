@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from varaccel.decoding.canvas import Canvas
@@ -30,6 +31,7 @@ class Job:
         grid_width: columns of the token grid.
         codes: size of the vocabulary.
         canvas: to be filled.
+        rows: rows that a pass reads per token: pictures, times two while guided.
         randomness: the draws of each picture and position.
         on_step: observer of every pass.
         neighbours: gives the codebook's table of nearest neighbours, (k, normalise) -> [V, k + 1] int.
@@ -41,10 +43,20 @@ class Job:
     grid_width: int
     codes: int
     canvas: Canvas
+    rows: int
     randomness: Randomness
     on_step: OnStep | None = None
     neighbours: Callable[[int, bool], Tensor] | None = None
     drafters: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.canvas.written.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the host model's weights."""
+        return next(self.network.parameters()).dtype
 
     def lanes(self, order: int | str) -> Lanes:
         """Lanes of an `order` option: "raster", or the window of ZipAR's order."""
@@ -72,6 +84,10 @@ class Accelerator(ABC):
     def keeps_law(self) -> bool:
         """Whether the pictures follow exactly the law of plain decoding, with these options."""
         return self.lossless
+
+    def resolve(self, job: Job) -> Accelerator:
+        """The accelerator that runs; another one than this if it chooses by the call."""
+        return self
 
     @abstractmethod
     def run(self, job: Job) -> int | Tally:

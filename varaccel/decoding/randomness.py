@@ -22,15 +22,17 @@ class Randomness:
     nothing is drawn inside the decoding loop.
 
     Speculation needs more: guesses are drawn, tested and drawn again, pass after pass. Those numbers come
-    from `stream` and `gumbel`, and again each picture spends its own generator alone.
+    from `stream` and `gumbel`, each with generators of its own, which the pictures' generators seed: what one
+    of them spends changes nothing for the other.
 
     Attributes:
         uniforms: [B, N] float64 in [0, 1), one number per position.
-        generators: of each picture.
+        stream_seeds, noise_seeds: of each picture.
     """
 
     uniforms: Tensor
-    generators: tuple[torch.Generator, ...] = field(default=(), repr=False)
+    stream_seeds: tuple[int, ...] = field(default=(), repr=False)
+    noise_seeds: tuple[int, ...] = field(default=(), repr=False)
 
     @classmethod
     def draw(
@@ -41,7 +43,8 @@ class Randomness:
             torch.rand(positions, dtype=torch.float64, generator=g, device=g.device).to(device)
             for g in generators
         ]
-        return cls(torch.stack(rows), tuple(generators))
+        seeds = [torch.randint(2**62, (2,), generator=g, device=g.device).tolist() for g in generators]
+        return cls(torch.stack(rows), tuple(s[0] for s in seeds), tuple(s[1] for s in seeds))
 
     def at(self, positions: Tensor) -> Tensor:
         """The numbers of `positions` ([P] or [B, P], -1 = padding): [B, P]."""
@@ -51,11 +54,15 @@ class Randomness:
 
     def stream(self, width: int) -> Stream:
         """Numbers for the passes to come, `width` per picture and pass."""
-        return Stream(self.generators, width, self.uniforms.device)
+        return Stream(_seeded(self.stream_seeds), width, self.uniforms.device)
 
     def gumbel(self, codes: int) -> GumbelNoise:
         """Gumbel noise for every position and each of `codes` codes."""
-        return GumbelNoise(self.generators, self.uniforms.shape[1], codes, self.uniforms.device)
+        return GumbelNoise(_seeded(self.noise_seeds), self.uniforms.shape[1], codes, self.uniforms.device)
+
+
+def _seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 class Stream:

@@ -45,7 +45,7 @@ class LayerSkip:
         return LayerSubset(target, tuple(chosen))
 
 
-def resolve_shape(tree: object) -> Shape:
+def resolve_shape(tree: Any) -> Shape:
     """What a `tree` option means: "dynamic", or see `resolve_tree`."""
     if isinstance(tree, DynamicTree):
         return tree
@@ -81,7 +81,7 @@ def resolve_drafter(drafter: object, job: Job) -> nn.Module | LayerSubset:
             )
         return job.drafters[drafter]
     if isinstance(drafter, EagleHead):
-        drafter.check_fits(job.network)  # type: ignore[arg-type]
+        drafter.check_fits(job.network)
         return drafter
     if isinstance(drafter, LlamaGenTransformer):
         check_same_codes(drafter, job.network)

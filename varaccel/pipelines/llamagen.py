@@ -307,11 +307,13 @@ class LlamaGenPipeline(LoadablePipeline):
                 model.config.grid_size,
                 model.config.vocab_size,
                 canvas,
+                canvas.batch * (2 if guidance.enabled else 1),
                 randomness,
                 on_step,
                 neighbours=self._neighbours,
                 drafters=self.drafters,
             )
+            accelerator = accelerator.resolve(job)
             with contextlib.suppress(Interrupted):
                 counts = accelerator.run(job)
                 tally = counts if isinstance(counts, Tally) else None

@@ -1,0 +1,77 @@
+"""How many tokens a device reads in the time of one: its arithmetic rate over its memory bandwidth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What a device does per second with matrices of a type.
+
+    Attributes:
+        rate: multiply-adds per second in matrix products, times 2.
+        bandwidth: bytes per second that a matrix-vector product reads its matrix with.
+        itemsize: bytes per number.
+    """
+
+    rate: float
+    bandwidth: float
+    itemsize: int
+
+    @property
+    def free_tokens(self) -> float:
+        """Rows of a matrix product that cost no more than its weights do to be read.
+
+        A pass over n rows with W weights takes about max(W * itemsize / bandwidth, 2 * W * n / rate); both
+        are equal at this n. It does not depend on the size of the model.
+        """
+        return self.rate * self.itemsize / (2 * self.bandwidth)
+
+
+@lru_cache(maxsize=8)
+def measure_balance(device: torch.device, dtype: torch.dtype) -> Balance:
+    """Measure a device: well under a second, once per process, device and type.
+
+    The matrices have the size of a layer, and together exceed the caches of a processor.
+    """
+    width, layers = (2048, 16) if device.type == "cuda" else (1024, 24)
+    weights = [torch.full((width, width), 1e-3, dtype=dtype, device=device) for _ in range(layers)]
+    # far more rows than can be free, so that arithmetic alone decides
+    many = torch.ones(2048 if device.type == "cuda" else 128, width, dtype=dtype, device=device)
+    one = torch.ones(1, width, dtype=dtype, device=device)
+
+    def product(rows: torch.Tensor) -> Callable[[], None]:
+        def run() -> None:
+            for weight in weights:
+                torch.nn.functional.linear(rows, weight)
+
+        return run
+
+    seconds = {name: _seconds(product(rows), device) for name, rows in (("many", many), ("one", one))}
+    size = sum(weight.numel() for weight in weights)
+    itemsize = weights[0].element_size()
+    return Balance(2 * size * len(many) / seconds["many"], size * itemsize / seconds["one"], itemsize)
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(_ROUNDS + 1):  # the first one warms up, and the best leaves out what disturbed
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
