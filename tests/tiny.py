@@ -95,7 +95,7 @@ def drafting_pipeline(
 
     Attention is made strong, so that every token matters for all that follow and not only for the next.
     """
-    sizes = {"dim": 16, "num_layers": 3, "num_heads": 2, "vocab_size": codes, "grid_size": grid}
+    sizes = {"dim": 8, "num_layers": 3, "num_heads": 1, "vocab_size": codes, "grid_size": grid}
     target, small = (transformer(model_type, seed, **sizes) for seed in (0, 1))
     with torch.no_grad():
         for layer in target.layers:

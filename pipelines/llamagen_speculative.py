@@ -1,0 +1,24 @@
+"""Exact speculative decoding with the drafters that ship with the model, and with none.
+
+python pipelines/llamagen_speculative.py
+"""
+
+import numpy as np
+
+from varaccel import AutoPipeline, LayerSkip, Speculative
+
+pipe = AutoPipeline.from_pretrained("mini-llamagen")
+prompt = "a red sphere left of a blue cube at sunset"
+plain = pipe(prompt, seed=0)
+print(plain.stats)
+for accelerator in (
+    Speculative("eagle", tree=4),
+    Speculative("small", tree=4, adaptive=True),
+    Speculative(LayerSkip((0, 4)), tree=2),
+):
+    print(pipe(prompt, seed=0, accelerator=accelerator).stats)
+
+# guesses that are accepted where they equal what the seed draws: the very picture of plain decoding
+same = pipe(prompt, seed=0, accelerator=Speculative("eagle", tree="dynamic"))
+print(same.stats)
+print("equal pixels:", np.mean(np.asarray(same.images[0]) == np.asarray(plain.images[0])))
