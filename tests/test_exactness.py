@@ -35,7 +35,7 @@ PLACES = GRID**2
 PICTURES = 2048
 # what is drawn together, at the start, at the end, across a row border, and far apart
 GROUPS = ((0, 1, 2, 3), (6, 7, 8), (2, 3, 5, 6), (0, 4, 8), (4, 5, 6, 7))
-SHARPNESS = {"c2i": 0.45, "t2i": 0.3}
+SHARPNESS = {"c2i": 0.8, "t2i": 0.25}
 NAMES = {"c2i": 1, "t2i": "a red sphere"}
 
 
@@ -72,8 +72,8 @@ class Setting:
 FREE = Setting()
 GUIDED = Setting("t2i", 2.5)
 FILTERED = Setting("c2i", 2.5, sampling=Sampling(0.8, top_k=2))
-NUCLEUS = Setting("t2i", 1.0, sampling=Sampling(1.2, top_p=0.85))
-HALF_GUIDED = Setting("c2i", 2.5, interval=3)
+NUCLEUS = Setting("c2i", 1.0, sampling=Sampling(1.2, top_p=0.8))
+HALF_GUIDED = Setting("t2i", 2.5, interval=3)
 SETTINGS = {
     "free": FREE,
     "guided": GUIDED,
@@ -382,7 +382,7 @@ def test_a_broken_rule_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "Exact", lambda: Altered(change))
-    assert misfit(FREE.draw(accelerator).images, exact_law(FREE)) > 2 * LIMIT
+    assert misfit(FILTERED.draw(accelerator).images, exact_law(FILTERED)) > 2 * LIMIT
 
 
 def test_a_broken_coupling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +398,7 @@ def test_a_broken_coupling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat([torch.where(kept, guess.squeeze(-1), fresh[:, :width]), fresh[:, width:]], dim=1)
 
     monkeypatch.setattr(JacobiProposer, "_answer", answer)
-    assert misfit(FREE.draw(Jacobi(9, "maximal", "left")).images, exact_law(FREE)) > 2 * LIMIT
+    assert misfit(FREE.draw(Jacobi(9, "maximal", "left"), 2 * PICTURES).images, exact_law(FREE)) > 2 * LIMIT
 
 
 @pytest.mark.parametrize(
@@ -417,4 +417,4 @@ def test_a_broken_coupling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_approximate_says_so(accelerator: Accelerator) -> None:
     out = FREE.draw(accelerator)
     assert not out.stats.lossless
-    assert misfit(out.images, exact_law(FREE)) > LIMIT
+    assert misfit(out.images, exact_law(FREE)) > 2 * LIMIT

@@ -124,13 +124,7 @@ class NetworkReader:
         self, tokens: Tensor, positions: Tensor, scratch: Tensor | None = None, visible: Tensor | None = None
     ) -> Tensor:
         assert self._fronts is not None
-        session = self.session
-        starts = self._fronts.start[self._fronts.open]
-        return session.read(
-            Guesses(tokens, positions, scratch, visible),
-            guided=session.guidance.enabled and session.guidance.active_at(int(starts.min())),
-            length=int(positions.max()) + 1,
-        )
+        return self.session.read(Guesses(tokens, positions, scratch, visible), self._fronts.start)
 
     def _law(self, features: Tensor, positions: Tensor, lanes: int) -> Categorical:
         law = self.session.law(features, positions)

@@ -146,28 +146,39 @@ class CausalSession:
         return self.law(self.prefix_features[:, -1:], positions)
 
     @torch.inference_mode()
-    def read(self, guesses: Guesses, *, guided: bool, length: int | None = None) -> Tensor:
+    def read(self, guesses: Guesses, starts: Tensor | None = None, *, length: int | None = None) -> Tensor:
         """Read decided tokens and guesses of any shape in one pass.
 
         Args:
-            guided: whether the unconditional branch is still needed.
-            length: positions before it are all that is in use; ignored with static shapes.
+            starts: the next positions that are decided, -1 for none; beyond the guidance interval the
+                unconditional branch is left out. None if it is needed.
+            length: positions before it are all that is in use. If None and shapes are not static, the device
+                is asked for the last position.
 
         Returns:
             features [R, F, dim], R = 2 B while guided; those of position p predict position p + 1.
         """
         _ = self.prefix_features  # the condition is encoded before anything else
-        rows = self.rows_per_pass if guided else self.batch
+        rows = self.rows_per_pass if self._still_guided(starts) else self.batch
+        if self.static_shapes:
+            length = None
+        elif length is None:
+            length = int(guesses.positions.max()) + 1
         x = self.network.embed_tokens(guesses.tokens)
         reading = self.memory.reading(
             guesses.positions,
             rows=rows,
             scratch=guesses.scratch,
             visible=guesses.visible,
-            length=None if self.static_shapes or length is None else self.memory.base + length,
+            length=None if length is None else self.memory.base + length,
         )
         self.reads += 1
         return self._transform(x.repeat(rows // self.batch, 1, 1), reading)
+
+    def _still_guided(self, starts: Tensor | None) -> bool:
+        if starts is None or self.guidance.interval < 0:
+            return self.guidance.enabled
+        return self.guidance.active_at(int(starts[starts >= 0].min()))
 
     def law(self, features: Tensor, positions: Tensor) -> Categorical:
         """The law of `positions` ([P] or [B, P]) that features [R, P, dim] predict; guided if R = 2 B."""
@@ -214,7 +225,7 @@ class CausalSession:
         if feed.host is not None and self._is_next(feed):
             features = self._read_next(canvas, feed, rows)
         else:
-            features = self._read_feed(canvas, feed, rows)
+            features = self._read_feed(canvas, feed)
         features = features[:, -feed.positions.shape[-1] :]
         if feed.host is None:  # rows that stand at position 0 are predicted from the condition
             at_start = (feed.positions == 0).repeat(rows // self.batch, 1).unsqueeze(-1)
@@ -243,10 +254,13 @@ class CausalSession:
         x = self.network.embed_tokens(canvas.tokens[:, feed.tokens])
         return self._transform(x.repeat(rows // self.batch, 1, 1), reading)
 
-    def _read_feed(self, canvas: Canvas, feed: Feed, rows: int) -> Tensor:
+    def _read_feed(self, canvas: Canvas, feed: Feed) -> Tensor:
         tokens, slots = feed.tokens, feed.slots
         if tokens.dim() == 1:
             tokens, slots = tokens.expand(self.batch, -1), slots.expand(self.batch, -1)
         guesses = Guesses(canvas.tokens.gather(1, tokens.clamp(min=0)), slots)
-        length = None if feed.host is None else feed.host.last_slot + 1
-        return self.read(guesses, guided=rows > self.batch, length=length)
+        if feed.host is None:
+            return self.read(guesses)
+        # the host knows which positions are decided, so the device need not be asked for them
+        starts = torch.tensor(feed.host.positions) if self.guidance.interval >= 0 else None
+        return self.read(guesses, starts, length=feed.host.last_slot + 1)

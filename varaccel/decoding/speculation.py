@@ -256,10 +256,5 @@ def _read(session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTre
         positions = torch.cat([refresh, positions], dim=1)
         scratch = torch.cat([torch.full_like(refresh, -1), scratch], dim=1)
         visible = torch.cat([torch.zeros_like(visible[:, :1]), visible], dim=1)
-    starts = fronts.start[fronts.open]
-    features = session.read(
-        Guesses(tokens, positions, scratch, visible),
-        guided=session.guidance.enabled and session.guidance.active_at(int(starts.min())),
-        length=int(positions.max()) + 1,
-    )
+    features = session.read(Guesses(tokens, positions, scratch, visible), fronts.start)
     return features[:, 1:] if late else features
