@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tests.tiny import CLASSES, GRID, pipeline
-from varaccel import ZipAR, cli
+from varaccel import Jacobi, ZipAR, cli
 from varaccel.decoding.accelerator import ACCELERATORS
 from varaccel.errors import InputError
 from varaccel.pipelines.catalog import PUBLISHED
@@ -330,18 +330,20 @@ def test_models_lists_everything(varaccel: Shell) -> None:
 def test_demo(varaccel: Shell, t2i: Path) -> None:
     prompts = ["a red sphere", "a blue cube left of a red sphere"]
     run = varaccel(
-        *("demo", "--model", t2i, "--out", "shown", "--window", 2),
+        *("demo", "--model", t2i, "--out", "shown", "-a", "zipar:window=2", "-a", "jacobi:window=3"),
         *(part for prompt in prompts for part in ("--prompt", prompt)),
     )
     assert run.code == 0
-    assert varaccel.files == ["shown", "shown/plain-and-zipar.png"]
-    assert f"in {GRID**2} passes" in run.out
-    assert f"in {GRID + (GRID - 1) * 2} passes" in run.out
-    assert run.out.count("x the speed of plain decoding in this run") == 1
-    sheet = picture(varaccel.folder / "shown/plain-and-zipar.png")
+    assert varaccel.files == ["shown", "shown/side-by-side.png"]
+    plain, zipar, jacobi = run.out.splitlines()[-3:]
+    assert plain.startswith(f"  plain(), lossless: {GRID**2} passes, 1.0 tokens per pass")
+    assert plain.endswith("1.00x plain")
+    assert f"zipar(window=2), approximate: {GRID + (GRID - 1) * 2} passes" in zipar
+    assert "jacobi(window=3), lossless" in jacobi
+    sheet = picture(varaccel.folder / "shown/side-by-side.png")
     tile, margin, text = 256, 8, 44
-    assert sheet.size == (margin + 2 * (tile + margin), text + 2 * (tile + text))
-    for row, accelerator in enumerate(("plain", ZipAR(2))):
+    assert sheet.size == (margin + 2 * (tile + margin), text + 3 * (tile + text))
+    for row, accelerator in enumerate(("plain", ZipAR(2), Jacobi(3))):
         images = pipeline("t2i")(prompts, seed=0, accelerator=accelerator).images
         for column, image in enumerate(images):
             left, top = margin + column * (tile + margin), text + row * (tile + text)
@@ -350,16 +352,33 @@ def test_demo(varaccel: Shell, t2i: Path) -> None:
 
 
 def test_demo_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None:
-    assert varaccel("demo", "--model", c2i, "--out", ".", "--window", 2).code == 0
-    assert varaccel.files == ["plain-and-zipar.png"]
+    assert varaccel("demo", "--model", c2i, "--out", ".").code == 0
+    assert varaccel.files == ["side-by-side.png"]
 
 
 def test_demo_refusals(varaccel: Shell, t2i: Path) -> None:
-    assert_sentence(varaccel("demo", "--model", t2i, "--window", 0), "window")
+    assert_sentence(varaccel("demo", "--model", t2i, "-a", "zipar:window=0"), "window")
     (varaccel.folder / "file").write_text("in the way")
-    run = varaccel("demo", "--model", t2i, "--out", "file", "--prompt", "a cube")
-    assert_sentence(run, "plain-and-zipar.png")
+    run = varaccel("demo", "--model", t2i, "--out", "file", "--prompt", "a cube", "-a", "jacobi")
+    assert_sentence(run, "side-by-side.png")
     assert varaccel.files == ["file"]
+
+
+def test_maps_of_passes(varaccel: Shell, t2i: Path) -> None:
+    arguments = (
+        "generate",
+        "a red sphere",
+        "a cube",
+        "--model",
+        t2i,
+        "-a",
+        "jacobi",
+        "--map",
+        "--out",
+        "p.png",
+    )
+    assert varaccel(*arguments).code == 0
+    assert varaccel.files == ["p-map-0.png", "p-map-1.png", "p.png"]
 
 
 def test_bench(varaccel: Shell, t2i: Path) -> None:
