@@ -17,9 +17,8 @@ from varaccel.decoding.eagle_drafter import EagleReader
 from varaccel.decoding.guidance import Guidance
 from varaccel.decoding.lanes import Lanes
 from varaccel.decoding.law import Categorical
-from varaccel.decoding.reading import Reading
+from varaccel.decoding.reading import Reading, prefix_mask
 from varaccel.decoding.sampling import Sampling
-from varaccel.decoding.session import CausalSession
 from varaccel.decoding.speculation import Draws, Outcome
 from varaccel.decoding.speculative import Speculative
 from varaccel.decoding.tree import DraftTree, DynamicTree, Topology
@@ -199,89 +198,65 @@ def test_static_drafting(index: int, run: int, monkeypatch: pytest.MonkeyPatch) 
 # -- on models of our own ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["raster", 2])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("host", ["c2i", "t2i"])
-def test_pairs_carry_the_features_of_the_target(
-    host: str, guidance: float, order: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever was guessed and thrown away before: what the head has read of a picture in raster order at the end
-    of a call is what one causal pass over the target's own features gives, so its guesses are too.
+def test_what_the_head_has_read(host: str, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was guessed and thrown away on the way, its cache is that of one causal pass over the target's own
+    features of the picture.
     """
     pipe = drafting_pipeline(host)
     readers: list[EagleReader] = []
-    original = EagleReader.__init__
+    build = EagleReader.__init__
 
     def remember(self: EagleReader, *args: Any) -> None:
-        original(self, *args)
+        build(self, *args)
         readers.append(self)
 
     monkeypatch.setattr(EagleReader, "__init__", remember)
-    sessions: list[CausalSession] = []
     prompts: list[Any] = [0, 3] if host == "c2i" else ["a red sphere", "cube"]
+    tree = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]
     out = pipe(
         prompts,
         seed=0,
         guidance_scale=guidance,
-        accelerator=Speculative("eagle", tree=[[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]], order=order),
+        accelerator=Speculative("eagle", tree=tree),
         output_type="latent",
     )
     (reader,) = readers
-    sessions.append(reader.session)
-    rows = sessions[0].rows_per_pass
-    assert rows == (2 if guidance == 1 else 4)
-    tokens = out.images.flatten(1)
-    head, model = reader.head, pipe.transformer
     assert reader.passes == out.stats.draft_passes > 0
-    if order != "raster":
-        return
-    # features of the target by one teacher-forced pass
+    head, model = reader.head, pipe.transformer
     condition, mask = pipe._condition(prompts)
-    total = model.num_tokens
-    with torch.inference_mode():
-        features = teacher_features(model, condition, mask, tokens, guidance > 1)  # [R, T + N, dim]
-        prefix = features[:, : model.prefix_length]
-        torch.testing.assert_close(sessions[0].prefix_features, prefix, atol=1e-4, rtol=1e-3)
-        # keys of all pairs but the last few, which nothing was drafted after
-        fused = torch.cat([torch.zeros_like(prefix[:, :-1, 0]).long(), tokens.repeat(rows // 2, 1)], dim=1)
-        inputs = head.fuse(fused, features[:, :-1])
-        table, count = head.rotary_table(), head.prefix_pairs + total
-        cache = head.new_cache(rows)
-        head.transform(
-            inputs, Reading(table, causal=True, cache=cache, slots=torch.arange(count), length=count)
-        )
-    last = out.written.flatten(1).max(1).values
-    for row in range(2):
-        known = int(
-            (out.written[row].flatten() < last[row]).sum()
-        )  # read before the last pass of the picture
-        prefix_slots = head.prefix_pairs
-        for branch in range(rows // 2):
-            ours = reader.memory.cache.keys[0, branch * 2 + row]
-            theirs = cache.keys[0, branch * 2 + row]
-            torch.testing.assert_close(ours[:, :prefix_slots], theirs[:, :prefix_slots], atol=1e-4, rtol=1e-3)
-            base = reader.memory.base
-            torch.testing.assert_close(
-                ours[:, base : base + known],
-                theirs[:, prefix_slots : prefix_slots + known],
-                atol=1e-4,
-                rtol=1e-3,
-            )
-
-
-def teacher_features(
-    model: Any, condition: Tensor, mask: Tensor | None, tokens: Tensor, guided: bool
-) -> Tensor:
-    """[R, T + N, dim] features of a full pass over condition and picture."""
-    from varaccel.decoding.reading import prefix_mask
-
-    if guided:
-        condition = torch.cat([condition, model.unconditional(condition)])
+    tokens = out.images.flatten(1)
+    if guidance > 1:
+        condition, tokens = torch.cat([condition, model.unconditional(condition)]), tokens.repeat(2, 1)
         mask = None if mask is None else mask.repeat(2, 1)
-        tokens = tokens.repeat(2, 1)
+    pairs, count = head.prefix_pairs, head.prefix_pairs + model.num_tokens
+    cache = head.new_cache(len(tokens))
+    with torch.inference_mode():
+        features = teacher_features(model, condition, mask, tokens)
+        torch.testing.assert_close(
+            reader.session.prefix_features, features[:, : pairs + 1], atol=1e-4, rtol=1e-3
+        )
+        paired = torch.cat([tokens.new_zeros(len(tokens), pairs), tokens], dim=1)
+        reading = Reading(
+            head.rotary_table(), causal=True, cache=cache, slots=torch.arange(count), length=count
+        )
+        head.transform(head.fuse(paired, features[:, :-1]), reading)
+    base = reader.memory.base
+    for row, theirs in enumerate(cache.keys[0]):
+        ours, written = reader.memory.cache.keys[0, row], out.written[row % 2].flatten()
+        # what the last pass of a picture decided is not read any more
+        known = int((written < written.max()).sum())
+        torch.testing.assert_close(ours[:, :pairs], theirs[:, :pairs], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            ours[:, base : base + known], theirs[:, pairs : pairs + known], atol=1e-4, rtol=1e-3
+        )
+
+
+def teacher_features(model: Any, condition: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
+    """[R, T + N, dim] features of a full pass over condition and picture."""
     x = torch.cat([model.embed_condition(condition), model.embed_tokens(tokens)], dim=1)
     table = model.rotary_table()
-    reading = (
-        Reading(table, causal=True) if mask is None else Reading(table, mask=prefix_mask(mask, x.shape[1]))
-    )
-    return model.transform(x, reading)
+    if mask is None:
+        return model.transform(x, Reading(table, causal=True))
+    return model.transform(x, Reading(table, mask=prefix_mask(mask, x.shape[1])))

@@ -14,7 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import CLASSES, CODES, GRID, PROMPTS, new_pipeline, pipeline, transformer, vq_model
+from tests.tiny import (
+    CLASSES,
+    CODES,
+    GRID,
+    PROMPTS,
+    drafting_pipeline,
+    new_pipeline,
+    pipeline,
+    transformer,
+    vq_model,
+)
 from varaccel import Auto, AutoPipeline, Jacobi, LlamaGenPipeline, Plain, ZipAR
 from varaccel.decoding.accelerator import ACCELERATORS, make_accelerator
 from varaccel.decoding.balance import Balance, measure_balance
@@ -131,6 +141,13 @@ def test_auto_names_what_it_chose_by_the_free_tokens(monkeypatch: pytest.MonkeyP
     assert chosen(8, [0], accelerator="auto", guidance_scale=1.0) == "jacobi(window=8)"
     assert chosen(8, [0, 1, 2, 3], accelerator="auto") == "jacobi(window=1)"
     assert chosen(1e6, [0], accelerator="auto") == "jacobi(window=16)"
+    drafting = drafting_pipeline("c2i")
+    assert (
+        drafting(0, seed=0, accelerator="auto").stats.label
+        == "speculative(drafter=auto, tree=5, verification=gumbel)"
+    )
+    assert chosen(2, [0], accelerator="auto") == "jacobi(window=1)"
+    assert drafting(0, seed=0, accelerator="auto").stats.label == "jacobi(window=1)"
     fast = Auto(quality="approximate")
     assert chosen(1e6, [0], accelerator=fast) == f"zipar(window={GRID // 2})"
     assert chosen(2, [0], accelerator=fast) == f"zipar(window={GRID})", "which is raster order"

@@ -9,13 +9,14 @@ from varaccel.decoding.accelerator import Accelerator, Job, register
 from varaccel.decoding.balance import measure_balance
 from varaccel.decoding.jacobi import Jacobi
 from varaccel.decoding.options import check_choice
+from varaccel.decoding.speculative import Speculative
 from varaccel.decoding.statistics import Tally
 from varaccel.decoding.zipar import ZipAR
 
 Quality = Literal["lossless", "approximate"]
 
-MOST_GUESSES = 16
-"""The largest Jacobi window that is chosen: what is guessed further ahead hardly ever holds."""
+WIDEST_WINDOW, LONGEST_CHAIN = 16, 5
+"""The most that is guessed by Jacobi decoding and by a drafter: what is further ahead hardly ever holds."""
 
 
 @register
@@ -28,9 +29,10 @@ class Auto(Accelerator):
     per process. Divided by the rows of the call (pictures, times two if guided) they are the tokens f per
     picture that cost nothing.
 
-    "lossless" takes Gumbel-coupled Jacobi decoding with a window of f tokens, from 1 to 16. Its pictures do
-    not depend on the window, so a seed gives the same picture on any machine and in any batch.
-    "approximate" takes ZipAR with the window that keeps f rows in flight, but no less than half the row.
+    "lossless": below 2 free tokens one token per pass; else, if the model came with a drafter, a chain of
+    f - 1 guesses, at most 5; else Jacobi decoding with a window of f, at most 16. All three draw with the Gumbel
+    noise of each position and so give the same picture for the same seed, on any machine and in any batch.
+    "approximate": ZipAR with the window that keeps f rows in flight, but no less than half the row.
 
     The statistics of a call name what was chosen.
 
@@ -56,11 +58,13 @@ class Auto(Accelerator):
         return self.quality == "lossless"
 
     def resolve(self, job: Job) -> Accelerator:
-        free = measure_balance(job.device, job.dtype).free_tokens / job.rows
-        if self.quality == "lossless":
-            return Jacobi(window=max(1, min(MOST_GUESSES, int(free))))
-        width = job.grid_width
-        return ZipAR(window=max(width // 2, -(-width // max(1, int(free)))))
+        free = max(1, int(measure_balance(job.device, job.dtype).free_tokens / job.rows))
+        if self.quality == "approximate":
+            width = job.grid_width
+            return ZipAR(window=max(width // 2, -(-width // free)))
+        if free > 1 and job.drafters:
+            return Speculative(tree=min(LONGEST_CHAIN, free - 1), verification="gumbel")
+        return Jacobi(window=min(WIDEST_WINDOW, free), coupling="gumbel")
 
     def run(self, job: Job) -> int | Tally:
         return self.resolve(job).run(job)

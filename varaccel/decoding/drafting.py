@@ -11,6 +11,7 @@ from torch import Tensor
 
 from varaccel.decoding.lanes import Fronts
 from varaccel.decoding.law import Categorical
+from varaccel.decoding.randomness import GumbelNoise
 from varaccel.decoding.speculation import Draws, Outcome
 from varaccel.decoding.tree import Beam, DraftTree, DynamicTree, Proposal, Topology
 
@@ -90,6 +91,9 @@ class StaticProposer:
     With `adaptive`, a lane whose guesses were all accepted is guessed two levels deeper next time, otherwise
     one level less deep (the schedule of assisted generation in transformers). Each lane of each picture has a
     depth of its own, so pictures do not depend on their batch.
+
+    With `noise`, children are the likeliest after the noise of their position is added: draws, but the same as
+    the target's wherever the laws are the same. They are "deterministic" for the rule, which draws alike.
     """
 
     def __init__(
@@ -104,7 +108,9 @@ class StaticProposer:
         device: torch.device,
         adaptive: bool = False,
         fixed: bool = False,
+        noise: GumbelNoise | None = None,
     ) -> None:
+        self.noise = noise
         self.reader, self.topology, self.proposal = reader, topology, proposal
         self.nodes = self.draws = topology.num_nodes
         self.lane_width, self.adaptive, self.fixed = lane_width, adaptive, fixed
@@ -149,7 +155,12 @@ class StaticProposer:
                 [[*topology.children[n], *[0] * (width - len(topology.children[n]))] for n in parents],
                 device=roots.device,
             )
-            children = draw_children(law, draws.drafting[:, index], proposal)  # [M, n, width]
+            numbers = draws.drafting[:, index]
+            if self.noise is not None:  # the noise that the target draws with at the children's position
+                place = (fronts.start.clamp(min=0) + depth).unsqueeze(-1).expand(-1, -1, len(parents))
+                noise = self.noise.at(place.flatten(1)).view(law.logits.shape)
+                law = Categorical(law.perturbed(noise), greedy)
+            children = draw_children(law, numbers, proposal)  # [M, n, width]
             real = index > 0
             tokens[:, index[real]] = children[:, real]
         tree = DraftTree.from_topology(topology, tokens, proposal=proposal, draft=drawn_from)

@@ -13,7 +13,7 @@ from varaccel.decoding.lanes import Fronts, Lanes
 from varaccel.decoding.law import Categorical
 from varaccel.decoding.options import check_choice, check_order, positive_integer
 from varaccel.decoding.randomness import GumbelNoise
-from varaccel.decoding.speculation import Draws, Judge, Outcome, judge_by, match, speculate
+from varaccel.decoding.speculation import Draws, Judge, Outcome, draw_by_noise, judge_by, match, speculate
 from varaccel.decoding.statistics import Tally
 from varaccel.decoding.tree import DraftTree, Topology
 from varaccel.decoding.verification import Exact, Verdict
@@ -126,12 +126,7 @@ class JacobiProposer:
     def judge_by_noise(self, tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
         """Accept the guesses that the noise of their position draws from the new law."""
         assert self.noise is not None
-        if law.greedy:
-            self._answers = law.logits.argmax(dim=-1)
-        else:
-            flat = positions.view(self.canvas.batch, -1)
-            noise = self.noise.at(flat, int(flat.max())).view(*positions.shape, -1)
-            self._answers = (law.logits.float().log_softmax(-1) + noise).argmax(dim=-1)
+        self._answers = draw_by_noise(law, self.noise, positions)
         return match(tree, self._answers, self.codes)
 
     def observe(self, outcome: Outcome, draws: Draws) -> None:

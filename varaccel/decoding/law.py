@@ -57,6 +57,11 @@ class Categorical:
         code = torch.searchsorted(cumulative, torch.minimum(target, below), right=True)
         return code.squeeze(-1)
 
+    def perturbed(self, noise: Tensor) -> Tensor:
+        """Log-probabilities plus Gumbel noise [B, P, V]; the largest is a draw (the Gumbel-max trick), the k
+        largest are k draws without replacement. Without noise in greedy mode."""
+        return self.logits if self.greedy else self.logits.log_softmax(dim=-1) + noise
+
     def log_prob(self, values: Tensor) -> Tensor:
         if self.greedy:
             return self.probs.gather(-1, values.unsqueeze(-1)).squeeze(-1).log()

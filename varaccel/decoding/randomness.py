@@ -108,14 +108,13 @@ class GumbelNoise:
         self.generators, self.positions, self.codes, self.device = generators, positions, codes, device
         self._noise = torch.empty(len(generators), 0, codes, device=device)
 
-    def at(self, positions: Tensor, last: int) -> Tensor:
-        """Noise of `positions` [B, P]: [B, P, V] float32.
+    def at(self, positions: Tensor) -> Tensor:
+        """Noise of `positions` [B, P]: [B, P, V] float32. Asks the device for the last of them.
 
         Args:
             positions: places outside the picture get the noise of its border; their draws are not used.
-            last: the largest of them, as the host knows it.
         """
-        wanted = min(last + 1, self.positions)
+        wanted = min(int(positions.max()) + 1, self.positions)
         while self._noise.shape[1] < wanted:
             shape = (min(self.BLOCK, self.positions - self._noise.shape[1]), self.codes)
             rows = [torch.empty(shape, device=g.device).exponential_(generator=g) for g in self.generators]

@@ -12,7 +12,7 @@ from varaccel.decoding.canvas import Canvas
 from varaccel.decoding.lanes import Fronts, Lanes
 from varaccel.decoding.law import Categorical
 from varaccel.decoding.loop import OnStep, Step
-from varaccel.decoding.randomness import Randomness, Stream
+from varaccel.decoding.randomness import GumbelNoise, Randomness, Stream
 from varaccel.decoding.session import CausalSession, Guesses
 from varaccel.decoding.statistics import Tally
 from varaccel.decoding.tree import DraftTree
@@ -104,6 +104,28 @@ def judge_by_matching(randomness: Randomness) -> Judge:
         return match(tree, law.sample(numbers), law.logits.shape[-1])
 
     return judge
+
+
+def judge_by_noise(noise: GumbelNoise) -> Judge:
+    """Draw each token with the Gumbel noise of its position; accept guesses that equal it.
+
+    The picture is a function of the seed alone: neither the drafter nor the tree changes it, only how many
+    passes it takes. Guesses that were drawn with the same noise hold most often.
+
+    Source: Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative Decoding"
+    (arXiv 2408.07978).
+    """
+
+    def judge(tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
+        return match(tree, draw_by_noise(law, noise, positions), law.logits.shape[-1])
+
+    return judge
+
+
+def draw_by_noise(law: Categorical, noise: GumbelNoise, positions: Tensor) -> Tensor:
+    """[M, T] codes from laws [M, T, V] with the noise of `positions` [M, T]."""
+    here = noise.at(positions.view(len(noise.generators), -1)).view(law.logits.shape)
+    return law.perturbed(here).argmax(dim=-1)
 
 
 class Proposer(Protocol):

@@ -14,14 +14,22 @@ from varaccel.decoding.eagle_drafter import EagleReader
 from varaccel.decoding.lanes import Lanes
 from varaccel.decoding.network_drafter import LayerSubset, NetworkReader, check_same_codes
 from varaccel.decoding.options import check_choice, check_order
+from varaccel.decoding.randomness import GumbelNoise
 from varaccel.decoding.session import CausalSession
-from varaccel.decoding.speculation import Judge, Proposer, judge_by, judge_by_matching, speculate
+from varaccel.decoding.speculation import (
+    Judge,
+    Proposer,
+    judge_by,
+    judge_by_matching,
+    judge_by_noise,
+    speculate,
+)
 from varaccel.decoding.statistics import Tally
 from varaccel.decoding.tree import DynamicTree, Proposal, Topology, resolve_tree
 from varaccel.decoding.verification import Exact, Greedy, KSequential
 from varaccel.errors import InputError
 
-Verification = Literal["auto", "recursive", "k_sequential", "matching"]
+Verification = Literal["auto", "recursive", "k_sequential", "matching", "gumbel"]
 Shape = Topology | DynamicTree
 DRAFTERS = ("auto", "eagle", "small", "layers")
 
@@ -110,7 +118,10 @@ class Speculative(Accelerator):
             of its elder siblings left (arXiv 2402.14160). "k_sequential": independent guesses, judged by the
             nearly optimal transport of SpecTr (arXiv 2310.15141). "matching": the drafter's likeliest
             tokens, accepted where they equal what plain decoding draws with this seed, so that pictures are
-            token for token those of plain decoding. "auto": matching for dynamic trees, else recursive.
+            token for token those of plain decoding. "gumbel": guesses drawn with the Gumbel noise that
+            belongs to a position, accepted where the model draws the same with it, so that the picture
+            depends on the seed alone, not on drafter or tree (arXiv 2408.07978); it is that of
+            Gumbel-coupled `Jacobi`. "auto": matching for dynamic trees, else recursive.
         adaptive: let the depth of a chain or static tree follow what was accepted lately.
         order: "raster", or the window of ZipAR's order; then the law is that of the order, approximate.
 
@@ -156,16 +167,19 @@ class Speculative(Accelerator):
         if verification == "auto":
             verification = "matching" if dynamic else "recursive"
         proposal: Proposal = "without_replacement"
-        if dynamic or verification == "matching":
+        if dynamic or verification in ("matching", "gumbel"):
             proposal = "deterministic"
         elif verification == "k_sequential":
             proposal = "independent"
+        noise = job.randomness.gumbel(job.codes) if verification == "gumbel" else None
         session, lanes, proposer = open_proposer(
-            job, self.order, resolve_drafter(self.drafter, job), shape, proposal, self.adaptive
+            job, self.order, resolve_drafter(self.drafter, job), shape, proposal, self.adaptive, noise
         )
         judge: Judge
         if session.sampling.greedy:
             judge = judge_by(Greedy())
+        elif noise is not None:
+            judge = judge_by_noise(noise)
         elif verification == "matching":
             judge = judge_by_matching(job.randomness)
         else:
@@ -186,6 +200,7 @@ def open_proposer(
     shape: Shape,
     proposal: Proposal,
     adaptive: bool = False,
+    noise: GumbelNoise | None = None,
 ) -> tuple[CausalSession, Lanes, Proposer]:
     """The target's session, the lanes, and a proposer of trees of this shape from this drafter."""
     from varaccel.models.eagle import EagleHead
@@ -216,5 +231,6 @@ def open_proposer(
         device=job.canvas.written.device,
         adaptive=adaptive,
         fixed=session.static_shapes,
+        noise=noise,
     )
     return session, lanes, proposer

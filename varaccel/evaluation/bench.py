@@ -44,7 +44,20 @@ from varaccel.scenes.sampler import sample_scene
 if TYPE_CHECKING:
     from rich.console import Group
 
-DEFAULT_GRID = ("zipar:window=2", "zipar:window=4", "zipar:window=8", "zipar:window=12")
+DEFAULT_GRID = (
+    "auto",
+    "jacobi:window=8",
+    "jacobi:window=16",
+    "speculative:drafter=auto,tree=3",
+    "speculative:drafter=auto,tree=5",
+    "lantern:k=10,delta=0.2,tree=5",
+    "lantern:k=10,multiplier=5,tree=5",
+    "zipar:window=2",
+    "zipar:window=4",
+    "zipar:window=8",
+    "jacobi:window=8,order=8",
+    "lantern:k=10,delta=0.2,tree=5,order=8",
+)
 """What is compared if nothing is asked for, as typed on a command line."""
 
 SIGNIFICANT = 0.05
