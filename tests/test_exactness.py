@@ -239,6 +239,10 @@ EXACT: list[tuple[Setting, Accelerator]] = [
     (FREE, Speculative("eagle", tree=DYNAMIC)),
     (GUIDED, Speculative("small", tree=BUSHY, verification="matching")),
     (NUCLEUS, Speculative("small", tree=3, verification="matching", adaptive=True)),
+    # guesses and answers drawn with the same noise
+    (FREE, Speculative("eagle", tree=5, verification="gumbel", adaptive=True)),
+    (GUIDED, Speculative("small", tree=BUSHY, verification="gumbel")),
+    (FILTERED, Speculative("layers", tree=DYNAMIC, verification="gumbel")),
     # LANTERN that borrows nothing
     (FILTERED, Lantern(k=0, drafter="small", tree=BUSHY)),
     (FILTERED, Lantern(k=2, delta=0.0, drafter="eagle", tree=BUSHY)),
@@ -257,7 +261,7 @@ def label(value: Any) -> str | None:
             getattr(value, f.name)
             for f in fields(value)
             if getattr(value, f.name) != getattr(default, f.name)
-        ]  # type: ignore[arg-type]
+        ]
         return "-".join([value.name, *(SHAPES.get(str(v), str(v)) for v in changed)])
     return None
 

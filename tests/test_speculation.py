@@ -20,7 +20,7 @@ from varaccel import LlamaGenPipeline, Plain, ZipAR
 from varaccel.decoding import drafting, speculation
 from varaccel.decoding.accelerator import Accelerator, Job, make_accelerator
 from varaccel.decoding.canvas import Canvas
-from varaccel.decoding.drafting import StaticProposer
+from varaccel.decoding.drafting import StaticProposer, draw_children
 from varaccel.decoding.guidance import Guidance
 from varaccel.decoding.jacobi import Jacobi
 from varaccel.decoding.lanes import Fronts, Lanes
@@ -58,6 +58,8 @@ LAWFUL: dict[str, Accelerator] = {
     "small adaptive tree": Speculative("small", tree=BUSHY, adaptive=True),
     "small dynamic": Speculative("small", tree=DYNAMIC, verification="recursive"),
     "small k_sequential": Speculative("small", tree=BUSHY, verification="k_sequential"),
+    "small gumbel": Speculative("small", tree=BUSHY, verification="gumbel"),
+    "eagle gumbel": Speculative("eagle", tree=5, verification="gumbel", adaptive=True),
     "layers": Speculative("layers", tree=5),
     "layers 0": Speculative(LayerSkip((0,)), tree=DYNAMIC),
     "layers matching": Speculative("layers", tree=BUSHY, verification="matching", adaptive=True),
@@ -145,6 +147,15 @@ def test_gumbel_pictures_depend_on_neither_window_nor_fill(host: str) -> None:
             assert torch.equal(draw(host, Jacobi(window, fill=fill), **law).images, one.images)
 
 
+@hosts
+def test_gumbel_pictures_depend_on_no_drafter(host: str) -> None:
+    for law in (*LAWS, {"temperature": 0.8, "top_k": 6}, {"temperature": 0.0}):
+        expected = draw(host, Jacobi(1), **law).images
+        for drafter, tree in (("small", 4), ("eagle", BUSHY), ("layers", "mc_sim_7b_63"), ("small", DYNAMIC)):
+            accelerator = Speculative(drafter, tree=tree, verification="gumbel")
+            assert torch.equal(draw(host, accelerator, **law).images, expected)
+
+
 @pytest.mark.parametrize("coupling", ["none", "gumbel", "maximal"])
 @pytest.mark.parametrize("window", [1, 3, 7, 99])
 def test_every_pass_advances_by_one_to_window(window: int, coupling: Any) -> None:
@@ -191,11 +202,6 @@ def test_fixed_shapes_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch)
     assert len(shapes) == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="the likeliest guesses of a static tree are more than there are codes",
-)
 def test_more_guesses_than_codes() -> None:
     """Named trees try up to four tokens per node; a model may have three."""
     pipe = drafting_pipeline("c2i", 3, 3, 0.8)
@@ -207,6 +213,8 @@ def test_more_guesses_than_codes() -> None:
     for tree in ("mc_sim_7b_63", "naive_extend_57", "dynamic"):
         assert torch.equal(codes(Speculative("small", tree=tree), temperature=0.0), greedy)
         assert torch.equal(codes(Speculative("small", tree=tree, verification="matching")), sampled)
+        by_noise = codes(Speculative("small", tree=tree, verification="gumbel"))
+        assert torch.equal(by_noise, codes(Jacobi(1)))
 
 
 # -- memory --------------------------------------------------------------------------------------------
@@ -295,13 +303,13 @@ def read(session: CausalSession, tokens: Tensor, positions: list[int]) -> Tensor
 @ordered
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_pictures_in_order_do_not_depend_on_their_batch(host: str, name: str, order: int) -> None:
-    accelerator = ORDERED[name](order)
-    together = draw(host, accelerator)
+    accelerator, law = ORDERED[name](order), LAWS[order - 1]
+    together = draw(host, accelerator, **law)
     assert not together.stats.lossless
     ideal = GRID + (GRID - 1) * order
     assert together.stats.passes <= ideal, "never slower than without guesses"
     for index, prompt in enumerate(PROMPTS[host]):
-        alone = draw(host, accelerator, prompt, seed=5 + index)
+        alone = draw(host, accelerator, prompt, seed=5 + index, **law)
         assert torch.equal(alone.images[0], together.images[index])
         assert torch.equal(alone.written[0], together.written[index])
 
@@ -625,6 +633,44 @@ def test_depth_follows_what_was_accepted(
     for (row, lane), depth in expected.items():
         assert int(proposer._depths[row, lane]) == depth
     assert len(sizes) > 1
+
+
+@pytest.mark.parametrize("order", ["raster", 1, 2])
+def test_dynamic_trees_reach_as_far_as_can_be_decided(order: Any, outcomes: list[Outcome]) -> None:
+    draw("c2i", Speculative("small", tree=DYNAMIC, order=order))
+    for outcome in outcomes:
+        fronts, depths = outcome.fronts, outcome.tree.depths
+        reached = depths.max(-1).values.view(fronts.start.shape)
+        assert (reached <= fronts.limit.clamp(min=1)).all()
+        assert ((depths >= 0).sum(-1) <= DYNAMIC.total).all()
+    if order == "raster":
+        assert max(outcome.tree.max_depth for outcome in outcomes) == DYNAMIC.depth + 1
+
+
+def test_how_children_are_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, codes = 60_000, 4
+    logits = torch.randn(codes, generator=generator).expand(rows, 1, codes)
+    numbers = torch.rand(rows, 1, 3, dtype=torch.float64, generator=generator)
+    law = Categorical(logits)
+    p = law.probs[0, 0].double()
+
+    likeliest = draw_children(law, numbers, "deterministic")
+    assert torch.equal(likeliest, p.argsort(descending=True)[:3].expand(rows, 1, 3))
+
+    def frequencies(drawn: Tensor) -> Tensor:
+        flat = drawn[:, 0, 0] * codes + drawn[:, 0, 1]
+        return (torch.bincount(flat, minlength=codes**2).double() / rows).view(codes, codes)
+
+    independent = draw_children(law, numbers, "independent")
+    torch.testing.assert_close(frequencies(independent), p[:, None] * p, atol=0.01, rtol=0)
+    different = draw_children(law, numbers, "without_replacement")
+    expected = (p[:, None] * p / (1 - p[:, None])).fill_diagonal_(0)
+    torch.testing.assert_close(frequencies(different), expected, atol=0.01, rtol=0)
+    assert all(len(set(row)) == 3 for row in different[:500, 0].tolist())
+    # two possible tokens: both are drawn, then any
+    few = Categorical(torch.tensor([[[0.0, -torch.inf, 1.0, -torch.inf]]]))
+    assert set(draw_children(few, numbers[:1], "without_replacement")[0, 0, :2].tolist()) == {0, 2}
 
 
 # -- side effects --------------------------------------------------------------------------------------

@@ -73,7 +73,9 @@ def draw_children(law: Categorical, numbers: Tensor, proposal: Proposal) -> Tens
     """
     count = numbers.shape[-1]
     if proposal == "deterministic":
-        return law.logits.topk(count, dim=-1).indices
+        # with fewer codes than children the last one is guessed again, which changes nothing
+        codes = min(count, law.logits.shape[-1])
+        return law.logits.topk(codes, dim=-1).indices[..., [min(i, codes - 1) for i in range(count)]]
     left = law.probs
     tokens: list[Tensor] = []
     for child in range(count):

@@ -35,7 +35,7 @@ class Tally:
     Attributes:
         passes: [B] passes of the host model until the picture was finished, the prefill included.
         attempts: [B] chains or trees of guesses that were judged.
-        accepted: [B] guesses that were accepted and written.
+        accepted: [B] tokens decided beyond the one that every judgement yields: the guesses that paid off.
         draft_passes: forward passes of the drafter, shared by all pictures.
     """
 
@@ -67,7 +67,7 @@ class Statistics:
         cache_bytes: size of the key-value cache.
         seconds: wall-clock time by phase: text, tokens (prefill and steps), decode (tokens to pixels).
         picture_passes: passes that each picture needed, empty if all need the same.
-        accepted: of each picture, guesses accepted per pass and chain or tree; empty without guesses.
+        accepted: of each picture, tokens gained by guesses per pass and chain or tree; empty without guesses.
         draft_passes: forward passes of the drafter.
         device, dtype: where and in which precision the host model ran.
     """
