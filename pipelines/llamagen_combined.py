@@ -3,6 +3,8 @@
 python pipelines/llamagen_combined.py
 """
 
+from pathlib import Path
+
 from varaccel import AutoPipeline, Jacobi, Lantern, ZipAR
 
 pipe = AutoPipeline.from_pretrained("mini-llamagen")
@@ -12,4 +14,10 @@ for accelerator in (
     Jacobi(window=8, order=8),
     Lantern(k=10, delta=0.2, order=8),
 ):
-    print(pipe(prompts, seed=0, accelerator=accelerator).stats)
+    output = pipe(prompts, seed=0, accelerator=accelerator)
+    print(output.stats)
+
+folder = Path("outputs")
+folder.mkdir(exist_ok=True)
+for index, image in enumerate(output.images):  # of the last one
+    image.save(folder / f"llamagen-combined-{index}.png")

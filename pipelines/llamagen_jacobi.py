@@ -8,13 +8,14 @@ from pathlib import Path
 from varaccel import AutoPipeline, Jacobi
 
 pipe = AutoPipeline.from_pretrained("mini-llamagen")
-prompt = "a red sphere left of a blue cube at sunset"
-plain = pipe(prompt, seed=0)
-fast = pipe(prompt, seed=0, accelerator=Jacobi(window=16, coupling="gumbel"))
+prompts = ["a red sphere left of a blue cube at sunset", "a large green cone"]
+plain = pipe(prompts, seed=0)
+fast = pipe(prompts, seed=0, accelerator=Jacobi(window=16, coupling="gumbel"))
 
 folder = Path("outputs")
 folder.mkdir(exist_ok=True)
-fast.images[0].save(folder / "llamagen-jacobi.png")
-fast.acceptance_maps(overlay=True)[0].save(folder / "llamagen-jacobi-passes.png")  # which pass wrote what
+for index, (image, passes) in enumerate(zip(fast.images, fast.acceptance_maps(overlay=True), strict=True)):
+    image.save(folder / f"llamagen-jacobi-{index}.png")
+    passes.save(folder / f"llamagen-jacobi-{index}-passes.png")  # which pass wrote which token
 print(plain.stats)
 print(fast.stats)

@@ -3,6 +3,8 @@
 python pipelines/llamagen_speculative.py
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from varaccel import AutoPipeline, LayerSkip, Speculative
@@ -22,3 +24,8 @@ for accelerator in (
 same = pipe(prompt, seed=0, accelerator=Speculative("eagle", tree="dynamic"))
 print(same.stats)
 print("equal pixels:", np.mean(np.asarray(same.images[0]) == np.asarray(plain.images[0])))
+
+folder = Path("outputs")
+folder.mkdir(exist_ok=True)
+plain.images[0].save(folder / "llamagen-speculative-plain.png")
+same.images[0].save(folder / "llamagen-speculative-dynamic.png")

@@ -141,16 +141,22 @@ def test_auto_names_what_it_chose_by_the_free_tokens(monkeypatch: pytest.MonkeyP
     assert chosen(8, [0], accelerator="auto", guidance_scale=1.0) == "jacobi(window=8)"
     assert chosen(8, [0, 1, 2, 3], accelerator="auto") == "jacobi(window=1)"
     assert chosen(1e6, [0], accelerator="auto") == "jacobi(window=16)"
-    drafting = drafting_pipeline("c2i")
-    assert (
-        drafting(0, seed=0, accelerator="auto").stats.label
-        == "speculative(drafter=auto, tree=5, verification=gumbel)"
-    )
     assert chosen(2, [0], accelerator="auto") == "jacobi(window=1)"
-    assert drafting(0, seed=0, accelerator="auto").stats.label == "jacobi(window=1)"
     fast = Auto(quality="approximate")
     assert chosen(1e6, [0], accelerator=fast) == f"zipar(window={GRID // 2})"
     assert chosen(2, [0], accelerator=fast) == f"zipar(window={GRID})", "which is raster order"
+
+
+def test_auto_takes_a_drafter_that_is_small_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    balance = Balance(rate=1e6, bandwidth=2.0, itemsize=4)
+    monkeypatch.setattr("varaccel.decoding.auto.measure_balance", lambda device, dtype: balance)
+    pipe = drafting_pipeline("c2i")
+    jacobi = pipe(PROMPTS["c2i"], seed=0, accelerator="auto", output_type="latent")
+    assert jacobi.stats.label == "jacobi(window=16)", "its drafters are as large as the model"
+    monkeypatch.setattr("varaccel.decoding.auto.DRAFTER_SHARE", 10.0)
+    drafted = pipe(PROMPTS["c2i"], seed=0, accelerator="auto", output_type="latent")
+    assert drafted.stats.label == "speculative(drafter=eagle, tree=5, verification=gumbel)"
+    assert torch.equal(jacobi.images, drafted.images), "the choice does not change the pictures"
 
 
 def test_a_device_is_measured() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from varaccel import AutoPipeline, LlamaGenPipeline, ZipAR
+from varaccel import AutoPipeline, DynamicTree, Jacobi, LlamaGenPipeline, Speculative, ZipAR
 from varaccel.evaluation.adherence import held_out_captions, score_adherence
 from varaccel.evaluation.detector import load_detector
 from varaccel.scenes import HELD_OUT_SEED, render, sample_scene
@@ -45,6 +45,44 @@ def test_pictures_follow_prompts() -> None:
     shuffled = score_adherence(detector, images, captions[1:] + captions[:1]).rates["correct"].share
     assert right >= 0.5
     assert shuffled <= 0.25
+
+
+@cache
+def greedy_plain() -> torch.Tensor:
+    prompts = [caption.text for caption in held_out_captions(8)]
+    return shipped()(prompts, temperature=0.0, output_type="latent").images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "accelerator",
+    [
+        *(Jacobi(16, coupling) for coupling in ("none", "gumbel", "maximal")),
+        *(Speculative(drafter, tree=5) for drafter in ("eagle", "small", "layers")),
+        Speculative("eagle", tree="mc_sim_7b_63"),
+        Speculative("eagle", tree=DynamicTree(top_k=5, depth=3, total=24)),
+    ],
+    ids=lambda a: f"{a.name}-{'-'.join(map(str, a.options().values()))}",
+)
+def test_greedy_pictures_are_those_of_plain_decoding(accelerator: Jacobi | Speculative) -> None:
+    """`eval/greedy.py` does the same for any number of prompts; 64 of 64 agree."""
+    prompts = [caption.text for caption in held_out_captions(8)]
+    images = shipped()(prompts, temperature=0.0, accelerator=accelerator, output_type="latent").images
+    assert torch.equal(images, greedy_plain())
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "gained"),
+    [(Jacobi(16), 1.5), (Speculative("eagle", tree=5), 1.5), (Speculative("small", tree=5), 1.5)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_guesses_pay_off(accelerator: Jacobi | Speculative, gained: float) -> None:
+    """Far below what the card and docs/bench.md have, far above what an untrained drafter gains."""
+    prompts = [caption.text for caption in held_out_captions(4)]
+    stats = shipped()(prompts, seed=0, accelerator=accelerator, output_type="latent").stats
+    assert stats.mean_accepted is not None
+    assert stats.mean_accepted > gained
+    assert stats.passes < stats.tokens / (1 + gained / 2)
 
 
 def test_tokenizer_reconstructs() -> None:
@@ -88,7 +126,7 @@ def test_recipes_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(recipe), run_name="__main__")
-    pictures = list((tmp_path / "outputs").glob("*.png"))
+    pictures = [p for p in (tmp_path / "outputs").glob("*.png") if "passes" not in p.name]  # maps aside
     assert len(pictures) == 2
     assert Image.open(pictures[0]).size == (128, 128)
     assert "tokens per pass" in capsys.readouterr().out

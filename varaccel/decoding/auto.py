@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+from torch import nn
+
 from varaccel.decoding.accelerator import Accelerator, Job, register
 from varaccel.decoding.balance import measure_balance
 from varaccel.decoding.jacobi import Jacobi
@@ -18,6 +20,13 @@ Quality = Literal["lossless", "approximate"]
 WIDEST_WINDOW, LONGEST_CHAIN = 16, 5
 """The most that is guessed by Jacobi decoding and by a drafter: what is further ahead hardly ever holds."""
 
+DRAFTER_SHARE = 0.1
+"""The largest drafter that is chosen, as a share of the model's weights."""
+
+
+def _weights(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if p.dim() > 1 and p.requires_grad)
+
 
 @register
 @dataclass(frozen=True)
@@ -29,9 +38,10 @@ class Auto(Accelerator):
     per process. Divided by the rows of the call (pictures, times two if guided) they are the tokens f per
     picture that cost nothing.
 
-    "lossless": below 2 free tokens one token per pass; else, if the model came with a drafter, a chain of
-    f - 1 guesses, at most 5; else Jacobi decoding with a window of f, at most 16. All three draw with the Gumbel
-    noise of each position and so give the same picture for the same seed, on any machine and in any batch.
+    "lossless": below 2 free tokens one token per pass; else, if the model came with a drafter of at most a
+    tenth of its weights (a larger one takes longer than it saves), a chain of f - 1 guesses, at most 5; else
+    Jacobi decoding with a window of f, at most 16. All three draw with the Gumbel noise of each position and so
+    give the same picture for the same seed, on any machine and in any batch.
     "approximate": ZipAR with the window that keeps f rows in flight, but no less than half the row.
 
     The statistics of a call name what was chosen.
@@ -62,8 +72,12 @@ class Auto(Accelerator):
         if self.quality == "approximate":
             width = job.grid_width
             return ZipAR(window=max(width // 2, -(-width // free)))
-        if free > 1 and job.drafters:
-            return Speculative(tree=min(LONGEST_CHAIN, free - 1), verification="gumbel")
+        if free > 1:
+            size = _weights(job.network)
+            for name in ("eagle", "small"):
+                if name in job.drafters and DRAFTER_SHARE * size >= _weights(job.drafters[name]):
+                    tree = min(LONGEST_CHAIN, free - 1)
+                    return Speculative(drafter=name, tree=tree, verification="gumbel")
         return Jacobi(window=min(WIDEST_WINDOW, free), coupling="gumbel")
 
     def run(self, job: Job) -> int | Tally:

@@ -181,14 +181,13 @@ class JacobiProposer:
         tree = outcome.tree
         assert tree.draft is not None
         guess = tree.tokens[:, 1:]
-        p, q = law.probs[:, :width], tree.draft[:, :width]
-        ratio = p.gather(-1, guess.unsqueeze(-1)) / q.gather(-1, guess.unsqueeze(-1)).clamp(min=1e-30)
-        kept = draws.drafting[:, self.nodes : self.nodes + width] < ratio.squeeze(-1)
-        rest = Categorical((p - q).clamp(min=0).log())
-        full = Categorical(law.logits[:, :width], law.greedy)
-        empty = ((p - q) <= 0).all(dim=-1)
-        safe = Categorical(torch.where(empty.unsqueeze(-1), full.probs.log(), rest.logits))
-        drawn = torch.where(kept, guess, safe.sample(numbers[:, :width]))
+        old = Categorical(tree.draft[:, :width].log())
+        new = Categorical(law.logits[:, :width], law.greedy)
+        kept = (
+            draws.drafting[:, self.nodes : self.nodes + width]
+            < (new.log_prob(guess) - old.log_prob(guess)).exp()
+        )
+        drawn = torch.where(kept, guess, new.residual(old).sample(numbers[:, :width]))
         last = Categorical(law.logits[:, width:], law.greedy).sample(numbers[:, width:])
         return torch.cat([drawn, last], dim=1)
 
