@@ -10,7 +10,7 @@ RUN := OMP_WAIT_POLICY=passive $(BIN)/python
 help:
 	@echo "make demo        pictures from prompts with the shipped model, plain and accelerated side by side"
 	@echo "make test        the test suite"
-	@echo "make bench       speed and pass counts of every accelerator on the shipped model"
+	@echo "make bench       speed, passes and quality of every accelerator on the shipped model, with pictures"
 	@echo "make app         the demo in the browser"
 	@echo "make train-mini  train the shipped models from nothing (hours on two cores; resumable)"
 	@echo "make lint        ruff and mypy"
@@ -36,8 +36,8 @@ demo: $(VENV)/user.stamp
 test: $(VENV)/dev.stamp
 	$(RUN) -m pytest
 
-bench: $(VENV)/user.stamp
-	$(RUN) -m varaccel bench --out outputs/bench.json
+bench: $(VENV)/dev.stamp
+	$(RUN) -m varaccel bench --out outputs/bench.json --resume --plot outputs/bench.png --samples outputs/bench-samples.png
 
 app: $(VENV)/dev.stamp
 	$(RUN) app/app.py
