@@ -37,7 +37,7 @@ test: $(VENV)/dev.stamp
 	$(RUN) -m pytest
 
 bench: $(VENV)/dev.stamp
-	$(RUN) -m varaccel bench --out outputs/bench.json --resume --plot outputs/bench.png --samples outputs/bench-samples.png
+	$(RUN) -m varaccel bench --out outputs/bench.json --plot outputs/bench.png --samples outputs/bench-samples.png
 
 app: $(VENV)/dev.stamp
 	$(RUN) app/app.py
