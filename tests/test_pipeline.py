@@ -25,7 +25,7 @@ from tests.tiny import (
     transformer,
     vq_model,
 )
-from varaccel import Auto, AutoPipeline, Jacobi, LlamaGenPipeline, Plain, ZipAR
+from varaccel import Auto, AutoPipeline, DynamicTree, Jacobi, LlamaGenPipeline, Plain, Speculative, ZipAR
 from varaccel.decoding.accelerator import ACCELERATORS, make_accelerator
 from varaccel.decoding.balance import Balance, measure_balance
 from varaccel.errors import CheckpointError, InputError
@@ -159,6 +159,15 @@ def test_auto_takes_a_drafter_that_is_small_enough(monkeypatch: pytest.MonkeyPat
     assert torch.equal(jacobi.images, drafted.images), "the choice does not change the pictures"
 
 
+def test_a_dynamic_tree_can_be_typed() -> None:
+    """As a command line gives it: `-o tree={"top_k":3,"depth":2,"total":8}`."""
+    pipe = drafting_pipeline("c2i")
+    typed = make_accelerator("speculative", {"tree": {"top_k": 3, "depth": 2, "total": 8}})
+    images = pipe(0, seed=1, accelerator=typed, output_type="latent").images
+    made = Speculative(tree=DynamicTree(top_k=3, depth=2, total=8))
+    assert torch.equal(images, pipe(0, seed=1, accelerator=made, output_type="latent").images)
+
+
 def test_a_device_is_measured() -> None:
     balance = measure_balance(torch.device("cpu"), torch.float32)
     assert balance.free_tokens > 0
@@ -277,6 +286,8 @@ def test_bad_classes(label: Any) -> None:
         ("zipar", {"mode": "fast"}, "masked"),
         ("plain", {"window": 1}, "unknown option"),
         ("auto", {"quality": "good"}, "lossless"),
+        ("speculative", {"tree": {"topk": 3}}, "did you mean 'top_k'"),
+        ("speculative", {"tree": {"top_k": 0}}, ">= 1"),
         ("none", {}, "unknown accelerator"),
     ],
 )

@@ -292,6 +292,12 @@ def bench(
     scenes: Annotated[
         int, typer.Option(min=0, help="True pictures to measure the distance from; 0 = no distance.")
     ] = 1000,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance of every call.", show_default="the model's own")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of every call.", show_default="the model's own")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Also write everything as JSON here, from the first rows on.")
@@ -338,6 +344,8 @@ def bench(
     seeds, captions = list(held_out), list(held_out.values())
     prompts = examples(pipe, [text.text for text in captions[: max(batches) * repeats]])
     detector = load_detector() if pictures else None
+    chosen = {"guidance_scale": guidance_scale, "temperature": temperature}
+    call: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     report = measuring.run_bench(
         pipe,
         grid,
@@ -356,6 +364,7 @@ def bench(
         model=model,
         finished=finished,
         on_rows=None if out is None else lambda rows: _write_report(rows, out),
+        **call,
     )
     if markdown:
         typer.echo(report.markdown())
@@ -369,7 +378,7 @@ def bench(
         typer.echo(f"wrote {plot}")
     if samples is not None:
         shown = examples(pipe, [text.text for text in captions[: len(DEMO_PROMPTS)]])
-        write_picture(figures.sample_sheet(pipe, grid, shown, seed=seed), samples)
+        write_picture(figures.sample_sheet(pipe, grid, shown, seed=seed, **call), samples)
         typer.echo(f"wrote {samples}")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
@@ -27,7 +27,7 @@ from varaccel.decoding.speculation import (
 from varaccel.decoding.statistics import Tally
 from varaccel.decoding.tree import DynamicTree, Proposal, Topology, resolve_tree
 from varaccel.decoding.verification import Exact, Greedy, KSequential
-from varaccel.errors import InputError
+from varaccel.errors import InputError, unknown_name
 
 Verification = Literal["auto", "recursive", "k_sequential", "matching", "gumbel"]
 Shape = Topology | DynamicTree
@@ -54,9 +54,15 @@ class LayerSkip:
 
 
 def resolve_shape(tree: Any) -> Shape:
-    """What a `tree` option means: "dynamic", or see `resolve_tree`."""
+    """What a `tree` option means: "dynamic" or the options of a `DynamicTree`, or see `resolve_tree`."""
     if isinstance(tree, DynamicTree):
         return tree
+    if isinstance(tree, Mapping):
+        known = [f.name for f in fields(DynamicTree)]
+        for option in tree:
+            if option not in known:
+                raise unknown_name("option of a dynamic tree", str(option), known)
+        return DynamicTree(**tree)
     if tree == "dynamic":
         return DynamicTree()
     return resolve_tree(tree)
@@ -113,7 +119,8 @@ class Speculative(Accelerator):
             model itself; "auto": the first of these that there is. Or a `LayerSkip`, an `EagleHead`, or a
             smaller `LlamaGenTransformer` of the same codes and conditions.
         tree: what is guessed per pass: the length of a chain, the name of a published tree, lists of child
-            ranks, a `Topology`; "dynamic" or a `DynamicTree` for one that grows where the drafter is sure.
+            ranks, a `Topology`; "dynamic", a `DynamicTree` or its options as a mapping for one that grows where
+            the drafter is sure.
         verification: "recursive": guesses drawn without replacement, each judged against what the rejection
             of its elder siblings left (arXiv 2402.14160). "k_sequential": independent guesses, judged by the
             nearly optimal transport of SpecTr (arXiv 2310.15141). "matching": the drafter's likeliest
