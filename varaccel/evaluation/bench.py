@@ -55,6 +55,7 @@ DEFAULT_GRID = (
     "zipar:window=2",
     "zipar:window=4",
     "zipar:window=8",
+    "zipar:window=12",
     "jacobi:window=8,order=8",
     "lantern:k=10,delta=0.2,tree=5,order=8",
 )
