@@ -216,7 +216,7 @@ def examples(pipe: LoadablePipeline, descriptions: Sequence[str]) -> list[str]:
     return [names[i % len(names)].split(",")[0] for i in range(len(descriptions))]
 
 
-DEMO_ACCELERATORS = ("jacobi", "lantern:k=10,delta=0.2", "zipar:window=8")
+DEMO_ACCELERATORS = ("jacobi", "lantern:k=20,delta=0.4,tree=8", "zipar:window=8")
 """What the demo shows beside plain decoding, as typed on a command line."""
 
 
