@@ -11,8 +11,8 @@ from varaccel.decoding.canvas import Canvas
 from varaccel.decoding.drafting import Branch
 from varaccel.decoding.lanes import Fronts
 from varaccel.decoding.law import Categorical
-from varaccel.decoding.memory import Memory
-from varaccel.decoding.network_drafter import guess_positions, spread
+from varaccel.decoding.memory import Memory, scratch_slots, spread
+from varaccel.decoding.network_drafter import guess_positions
 from varaccel.decoding.reading import Reading
 from varaccel.decoding.session import CausalSession
 from varaccel.decoding.speculation import Outcome
@@ -80,14 +80,13 @@ class EagleReader:
         parents = (branch.parents + 1).repeat(rows // batch, 1, 1).unsqueeze(-1)
         before = known.gather(2, parents.expand(-1, -1, -1, dim)).flatten(1, 2)
         positions = guess_positions(self._fronts, branch)
-        entry = branch.first + torch.arange(count, device=positions.device)
-        lane = torch.arange(lanes, device=positions.device).unsqueeze(1)
+        entries = branch.first + torch.arange(count, device=positions.device)
         features = self._read(
             branch.tokens.flatten(1),
             positions.flatten(1),
             before,
-            (lane * self.scratch + entry).flatten().expand(batch, -1),
-            spread(branch.visible, lanes, self.scratch, self.memory.scratch),
+            scratch_slots(lanes, self.scratch, entries).flatten().expand(batch, -1),
+            spread(branch.visible, self.scratch, self.memory.scratch),
         )
         self._guessed[:, :, branch.first : branch.first + count] = features.unflatten(1, (lanes, count))
         return self._law(features, (positions + 1).flatten(1))
@@ -134,7 +133,4 @@ class EagleReader:
 
     def _law(self, features: Tensor, positions: Tensor) -> Categorical:
         assert self._fronts is not None
-        law = self.session.law(features, positions)
-        lanes = self._fronts.start.shape[1]
-        logits = law.logits.view(law.logits.shape[0] * lanes, -1, law.logits.shape[-1])
-        return Categorical(logits, law.greedy)
+        return self.session.law(features, positions).by_lane(self._fronts.start.shape[1])

@@ -13,10 +13,10 @@ from varaccel.decoding.lanes import Fronts, Lanes
 from varaccel.decoding.law import Categorical
 from varaccel.decoding.options import check_choice, check_order, positive_integer
 from varaccel.decoding.randomness import GumbelNoise
-from varaccel.decoding.speculation import Draws, Judge, Outcome, draw_by_noise, judge_by, match, speculate
+from varaccel.decoding.speculation import Draws, Judge, Outcome, draw_by_noise, judge_by, speculate
 from varaccel.decoding.statistics import Tally
 from varaccel.decoding.tree import DraftTree, Topology
-from varaccel.decoding.verification import Exact, Verdict
+from varaccel.decoding.verification import Exact, Verdict, match
 
 Coupling = Literal["none", "gumbel", "maximal"]
 Fill = Literal["left", "above", "random"]
@@ -127,7 +127,7 @@ class JacobiProposer:
         """Accept the guesses that the noise of their position draws from the new law."""
         assert self.noise is not None
         self._answers = draw_by_noise(law, self.noise, positions)
-        return match(tree, self._answers, self.codes)
+        return match(tree, self._answers, law.logits)
 
     def observe(self, outcome: Outcome, draws: Draws) -> None:
         if self.nodes == 1:

@@ -12,7 +12,7 @@ from varaccel.decoding.accelerator import Accelerator, Job, register
 from varaccel.decoding.law import Categorical
 from varaccel.decoding.options import check_choice, check_order
 from varaccel.decoding.speculation import Draws, Judge, judge_by, speculate
-from varaccel.decoding.speculative import check_drafter_name, open_proposer, resolve_drafter, resolve_shape
+from varaccel.decoding.speculative import check_drafting, open_proposer, resolve_drafter, resolve_shape
 from varaccel.decoding.statistics import Tally
 from varaccel.decoding.tree import DraftTree, DynamicTree, Topology
 from varaccel.decoding.verification import Relaxed, RelaxedGreedy, Residual, Verdict
@@ -72,11 +72,8 @@ class Lantern(Accelerator):
             raise InputError(f"LANTERN's multiplier must be a number >= 1, got {self.multiplier}.")
         check_choice("LANTERN residual", self.residual, get_args(Residual))
         check_order(self.order)
-        check_drafter_name(self.drafter)
-        shape = resolve_shape(self.tree)
+        shape = check_drafting(self.drafter, self.tree, self.adaptive)
         if isinstance(shape, DynamicTree):
-            if self.adaptive:
-                raise InputError("a dynamic tree adapts by itself; leave adaptive off.")
             if self.residual in ("static", "static_b"):
                 raise InputError(
                     f"residual {self.residual!r} is for drawn guesses, a dynamic tree takes the likeliest; "
@@ -87,8 +84,6 @@ class Lantern(Accelerator):
                 'residual "dynamic" is for the guesses of a dynamic tree, a static tree draws them; '
                 'use "paper", "static" or "static_b".'
             )
-        elif shape.num_nodes < 2:
-            raise InputError("a tree needs at least one guess below its root.")
 
     @property
     def keeps_law(self) -> bool:
@@ -105,7 +100,7 @@ class Lantern(Accelerator):
             raise InputError(f"LANTERN's k must be smaller than the vocabulary of {job.codes}, got {self.k}.")
         if job.neighbours is None:
             raise InputError("this model has no codebook of vectors, which LANTERN needs; use Speculative.")
-        table = job.neighbours(self.k, self.normalise)
+        table = job.neighbours(self.k, self.normalise).to(job.device)
         session, lanes, proposer = open_proposer(
             job,
             self.order,

@@ -57,6 +57,11 @@ class Categorical:
         code = torch.searchsorted(cumulative, torch.minimum(target, below), right=True)
         return code.squeeze(-1)
 
+    def by_lane(self, lanes: int) -> Categorical:
+        """Laws of all lanes of a picture, [B, A * n, V], as laws of sequences, [B * A, n, V]."""
+        size = self.logits.shape[-1]
+        return Categorical(self.logits.view(self.logits.shape[0] * lanes, -1, size), self.greedy)
+
     def perturbed(self, noise: Tensor) -> Tensor:
         """Log-probabilities plus Gumbel noise [B, P, V]; the largest is a draw (the Gumbel-max trick), the k
         largest are k draws without replacement. Without noise in greedy mode."""

@@ -124,3 +124,21 @@ class Memory:
         self.cache.move(source, target)
         self.usable.scatter_(1, target, True)
         self.usable[:, self.spare] = False
+
+
+def scratch_slots(lanes: int, per_lane: int, entries: Tensor) -> Tensor:
+    """Scratch slots [A, n] of `entries` [n] of every lane; each lane has `per_lane` of them in a row."""
+    return torch.arange(lanes, device=entries.device).unsqueeze(1) * per_lane + entries
+
+
+def spread(visible: Tensor, per_lane: int, total: int) -> Tensor:
+    """What guesses see of the entries of their own lane, [B, A, n, S], over the `total` scratch slots of all.
+
+    Returns:
+        [B, A * n, total] bool.
+    """
+    batch, lanes, count, size = visible.shape
+    wide = visible.new_zeros(batch, lanes, count, total)
+    for lane in range(lanes):
+        wide[:, lane, :, lane * per_lane : lane * per_lane + size] = visible[:, lane]
+    return wide.flatten(1, 2)

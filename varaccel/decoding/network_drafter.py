@@ -12,6 +12,7 @@ from varaccel.decoding.canvas import Canvas
 from varaccel.decoding.drafting import Branch
 from varaccel.decoding.lanes import Fronts
 from varaccel.decoding.law import Categorical
+from varaccel.decoding.memory import scratch_slots, spread
 from varaccel.decoding.reading import Reading
 from varaccel.decoding.session import CausalSession, Guesses
 from varaccel.decoding.speculation import Outcome
@@ -110,10 +111,9 @@ class NetworkReader:
         assert self._fronts is not None
         batch, lanes, count = branch.tokens.shape
         positions = guess_positions(self._fronts, branch)
-        entry = branch.first + torch.arange(count, device=positions.device)
-        lane = torch.arange(lanes, device=positions.device).unsqueeze(1)
-        scratch = (lane * self.scratch + entry).flatten().expand(batch, -1)
-        visible = spread(branch.visible, lanes, self.scratch, self.session.memory.scratch)
+        entries = branch.first + torch.arange(count, device=positions.device)
+        scratch = scratch_slots(lanes, self.scratch, entries).flatten().expand(batch, -1)
+        visible = spread(branch.visible, self.scratch, self.session.memory.scratch)
         features = self._read(branch.tokens.flatten(1), positions.flatten(1), scratch, visible)
         return self._law(features, (positions + 1).flatten(1), lanes)
 
@@ -127,9 +127,7 @@ class NetworkReader:
         return self.session.read(Guesses(tokens, positions, scratch, visible), self._fronts.start)
 
     def _law(self, features: Tensor, positions: Tensor, lanes: int) -> Categorical:
-        law = self.session.law(features, positions)
-        logits = law.logits.view(law.logits.shape[0] * lanes, -1, law.logits.shape[-1])
-        return Categorical(logits, law.greedy)
+        return self.session.law(features, positions).by_lane(lanes)
 
 
 def guess_positions(fronts: Fronts, branch: Branch) -> Tensor:
@@ -137,12 +135,3 @@ def guess_positions(fronts: Fronts, branch: Branch) -> Tensor:
     inside = fronts.open & (branch.depth <= fronts.end)
     positions = torch.where(inside, fronts.start - 1 + branch.depth, -1)
     return positions.unsqueeze(-1).expand_as(branch.tokens)
-
-
-def spread(visible: Tensor, lanes: int, per_lane: int, total: int) -> Tensor:
-    """What guesses see of their own lane, [B, A, n, S], as [B, A * n, total] over the entries of all lanes."""
-    batch, _, count, size = visible.shape
-    wide = visible.new_zeros(batch, lanes, count, total)
-    for lane in range(lanes):
-        wide[:, lane, :, lane * per_lane : lane * per_lane + size] = visible[:, lane]
-    return wide.flatten(1, 2)

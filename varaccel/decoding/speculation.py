@@ -12,11 +12,12 @@ from varaccel.decoding.canvas import Canvas
 from varaccel.decoding.lanes import Fronts, Lanes
 from varaccel.decoding.law import Categorical
 from varaccel.decoding.loop import OnStep, Step
+from varaccel.decoding.memory import scratch_slots, spread
 from varaccel.decoding.randomness import GumbelNoise, Randomness, Stream
 from varaccel.decoding.session import CausalSession, Guesses
 from varaccel.decoding.statistics import Tally
 from varaccel.decoding.tree import DraftTree
-from varaccel.decoding.verification import Greedy, Rule, Verdict
+from varaccel.decoding.verification import Rule, Verdict, match
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,6 @@ def judge_by(rule: Rule) -> Judge:
     return judge
 
 
-def match(tree: DraftTree, drawn: Tensor, codes: int) -> Verdict:
-    """Accept the guesses that equal what the target draws by itself, `drawn` [M, T] after each node.
-
-    Exact whatever the guesses are, as long as they do not depend on the numbers that the target draws with.
-    """
-    drawn = drawn.unsqueeze(-1)
-    certain = torch.zeros(*drawn.shape[:2], codes, device=drawn.device).scatter_(-1, drawn, 1.0)
-    return Greedy().verify(tree, certain, torch.zeros_like(tree.tokens, dtype=certain.dtype))
-
-
 def judge_by_matching(randomness: Randomness) -> Judge:
     """Draw each token as plain decoding does, with the number of its position; accept guesses that equal it.
 
@@ -101,7 +92,7 @@ def judge_by_matching(randomness: Randomness) -> Judge:
 
     def judge(tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
         numbers = randomness.at(positions.view(randomness.uniforms.shape[0], -1)).view(positions.shape)
-        return match(tree, law.sample(numbers), law.logits.shape[-1])
+        return match(tree, law.sample(numbers), law.logits)
 
     return judge
 
@@ -117,7 +108,7 @@ def judge_by_noise(noise: GumbelNoise) -> Judge:
     """
 
     def judge(tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
-        return match(tree, draw_by_noise(law, noise, positions), law.logits.shape[-1])
+        return match(tree, draw_by_noise(law, noise, positions), law.logits)
 
     return judge
 
@@ -223,8 +214,7 @@ def _settle(
     features = _read(session, canvas, fronts, tree, stands)  # [R, A * T, dim]
     predicted = torch.where(inside, (stands + 1).clamp(max=canvas.num_positions - 1), 0)
     predicted = predicted.view(batch, lanes * nodes)
-    law = session.law(features, predicted)
-    law = Categorical(law.logits.view(batch * lanes, nodes, -1), law.greedy)
+    law = session.law(features, predicted).by_lane(lanes)
     verdict = judge(tree, law, draws, predicted.view(stands.shape))
     extra = Categorical(verdict.probs.log().unsqueeze(1)).sample(draws.extra)  # [M, 1]
     committed = torch.minimum(verdict.length + 1, limit.squeeze(1))  # 0 where the lane is closed
@@ -260,17 +250,15 @@ def _read(session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTre
     nodes = tree.tokens.shape[1]
     guesses = nodes - 1
     device = stands.device
-    # the root is read in the slot of its position, guess i of lane a in scratch slot a * (T - 1) + i - 1
-    local = torch.arange(-1, guesses, device=device)
-    first = torch.arange(lanes, device=device) * guesses
-    scratch = torch.where(local >= 0, first[:, None] + local, -1).flatten().expand(batch, -1)
+    # the root is read in the slot of its position, guess i of a lane in scratch entry i - 1 of that lane
+    entries = torch.arange(-1, guesses, device=device)
+    scratch = (
+        torch.where(entries >= 0, scratch_slots(lanes, guesses, entries), -1).flatten().expand(batch, -1)
+    )
     sees = tree.ancestors.view(batch, lanes, nodes, nodes)[..., 1:]  # [B, A, T, T - 1]
-    visible = torch.zeros(batch, lanes, nodes, session.memory.scratch, dtype=torch.bool, device=device)
-    for lane in range(lanes):
-        visible[:, lane, :, lane * guesses : (lane + 1) * guesses] = sees[:, lane]
+    visible = spread(sees, guesses, session.memory.scratch)
     tokens = tree.tokens.view(batch, -1)
     positions = stands.view(batch, -1)
-    visible = visible.flatten(1, 2)
     late = fronts.refresh is not None
     if fronts.refresh is not None:  # a true last token takes the place of the stand-in that was read for it
         refresh = fronts.refresh.unsqueeze(1)

@@ -150,18 +150,12 @@ class Speculative(Accelerator):
     def __post_init__(self) -> None:
         check_choice("verification", self.verification, get_args(Verification))
         check_order(self.order)
-        shape = resolve_shape(self.tree)
-        check_drafter_name(self.drafter)
-        if isinstance(shape, DynamicTree):
-            if self.verification == "k_sequential":
-                raise InputError(
-                    "k_sequential verification needs independently drawn guesses, a dynamic tree takes the "
-                    "likeliest; give a chain or static tree, or another verification."
-                )
-            if self.adaptive:
-                raise InputError("a dynamic tree adapts by itself; leave adaptive off.")
-        elif shape.num_nodes < 2:
-            raise InputError("a tree needs at least one guess below its root.")
+        shape = check_drafting(self.drafter, self.tree, self.adaptive)
+        if isinstance(shape, DynamicTree) and self.verification == "k_sequential":
+            raise InputError(
+                "k_sequential verification needs independently drawn guesses, a dynamic tree takes the "
+                "likeliest; give a chain or static tree, or another verification."
+            )
 
     @property
     def keeps_law(self) -> bool:
@@ -194,10 +188,17 @@ class Speculative(Accelerator):
         return speculate(session, job.canvas, lanes, proposer, judge, job.randomness, job.on_step)
 
 
-def check_drafter_name(drafter: object) -> None:
-    """Refuse at construction a drafter name that no model can have."""
+def check_drafting(drafter: object, tree: Any, adaptive: bool) -> Shape:
+    """The shape of what is guessed; refuses at construction what no model can be drafted for with."""
     if isinstance(drafter, str):
         check_choice("drafter", drafter, DRAFTERS)
+    shape = resolve_shape(tree)
+    if isinstance(shape, DynamicTree):
+        if adaptive:
+            raise InputError("a dynamic tree adapts by itself; leave adaptive off.")
+    elif shape.num_nodes < 2:
+        raise InputError("a tree needs at least one guess below its root.")
+    return shape
 
 
 def open_proposer(

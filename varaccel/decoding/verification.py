@@ -225,8 +225,19 @@ class Greedy:
 
     def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
         _check(tree, target, uniforms)
-        best = target.argmax(dim=-1)  # [M, T]
-        return _longest(tree, tree.tokens == best.gather(1, tree.parents.clamp(min=0)), best, target)
+        return match(tree, target.argmax(dim=-1), target)
+
+
+def match(tree: DraftTree, drawn: Tensor, target: Tensor) -> Verdict:
+    """Accept the guesses that equal what the target draws by itself.
+
+    Exact whatever the guesses are, as long as they do not depend on the numbers that the target draws with.
+
+    Args:
+        drawn: [M, T], the token that the target draws after each node.
+        target: [M, T, V], of which only shape and type count.
+    """
+    return _longest(tree, tree.tokens == drawn.gather(1, tree.parents.clamp(min=0)), drawn, target)
 
 
 def _longest(tree: DraftTree, matches: Tensor, best: Tensor, target: Tensor) -> Verdict:

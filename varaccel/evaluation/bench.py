@@ -36,7 +36,7 @@ from varaccel.evaluation.frechet import (
     scene_space,
 )
 from varaccel.evaluation.machine import describe_machine
-from varaccel.evaluation.speed import Measurement, accelerator_options, measure_speed, naming
+from varaccel.evaluation.speed import Measurement, measure_speed, naming
 from varaccel.scenes.grammar import Caption
 from varaccel.scenes.renderer import render
 from varaccel.scenes.sampler import sample_scene
@@ -237,7 +237,7 @@ class Row:
     @classmethod
     def of(cls, accelerator: Accelerator) -> Self:
         """An empty row."""
-        return cls(accelerator.name, accelerator_options(accelerator), accelerator.keeps_law)
+        return cls(accelerator.name, accelerator.options(), accelerator.keeps_law)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `speed` becomes a list."""

@@ -132,16 +132,6 @@ def measure_speed(
     return SpeedReport(describe_machine(pipe.transformer.device), batch, repeats, measurements)
 
 
-def accelerator_options(accelerator: Accelerator) -> dict[str, Any]:
-    """Its options by name, the default ones included."""
-    return accelerator.options()
-
-
-def accelerator_label(accelerator: Accelerator) -> str:
-    """The accelerator with its options, such as `zipar(window=8)`."""
-    return call_label(accelerator.name, accelerator_options(accelerator))
-
-
 @contextmanager
 def naming(accelerator: Accelerator) -> Iterator[None]:
     """Say in the sentence of an InputError which of several accelerators it is about.
@@ -153,7 +143,7 @@ def naming(accelerator: Accelerator) -> Iterator[None]:
     except InputError as error:
         if isinstance(accelerator, Plain):
             raise
-        raise InputError(f"{accelerator_label(accelerator)}: {error}") from error
+        raise InputError(f"{call_label(accelerator.name, accelerator.options())}: {error}") from error
 
 
 def _summary(own: Sequence[Statistics], plain: Sequence[Statistics]) -> Measurement:
