@@ -138,33 +138,20 @@ class StaticProposer:
         drawn_from = None
         if proposal != "deterministic":
             drawn_from = torch.zeros(batch * open_, nodes, law.logits.shape[-1], device=roots.device)
-        # scratch entries of the guesses that are continued, in the order in which they are read
-        entries = {node: entry for entry, node in enumerate(topology.internal[1:])}
-        size = len(entries)
-        for depth, level in enumerate(topology.levels):
-            parents = [node for node in level if topology.children[node]]
-            if not parents:
-                break
-            if depth:
-                law = self.reader.extend(
-                    _branch(topology, parents, entries, size, depth, tokens, batch, open_)
-                )
+        for level in _levels(topology, roots.device):
+            if level.depth:
+                law = self.reader.extend(level.branch(tokens, batch, open_))
             if drawn_from is not None:
-                drawn_from[:, parents] = law.probs
-            width = max(len(topology.children[node]) for node in parents)
-            # a missing child draws with the number of the root, which no other node uses
-            index = torch.tensor(
-                [[*topology.children[n], *[0] * (width - len(topology.children[n]))] for n in parents],
-                device=roots.device,
-            )
-            numbers = draws.drafting[:, index]
+                drawn_from[:, level.nodes] = law.probs
+            numbers = draws.drafting[:, level.children]
             if self.noise is not None:  # the noise that the target draws with at the children's position
-                place = (fronts.start.clamp(min=0) + depth).unsqueeze(-1).expand(-1, -1, len(parents))
-                noise = self.noise.at(place.flatten(1)).view(law.logits.shape)
+                place = (fronts.start.clamp(min=0) + level.depth).unsqueeze(-1)
+                noise = self.noise.at(place.expand(-1, -1, len(level.nodes)).flatten(1)).view(
+                    law.logits.shape
+                )
                 law = Categorical(law.perturbed(noise), greedy)
             children = draw_children(law, numbers, proposal)  # [M, n, width]
-            real = index > 0
-            tokens[:, index[real]] = children[:, real]
+            tokens[:, level.children[level.real]] = children[:, level.real]
         tree = DraftTree.from_topology(topology, tokens, proposal=proposal, draft=drawn_from)
         if reach is None:
             return tree
@@ -187,30 +174,71 @@ class StaticProposer:
         return fronts.start.clamp(min=0) // self.lane_width
 
 
-def _branch(
-    topology: Topology,
-    nodes: list[int],
-    entries: dict[int, int],
-    size: int,
-    depth: int,
-    tokens: Tensor,
-    batch: int,
-    lanes: int,
-) -> Branch:
-    device = tokens.device
-    sees = torch.zeros(len(nodes), size, dtype=torch.bool)
-    for row, node in enumerate(nodes):
-        while node:
-            sees[row, entries[node]] = True
-            node = topology.parents[node]
-    parents = torch.tensor([entries.get(topology.parents[node], -1) for node in nodes], device=device)
-    return Branch(
-        tokens[:, nodes].view(batch, lanes, -1),
-        parents.expand(batch, lanes, -1),
-        depth,
-        entries[nodes[0]],
-        sees.to(device).expand(batch, lanes, -1, -1),
-    )
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """The nodes of one depth that have children, as the reader and the draws need them.
+
+    Attributes:
+        depth: steps from the root.
+        nodes: [n] node numbers.
+        first: scratch entry of the first of them; the others follow.
+        parents: [n] scratch entry of the parent of each, -1 for the root.
+        sees: [n, S] bool, the scratch entries that each continues, itself included.
+        children: [n, width] node numbers; 0 where a node has fewer.
+        real: [n, width] bool, where it has them.
+    """
+
+    depth: int
+    nodes: Tensor
+    first: int
+    parents: Tensor
+    sees: Tensor
+    children: Tensor
+    real: Tensor
+
+    def branch(self, tokens: Tensor, batch: int, lanes: int) -> Branch:
+        """These nodes of `tokens` [M, T], to be continued."""
+        return Branch(
+            tokens[:, self.nodes].view(batch, lanes, -1),
+            self.parents.expand(batch, lanes, -1),
+            self.depth,
+            self.first,
+            self.sees.expand(batch, lanes, -1, -1),
+        )
+
+
+@lru_cache(maxsize=64)
+def _levels(topology: Topology, device: torch.device) -> tuple[_Level, ...]:
+    # scratch entries of the guesses that are continued, in the order in which they are read; the root has none
+    entries = {node: entry for entry, node in enumerate(topology.internal[1:])}
+    levels = []
+    for depth, level in enumerate(topology.levels):
+        nodes = [node for node in level if topology.children[node]]
+        if not nodes:
+            break
+        sees = torch.zeros(len(nodes), len(entries), dtype=torch.bool)
+        for row, node in enumerate(nodes):
+            while node:
+                sees[row, entries[node]] = True
+                node = topology.parents[node]
+        width = max(len(topology.children[node]) for node in nodes)
+        # a missing child draws with the number of the root, which no other node uses
+        children = torch.tensor(
+            [[*topology.children[n], *[0] * (width - len(topology.children[n]))] for n in nodes],
+            device=device,
+        )
+        levels.append(
+            _Level(
+                depth,
+                torch.tensor(nodes, device=device),
+                entries.get(nodes[0], -1),
+                torch.tensor([entries.get(topology.parents[n], -1) for n in nodes], device=device),
+                sees.to(device),
+                children,
+                children > 0,
+            )
+        )
+    return tuple(levels)
 
 
 class DynamicProposer:
