@@ -19,12 +19,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from varaccel.training.allocator import keep_freed_memory
-
-if TYPE_CHECKING:
-    from varaccel.training.llamagen import Condition
 
 HERE = Path(__file__).parent
 STAGES = ("scenes", "text", "tokenizer", "codes", "transformer", "pipeline")
@@ -48,38 +45,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(*command: object) -> None:
-    """A stage with a command line of its own; its failure is ours."""
-    subprocess.run([sys.executable, *map(str, command)], check=True)
-
-
-def caption_condition(captions: list[str], text_folder: Path, prefix_length: int, device: str) -> Condition:
-    """Sample indices -> frozen text features [B, T, C] and mask [B, T], as the pipeline will make them."""
-    from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
-    from varaccel.training import conditions
-
-    tokenizer = WordTokenizer.from_pretrained(text_folder / "tokenizer")
-    encoder = WordTextEncoder.from_pretrained(text_folder / "text_encoder").to(device)
-    return conditions.caption_condition(captions, tokenizer, encoder, prefix_length, device)
-
-
-def adopt(pipeline: Path, out: Path) -> None:
-    """Put the frozen parts of a pipeline where the stages look for them."""
-    import torch
-
-    from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
-    from varaccel.tokenizers.vq import VQModel
-
-    parts = (
-        ("vq_model", VQModel, out / "mini-vq" / "export"),
-        ("text_encoder", WordTextEncoder, out / "mini-text" / "text_encoder"),
-    )
-    for name, cls, target in parts:
-        if not target.exists():
-            cls.from_pretrained(pipeline / name, dtype=torch.float32).save_pretrained(target)
-    WordTokenizer.from_pretrained(pipeline / "tokenizer").save_pretrained(out / "mini-text" / "tokenizer")
-
-
 def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> None:
     import torch
 
@@ -88,6 +53,7 @@ def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> No
     from varaccel.training.codes import read_codes
     from varaccel.training.llamagen import LlamaGenRecipe, train_llamagen
     from varaccel.training.run import Budget
+    from varaccel.training.stages import caption_condition
 
     codes, fingerprint = read_codes(options.out / "codes")
     captions = CachedScenes(options.out / "scenes", allow_partial=True).captions[: len(codes)]
@@ -98,7 +64,7 @@ def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> No
     else:
         model = LlamaGenTransformer(**config["model"])
     model.to(options.device)
-    condition = caption_condition(captions, options.out / "mini-text", model.prefix_length, options.device)
+    condition = caption_condition(captions, options.out / "mini-text", options.device, model.prefix_length)
     finished = train_llamagen(
         model,
         codes,
@@ -140,10 +106,12 @@ def main() -> int:
     config = json.loads(options.config.read_text())
     out = options.out
     from varaccel.errors import VaraccelError
+    from varaccel.training.stages import adopt_image_tokenizer, adopt_text, run
 
     try:
         if options.from_pipeline:
-            adopt(options.from_pipeline, out)
+            adopt_image_tokenizer(options.from_pipeline, out / "mini-vq" / "export")
+            adopt_text(options.from_pipeline, out / "mini-text")
         if "scenes" in options.stages:
             command = ["-m", "varaccel.scenes.cache", "--out", out / "scenes"]
             run(*command, "--count", options.pictures, "--workers", options.workers)

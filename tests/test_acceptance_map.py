@@ -125,6 +125,13 @@ def test_overlay_of_a_call() -> None:
         out.acceptance_maps(GRID - 1)
 
 
+def test_tokens_that_are_no_grid_have_no_map() -> None:
+    out = pipeline("t2i")(PROMPTS["t2i"][:1], seed=0)
+    out.written = out.written.flatten(1)
+    with pytest.raises(InputError, match="next-scale"):
+        out.acceptance_maps()
+
+
 def test_needs_no_plotting_library() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"

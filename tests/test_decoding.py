@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from varaccel.decoding.order import Feed, Raster, StaggeredRows
 from varaccel.decoding.randomness import Randomness, picture_generators
 from varaccel.decoding.sampling import Sampling
 from varaccel.decoding.session import CausalSession
+from varaccel.decoding.statistics import Stage, Statistics
 from varaccel.errors import InputError
 
 
@@ -104,6 +107,76 @@ def test_vector_canvas() -> None:
     canvas = Canvas.empty(1, 3, channels=2)
     canvas.write(torch.tensor([[2, -1]]), torch.tensor([[[1.0, 2.0], [5.0, 5.0]]]), step=1)
     assert canvas.tokens.tolist() == [[[0, 0], [0, 0], [1, 2]]]
+
+
+def partly_given() -> Canvas:
+    tokens = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
+    fixed = torch.tensor([[True, False, False, True], [False, True, False, False]])
+    return Canvas.given(tokens, fixed)
+
+
+def test_given_tokens_stand_before_the_first_pass() -> None:
+    canvas = partly_given()
+    assert canvas.tokens.tolist() == [[5, 0, 0, 8], [0, 2, 0, 0]]
+    assert not canvas.written.any()
+    with pytest.raises(InputError, match=r"\[2, 4\] and \[2, 3\]"):
+        Canvas.given(canvas.tokens, torch.zeros(2, 3, dtype=torch.bool))
+
+
+def test_given_tokens_stay_in_shared_writes() -> None:
+    canvas = partly_given()
+    canvas.write(torch.tensor([0, 1]), torch.tensor([[10, 11], [12, 13]]), step=1)
+    canvas.write(torch.tensor([3, 2]), torch.tensor([[20, 21], [22, 23]]), step=2)
+    assert canvas.tokens.tolist() == [[5, 11, 21, 8], [12, 2, 23, 22]]
+    assert canvas.written.tolist() == [[1, 1, 2, 2]] * 2
+    assert canvas.is_full
+
+
+def test_given_tokens_stay_in_ragged_writes() -> None:
+    canvas = partly_given()
+    canvas.write(torch.tensor([[0, 1], [1, -1]]), torch.tensor([[10, 11], [12, 13]]), step=3)
+    assert canvas.tokens.tolist() == [[5, 11, 0, 8], [0, 2, 0, 0]]
+    assert canvas.written.tolist() == [[3, 3, 0, 0], [0, 3, 0, 0]]
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 2], [[0, 1, 2], [2, 0, -1]]])
+def test_given_vectors_stay(positions: list) -> None:
+    canvas = Canvas.empty(2, 3, channels=2)
+    canvas.fixed = torch.tensor([[True, False, False], [False, False, False]])
+    values = torch.arange(12.0).view(2, 3, 2) + 1
+    canvas.write(torch.tensor(positions), values, step=1)
+    assert canvas.tokens[0].tolist() == [[0, 0], [3, 4], [5, 6]]
+    assert canvas.tokens[1, 2].tolist() == ([11, 12] if isinstance(positions[0], int) else [7, 8])
+
+
+def test_raster_decoding_keeps_given_tokens() -> None:
+    """What is given is read by all passes after it, like any other token."""
+    tokens = torch.randint(0, 24, (2, GRID**2), generator=torch.Generator().manual_seed(1))
+    canvas = Canvas.given(tokens, torch.rand(2, GRID**2, generator=torch.Generator().manual_seed(2)) < 0.5)
+    fixed = canvas.fixed
+    assert fixed is not None
+    randomness = Randomness.draw(picture_generators(2, seed=0), GRID**2)
+    passes = decode(session("c2i", 2), canvas, Raster(), randomness)
+    assert canvas.is_full
+    assert passes == GRID**2
+    assert torch.equal(canvas.tokens[fixed], tokens[fixed])
+    assert not torch.equal(canvas.tokens, tokens)
+
+
+def test_draws_of_positions_are_those_of_their_numbers() -> None:
+    randomness = Randomness.draw(picture_generators(2, seed=4), 6)
+    law = Categorical(torch.randn(2, 2, 9, generator=torch.Generator().manual_seed(0)))
+    for positions in (torch.tensor([3, 1]), torch.tensor([[0, -1], [5, 2]])):
+        assert torch.equal(randomness.sample(law, positions), law.sample(randomness.at(positions)))
+
+
+def test_stages_are_told() -> None:
+    stages = (Stage("draft", 0.5, 8, 60, 1000), Stage("refine", 0.25, 2, 40, 50))
+    stats = Statistics("plain", {}, False, 2, 100, 10, 4, 1050, {"tokens": 0.75}, stages=stages)
+    told = json.loads(json.dumps(stats.to_dict()))["stages"]
+    assert told[1] == {"name": "refine", "seconds": 0.25, "passes": 2, "tokens": 40, "cache_bytes": 50}
+    assert str(stats).endswith("; draft 60 tokens in 8 passes, 0.50 s; refine 40 tokens in 2 passes, 0.25 s")
+    assert ";" not in str(Statistics("plain", {}, True, 1, 1, 1, 1, 1))
 
 
 def test_draws_belong_to_a_picture_and_a_position() -> None:

@@ -48,6 +48,7 @@ def greedy(
             canvas,
             canvas.batch,
             randomness,
+            Raster(),
         )
     )
     assert canvas.is_full

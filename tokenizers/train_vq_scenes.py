@@ -1,4 +1,4 @@
-"""Train the scenes tokenizer: 128x128 pictures to 16x16 codes.
+"""Train a tokenizer of scenes: 128x128 pictures to 16x16 codes, or to the token maps of seven scales.
 
     python -m varaccel.scenes.cache --out runs/scenes --count 60000
     python tokenizers/train_vq_scenes.py --data runs/scenes --out runs/mini-vq --minutes 28
@@ -9,6 +9,11 @@ A finished tokenizer can get a better decoder for the codes it already has:
 
     python tokenizers/train_vq_scenes.py --data runs/scenes --out runs/mini-vq-decoder --minutes 20 \\
         --decoder-of runs/mini-vq/export --config tokenizers/vq_scenes_decoder.json
+
+The multi-scale tokenizer of `mini-var` starts from the outer levels of a finished single-scale one:
+
+    python tokenizers/train_vq_scenes.py --data runs/scenes --out runs/mini-msvq --minutes 40 \\
+        --config tokenizers/msvq_scenes.json --start-from weights/mini-llamagen/vq_model
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder written by varaccel.scenes.cache")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--decoder-of", type=Path, help="train only the decoder of this exported tokenizer")
+    parser.add_argument("--start-from", type=Path, help="take what fits of this exported VQ tokenizer")
     parser.add_argument("--minutes", type=float, default=28.0, help="training time")
     parser.add_argument("--steps", type=int, help="stop after this many steps, if that comes first")
     parser.add_argument("--held-out", type=int, default=512, help="held-out scenes of the final evaluation")
@@ -45,9 +51,10 @@ def main() -> int:
     from varaccel.files import atomic_path
     from varaccel.scenes import HELD_OUT_SEED, render, sample_scene
     from varaccel.scenes.cache import CachedScenes
+    from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
     from varaccel.tokenizers.vq import VQModel
     from varaccel.training.run import Budget
-    from varaccel.training.vq import VQRecipe, VQTrainer, evaluate
+    from varaccel.training.vq import VQRecipe, VQTrainer, evaluate, warm_start
 
     try:
         data = CachedScenes(options.data, allow_partial=True)
@@ -60,12 +67,17 @@ def main() -> int:
             ]
         )
         torch.manual_seed(recipe.seed)
+        for folder in filter(None, (options.decoder_of, options.start_from)):
+            if not (folder / "config.json").is_file():
+                raise InputError(f"there is no tokenizer in {folder}; train one first.")
         if options.decoder_of:
-            if not (options.decoder_of / "config.json").is_file():
-                raise InputError(f"there is no tokenizer in {options.decoder_of}; train one first.")
             model = VQModel.from_pretrained(options.decoder_of)
         else:
-            model = VQModel(**config["model"])
+            kind = MultiScaleVQModel if "scales" in config["model"] else VQModel
+            model = kind(**config["model"])
+        if options.start_from:
+            source = VQModel.from_pretrained(options.start_from, dtype=torch.float32)
+            print(f"starting from {len(warm_start(model, source))} tensors of {options.start_from}")
         trainer = VQTrainer(
             model,
             data,

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from varaccel.decoding.canvas import Canvas
 from varaccel.decoding.lanes import Lanes
 from varaccel.decoding.loop import OnStep
+from varaccel.decoding.order import Order
 from varaccel.decoding.randomness import Randomness
-from varaccel.decoding.session import CausalSession
-from varaccel.decoding.statistics import Tally
+from varaccel.decoding.statistics import Counts
 from varaccel.errors import InputError, unknown_name
 
 
@@ -26,25 +26,29 @@ class Job:
 
     Attributes:
         open_session: makes a session for this call, of the host model or of another `network` of the same
-            conditions and codes; takes the session's options.
+            conditions and codes; takes the session's options. What it makes depends on the family: a
+            `CausalSession` for networks that decide one token after the other.
         network: the host model.
         grid_width: columns of the token grid.
         codes: size of the vocabulary.
         canvas: to be filled.
         rows: rows that a pass reads per token: pictures, times two while guided.
-        randomness: the draws of each picture and position.
+        randomness: the draws of each picture and position. A family may offer another source of draws; then only
+            its `sample` can be relied on.
+        order: in which the family decides its positions without acceleration.
         on_step: observer of every pass.
         neighbours: gives the codebook's table of nearest neighbours, (k, normalise) -> [V, k + 1] int.
         drafters: the drafters that came with the model, by name.
     """
 
-    open_session: Callable[..., CausalSession]
+    open_session: Callable[..., Any]
     network: nn.Module
     grid_width: int
     codes: int
     canvas: Canvas
     rows: int
     randomness: Randomness
+    order: Order[Any]
     on_step: OnStep | None = None
     neighbours: Callable[[int, bool], Tensor] | None = None
     drafters: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -90,8 +94,8 @@ class Accelerator(ABC):
         return self
 
     @abstractmethod
-    def run(self, job: Job) -> int | Tally:
-        """Fill `job.canvas`; return the number of forward passes of the host model, or a tally of them."""
+    def run(self, job: Job) -> Counts:
+        """Fill `job.canvas`; return the number of forward passes of the host model, or more about them."""
 
     def options(self) -> dict[str, Any]:
         """The options as plain values; objects by what they are called."""

@@ -12,7 +12,7 @@ from varaccel.decoding.balance import measure_balance
 from varaccel.decoding.jacobi import Jacobi
 from varaccel.decoding.options import check_choice
 from varaccel.decoding.speculative import Speculative
-from varaccel.decoding.statistics import Tally
+from varaccel.decoding.statistics import Counts
 from varaccel.decoding.zipar import ZipAR
 
 Quality = Literal["lossless", "approximate"]
@@ -80,5 +80,5 @@ class Auto(Accelerator):
                     return Speculative(drafter=name, tree=tree, verification="gumbel")
         return Jacobi(window=min(WIDEST_WINDOW, free), coupling="gumbel")
 
-    def run(self, job: Job) -> int | Tally:
+    def run(self, job: Job) -> Counts:
         return self.resolve(job).run(job)

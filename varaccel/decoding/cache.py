@@ -43,7 +43,7 @@ class KVCache:
             length: return only the first `length` slots (known on the host, so no synchronisation).
 
         Returns:
-            keys and values, [B, H, length, D] each, as views.
+            keys and values, [B, H, length, D] each, as views; converted if the cache has another number type.
         """
         rows = keys.shape[0]
         all_keys, all_values = self.keys[layer, :rows], self.values[layer, :rows]
@@ -54,7 +54,18 @@ class KVCache:
             batch = torch.arange(rows, device=slots.device).unsqueeze(1)
             all_keys[batch, :, slots] = keys.transpose(1, 2).to(all_keys.dtype)
             all_values[batch, :, slots] = values.transpose(1, 2).to(all_values.dtype)
-        return all_keys[:, :, :length], all_values[:, :, :length]
+        return all_keys[:, :, :length].to(keys.dtype), all_values[:, :, :length].to(values.dtype)
+
+    def beside(self, layer: int, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """One layer's first `length` slots followed by new keys and values [B, H, P, D], which are not stored.
+
+        Returns:
+            keys and values, [B, H, length + P, D] each.
+        """
+        rows = keys.shape[0]
+        old_keys = self.keys[layer, :rows, :, :length].to(keys.dtype)
+        old_values = self.values[layer, :rows, :, :length].to(values.dtype)
+        return torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy keys and values of all layers from slots `source` [B, M] to slots `target` [B, M]."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from varaccel.errors import InputError
+
 
 @dataclass
 class Canvas:
@@ -18,10 +20,13 @@ class Canvas:
     Attributes:
         tokens: [B, N] int64 codes, or [B, N, C] vectors for continuous models; 0 where empty.
         written: [B, N] int32, number of the pass that decided the position, counted from 1; 0 = empty.
+        fixed: [B, N] bool, positions whose token is given: they are decided like all others, in some pass, but
+            always for the token that stands there. None if there are none.
     """
 
     tokens: Tensor
     written: Tensor
+    fixed: Tensor | None = None
 
     @classmethod
     def empty(
@@ -32,6 +37,26 @@ class Canvas:
         if channels is None:
             return cls(torch.zeros(batch, positions, dtype=torch.int64, device=device), written)
         return cls(torch.zeros(batch, positions, channels, device=device), written)
+
+    @classmethod
+    def given(cls, tokens: Tensor, fixed: Tensor) -> Canvas:
+        """A canvas for codes of which some are given and stay, on the device of `tokens`.
+
+        Args:
+            tokens: [B, N] int64 codes; only those at fixed positions count.
+            fixed: [B, N] bool.
+
+        Raises:
+            InputError: shapes that differ.
+        """
+        if tokens.dim() != 2 or tokens.shape != fixed.shape:
+            raise InputError(
+                f"given codes and the mask of fixed ones must both be [B, N], got {list(tokens.shape)} and "
+                f"{list(fixed.shape)}."
+            )
+        fixed = fixed.to(tokens.device, torch.bool)
+        written = torch.zeros(tokens.shape, dtype=torch.int32, device=tokens.device)
+        return cls(torch.where(fixed, tokens, 0), written, fixed)
 
     @property
     def batch(self) -> int:
@@ -52,8 +77,10 @@ class Canvas:
         Args:
             positions: [P] shared by the batch, or [B, P] with one list per row; in a list per row, -1 is
                 padding and its value is ignored.
-            values: [B, P] codes or [B, P, C] vectors.
+            values: [B, P] codes or [B, P, C] vectors; ignored where the token is fixed.
         """
+        if self.fixed is not None:
+            values = self._keep_fixed(self.fixed, positions, values)
         if positions.dim() == 1:
             self.tokens[:, positions] = values
             self.written[:, positions] = step
@@ -68,3 +95,11 @@ class Canvas:
         written.scatter_(1, target, step)
         self.tokens.copy_(tokens[:, :-1])
         self.written.copy_(written[:, :-1])
+
+    def _keep_fixed(self, fixed: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+        """`values` with the tokens that stand at fixed positions in their place."""
+        index = positions.expand(self.batch, -1) if positions.dim() == 1 else positions.clamp(min=0)  # [B, P]
+        stays = fixed.gather(1, index)
+        if values.dim() == 3:
+            stays, index = stays.unsqueeze(-1), index.unsqueeze(-1).expand_as(values)
+        return torch.where(stays, self.tokens.gather(1, index), values)

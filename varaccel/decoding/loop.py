@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from varaccel.decoding.canvas import Canvas
-from varaccel.decoding.order import Order
-from varaccel.decoding.randomness import Randomness
+from varaccel.decoding.order import HasPositions, Order
 from varaccel.decoding.session import Session
 
 
@@ -41,13 +41,23 @@ class Step:
 OnStep = Callable[[Step], None]
 """The one observation point; it may raise to end the call."""
 
+AnyFeed = TypeVar("AnyFeed", bound=HasPositions)
+
+
+class DrawsTokens(Protocol):
+    """A source of randomness as the loop sees it: `Randomness`, or another stream."""
+
+    def sample(self, law: Any, positions: Tensor) -> Tensor:
+        """Values [B, P] (or [B, P, C]) of `positions` ([P] or [B, P]) drawn from their law."""
+        ...
+
 
 @torch.inference_mode()
 def decode(
-    session: Session,
+    session: Session[AnyFeed],
     canvas: Canvas,
-    order: Order,
-    randomness: Randomness,
+    order: Order[AnyFeed],
+    randomness: DrawsTokens,
     on_step: OnStep | None = None,
 ) -> int:
     """Fill the canvas in the given order, each group from one prediction. Returns the number of passes.
@@ -59,7 +69,7 @@ def decode(
     number = 0
     for number, feed in enumerate(feeds, start=1):
         law = session.predict(canvas, feed)
-        canvas.write(feed.positions, law.sample(randomness.at(feed.positions)), number)
+        canvas.write(feed.positions, randomness.sample(law, feed.positions), number)
         if on_step is not None:
             on_step(Step(number, number / len(feeds), feed.positions, canvas))
     return number

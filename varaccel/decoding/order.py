@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,10 +58,22 @@ class Feed:
         return cls(positions, before, before)
 
 
-class Order(Protocol):
+class HasPositions(Protocol):
+    """What the decoding loop knows of a feed; the rest is between an order and the sessions of its family."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[P] decided positions; [B, P] with -1 as padding where rows advance at different speeds."""
+        ...
+
+
+FeedOut = TypeVar("FeedOut", bound=HasPositions, covariant=True)
+
+
+class Order(Protocol[FeedOut]):
     """A function of the canvas: the groups in which its empty positions are decided."""
 
-    def feeds(self, canvas: Canvas) -> Sequence[Feed]: ...
+    def feeds(self, canvas: Canvas) -> Sequence[FeedOut]: ...
 
 
 def prepare(groups: Sequence[Group], device: torch.device) -> list[Feed]:

@@ -7,18 +7,17 @@ from typing import ClassVar
 
 from varaccel.decoding.accelerator import Accelerator, Job, register
 from varaccel.decoding.loop import decode
-from varaccel.decoding.order import Raster
 
 
 @register
 @dataclass(frozen=True)
 class Plain(Accelerator):
-    """One token per pass in raster order: the reference that every speed-up is stated against."""
+    """No guesses, in the family's own order: the reference that every speed-up is stated against."""
 
     name: ClassVar[str] = "plain"
     lossless: ClassVar[bool] = True
-    hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
+    hosts: ClassVar[tuple[str, ...]] = ("llamagen", "var")
     summary: ClassVar[str] = "one token per pass, in raster order"
 
     def run(self, job: Job) -> int:
-        return decode(job.open_session(), job.canvas, Raster(), job.randomness, job.on_step)
+        return decode(job.open_session(), job.canvas, job.order, job.randomness, job.on_step)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from varaccel.decoding.law import Law
 from varaccel.errors import InputError
 
 MAX_SEED = 2**63 - 1
@@ -51,6 +52,10 @@ class Randomness:
         if positions.dim() == 1:
             return self.uniforms[:, positions]
         return self.uniforms.gather(1, positions.clamp(min=0))
+
+    def sample(self, law: Law, positions: Tensor) -> Tensor:
+        """Draw the values of `positions` ([P] or [B, P], -1 = padding) from their law: [B, P] or [B, P, C]."""
+        return law.sample(self.at(positions))
 
     def stream(self, width: int) -> Stream:
         """Numbers for the passes to come, `width` per picture and pass."""

@@ -15,15 +15,17 @@ class Reading:
     """What one forward pass reads and where it writes: everything about it that is not a weight.
 
     Attributes:
-        rotary: [P, D / 2, 2] or [B, P, D / 2, 2], rows of the rotary table for the inputs.
+        rotary: [P, D / 2, 2] or [B, P, D / 2, 2], rows of the rotary table for the inputs; None for networks
+            that have none.
         mask: bool, broadcastable to [B, H, P, K], True where a query may look; None means everything.
         causal: mask to be the lower triangle instead (a full pass without padding).
         cache: where keys and values are kept; None for a pass that needs no past.
-        slots: [P] or [B, P] int64, cache slots of the inputs.
+        slots: [P] or [B, P] int64, cache slots of the inputs; None to look at the cache without storing them
+            (networks with whole scales only).
         length: number of leading cache slots to attend over, None for all.
     """
 
-    rotary: Tensor
+    rotary: Tensor | None = None
     mask: Tensor | None = None
     causal: bool = False
     cache: KVCache | None = None

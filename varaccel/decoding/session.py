@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,15 +13,17 @@ from varaccel.decoding.canvas import Canvas
 from varaccel.decoding.guidance import Guidance
 from varaccel.decoding.law import Categorical, Law
 from varaccel.decoding.memory import Memory, Visibility
-from varaccel.decoding.order import Feed
+from varaccel.decoding.order import Feed, HasPositions
 from varaccel.decoding.reading import Reading, prefix_mask
 from varaccel.decoding.sampling import Sampling
 
+FeedIn = TypeVar("FeedIn", bound=HasPositions, contravariant=True)
 
-class Session(Protocol):
+
+class Session(Protocol[FeedIn]):
     """Owns what one network knows of one canvas, and answers for positions of it."""
 
-    def predict(self, canvas: Canvas, feed: Feed) -> Law: ...
+    def predict(self, canvas: Canvas, feed: FeedIn) -> Law: ...
 
 
 class CausalNetwork(Protocol):

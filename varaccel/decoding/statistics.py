@@ -52,6 +52,45 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One network's share of a call in which several take turns.
+
+    Attributes:
+        name: what it is called.
+        seconds: wall-clock time.
+        passes: its forward passes.
+        tokens: tokens per picture that it decided.
+        cache_bytes: size of its key-value cache.
+    """
+
+    name: str
+    seconds: float
+    passes: int
+    tokens: int
+    cache_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.tokens} tokens in {self.passes} passes, {self.seconds:.2f} s"
+
+
+@dataclass(frozen=True)
+class Relayed:
+    """Counts of a call in which several networks took turns.
+
+    Attributes:
+        passes: forward passes of all of them.
+        stages: what each of them did, in order.
+    """
+
+    passes: int
+    stages: tuple[Stage, ...]
+
+
+Counts = int | Tally | Relayed
+"""What an accelerator tells of a call: passes, or more if pictures have their own pace or networks take turns."""
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Cost of one pipeline call.
 
@@ -69,6 +108,7 @@ class Statistics:
         picture_passes: passes that each picture needed, empty if all need the same.
         accepted: of each picture, tokens gained by guesses per pass and chain or tree; empty without guesses.
         draft_passes: forward passes of the drafter.
+        stages: shares of the networks, if several took turns.
         device, dtype: where and in which precision the host model ran.
     """
 
@@ -84,6 +124,7 @@ class Statistics:
     picture_passes: tuple[int, ...] = ()
     accepted: tuple[float, ...] = ()
     draft_passes: int = 0
+    stages: tuple[Stage, ...] = ()
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -118,7 +159,9 @@ class Statistics:
         guessed = "" if not self.accepted else f", {self.mean_accepted:.2f} guesses accepted per pass"
         if self.draft_passes:
             guessed += f", {self.draft_passes} drafter passes"
+        stages = "".join(f"; {stage}" for stage in self.stages)
         return (
             f"{self.label}: {self.images} pictures of {self.tokens} tokens in {self.passes} "
-            f"passes ({self.tokens_per_pass:.2f} tokens per pass{guessed}), {self.total_seconds:.2f} s ({phases})"
+            f"passes ({self.tokens_per_pass:.2f} tokens per pass{guessed}), {self.total_seconds:.2f} s "
+            f"({phases}){stages}"
         )

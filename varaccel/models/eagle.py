@@ -39,6 +39,7 @@ class EagleAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, P, D]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        assert reading.rotary is not None
         q, k = rotate(q, reading.rotary), rotate(k, reading.rotary)
         if reading.cache is not None:
             assert reading.slots is not None

@@ -63,6 +63,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, reading: Reading, layer: int) -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 Hkv, P, D]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        assert reading.rotary is not None
         q, k = rotate(q, reading.rotary), rotate(k, reading.rotary)
         if reading.cache is not None:
             assert reading.slots is not None

@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from varaccel.decoding.accelerator import Accelerator, Job, resolve_accelerator
-from varaccel.decoding.canvas import Canvas
+from varaccel.decoding.accelerator import Accelerator, Job
 from varaccel.decoding.guidance import Guidance
-from varaccel.decoding.loop import Step
+from varaccel.decoding.loop import OnStep
 from varaccel.decoding.neighbours import neighbour_table
 from varaccel.decoding.network_drafter import check_same_codes
-from varaccel.decoding.randomness import Randomness, picture_generators
+from varaccel.decoding.order import Raster
 from varaccel.decoding.sampling import Sampling
 from varaccel.decoding.session import CausalSession
-from varaccel.decoding.statistics import Statistics, Tally
-from varaccel.errors import InputError, unknown_name
+from varaccel.decoding.statistics import Statistics
+from varaccel.errors import InputError
 from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
-from varaccel.pipelines.loading import LoadablePipeline
-from varaccel.pipelines.memory import memory_errors
+from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
 from varaccel.pipelines.output import ImageOutput
-from varaccel.pipelines.pixels import OUTPUT_TYPES, to_output
-from varaccel.tokenizers.text import encode_prompts
+from varaccel.pipelines.pixels import to_output
 from varaccel.tokenizers.vq import VQModel
 
-logger = logging.getLogger(__name__)
 
-StepCallback = Callable[["LlamaGenPipeline", int, int, dict[str, Any]], dict[str, Any] | None]
+@dataclass(frozen=True)
+class LlamaGenSettings:
+    """What a call says about the laws of tokens."""
+
+    guidance: Guidance
+    sampling: Sampling
 
 
-class Interrupted(Exception):
-    """Raised inside the decoding loop when the caller set `pipe._interrupt`."""
-
-
-class LlamaGenPipeline(LoadablePipeline):
+class LlamaGenPipeline(TokenPipeline):
     """Text- or class-conditional generation with a LlamaGen transformer and any accelerator for it.
 
     Args:
@@ -58,6 +53,7 @@ class LlamaGenPipeline(LoadablePipeline):
         InputError: components that do not fit each other.
     """
 
+    family: ClassVar[str] = "llamagen"
     model_cpu_offload_seq = "text_encoder->transformer->vq_model"
     _optional_components = ["text_encoder", "tokenizer", "eagle_head", "draft_transformer"]  # noqa: RUF012
 
@@ -107,7 +103,6 @@ class LlamaGenPipeline(LoadablePipeline):
             top_k=top_k,
             temperature=temperature,
         )
-        self._interrupt = False
         self._tables: dict[bool, Tensor] = {}
         self._compiled: Callable[..., Tensor] | None = None
 
@@ -130,10 +125,6 @@ class LlamaGenPipeline(LoadablePipeline):
             table = neighbour_table(weight, k, normalise=normalise)
             self._tables[normalise] = table
         return table
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     @classmethod
     def from_single_file(
@@ -217,221 +208,75 @@ class LlamaGenPipeline(LoadablePipeline):
             InputError: any argument that cannot be used.
             OutOfMemory: the device is too small for the call.
         """
-        prompts = self._prompts(prompt)
-        if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int):
-            raise InputError(f"num_images_per_prompt must be an integer, got {num_images_per_prompt!r}.")
-        if num_images_per_prompt < 1:
-            raise InputError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
-        if output_type not in OUTPUT_TYPES:
-            raise unknown_name("output_type", str(output_type), OUTPUT_TYPES)
-        guidance = Guidance(
-            self.config.guidance_scale if guidance_scale is None else guidance_scale, guidance_interval
+        settings = LlamaGenSettings(
+            Guidance(
+                self.config.guidance_scale if guidance_scale is None else guidance_scale, guidance_interval
+            ),
+            Sampling(
+                self.config.temperature if temperature is None else temperature,
+                self.config.top_k if top_k is None else top_k,
+                top_p,
+            ),
         )
-        sampling = Sampling(
-            self.config.temperature if temperature is None else temperature,
-            self.config.top_k if top_k is None else top_k,
-            top_p,
+        call = self._checked_call(
+            prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            generator=generator,
+            accelerator=accelerator,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback=callback_on_step_end,
         )
-        chosen = resolve_accelerator(accelerator, "llamagen")
-        images = len(prompts) * num_images_per_prompt
-        generators = picture_generators(images, seed, generator)
-        with memory_errors(images):
-            return self._generate(
-                prompts,
-                num_images_per_prompt,
-                guidance,
-                sampling,
-                generators,
-                chosen,
-                output_type,
-                return_dict,
-                callback_on_step_end,
-            )
+        return self._generate(call, settings)
 
-    def _generate(
-        self,
-        prompts: list[str | int],
-        num_images_per_prompt: int,
-        guidance: Guidance,
-        sampling: Sampling,
-        generators: list[torch.Generator],
-        accelerator: Accelerator,
-        output_type: str,
-        return_dict: bool,
-        callback: StepCallback | None,
-    ) -> ImageOutput | tuple[Any, Statistics]:
-        device, model = self._execution_device, self.transformer
-        clock = Stopwatch(device)
-        condition, mask = self._condition(prompts)
-        condition = condition.repeat_interleave(num_images_per_prompt, dim=0)
-        mask = None if mask is None else mask.repeat_interleave(num_images_per_prompt, dim=0)
-        clock.lap("text")
-
-        canvas = Canvas.empty(len(generators), model.num_tokens, device=device)
-        sessions: list[CausalSession] = []
-
-        def open_session(network: Any = None, **options: Any) -> CausalSession:
-            fixed = self._compiled is not None and network is None
-            sessions.append(
-                CausalSession(
-                    model if network is None else network,
-                    condition,
-                    mask,
-                    guidance=guidance,
-                    sampling=sampling,
-                    static_shapes=fixed,
-                    transform=self._compiled if fixed else None,
-                    **options,
-                )
-            )
-            return sessions[-1]
-
-        self._interrupt = False
-        passes = 0
-        tally: Tally | None = None
-        with self.progress_bar(total=100) as bar:
-
-            def on_step(step: Step) -> None:
-                nonlocal passes
-                passes = step.number
-                bar.update(int(100 * step.progress) - bar.n)
-                if callback is not None:
-                    callback(self, step.number - 1, step.decided, {"canvas": step.canvas})
-                if self._interrupt:
-                    raise Interrupted
-
-            randomness = Randomness.draw(generators, canvas.num_positions, device)
-            job = Job(
-                open_session,
-                model,
-                model.config.grid_size,
-                model.config.vocab_size,
-                canvas,
-                canvas.batch * (2 if guidance.enabled else 1),
-                randomness,
-                on_step,
-                neighbours=self._neighbours,
-                drafters=self.drafters,
-            )
-            accelerator = accelerator.resolve(job)
-            with contextlib.suppress(Interrupted):
-                counts = accelerator.run(job)
-                tally = counts if isinstance(counts, Tally) else None
-        clock.lap("tokens")
-
-        size = model.config.grid_size
-        codes = canvas.tokens.unflatten(1, (size, size))
-        if output_type == "latent":
-            pictures: Any = codes
-        else:
-            pictures = to_output(self.vq_model.decode_codes(codes), output_type)
-        clock.lap("decode")
-        self.maybe_free_model_hooks()
-        stats = Statistics(
-            accelerator=accelerator.name,
-            options=accelerator.options(),
-            lossless=accelerator.keeps_law,
-            images=canvas.batch,
-            tokens=model.num_tokens,
-            passes=passes,
-            rows=sessions[0].rows_per_pass,
-            cache_bytes=sum(s.cache.nbytes for s in sessions),
-            seconds=clock.laps,
-            **_of_tally(tally),
-            device=str(device),
-            dtype=str(model.dtype).removeprefix("torch."),
-        )
-        if not return_dict:
-            return pictures, stats
-        return ImageOutput(images=pictures, stats=stats, written=canvas.written.unflatten(1, (size, size)))
-
-    # -- conditions ------------------------------------------------------------------------------------
-
-    def _prompts(self, prompt: str | int | Sequence[str | int]) -> list[str | int]:
-        prompts = [prompt] if isinstance(prompt, (str, int)) else list(prompt)
-        if not prompts:
-            raise InputError("there is no prompt; give at least one.")
-        return prompts
+    # -- what the base asks for ------------------------------------------------------------------------
 
     def _condition(self, prompts: list[str | int]) -> tuple[Tensor, Tensor | None]:
-        model, device = self.transformer, self._execution_device
-        if model.config.model_type == "c2i":
-            return torch.tensor([self.class_label(p) for p in prompts], device=device), None
-        wrong = next((p for p in prompts if not isinstance(p, str)), None)
-        if wrong is not None:
-            raise InputError(f"this model takes descriptions, not labels; got {wrong!r}.")
-        text = encode_prompts(
-            self.tokenizer,
-            self.text_encoder,
-            [str(p) for p in prompts],
-            max_length=model.prefix_length,
-            device=device,
-            dtype=model.dtype,
-        )
-        self._warn_of_unknown_words([str(p) for p in prompts])
+        if self.transformer.config.model_type == "c2i":
+            return self._labels(prompts), None
+        text = self._text(prompts, self.transformer.prefix_length)
         return text.features, text.mask
 
-    def _warn_of_unknown_words(self, prompts: list[str]) -> None:
-        """Say which words of the prompts are lost, if the tokenizer's vocabulary is closed."""
-        if not hasattr(self.tokenizer, "unknown_words"):
-            return
-        # a lone surrogate would stop the tokenizer; as in `encode_prompts`, it counts for nothing
-        text = " ".join(prompts).encode("utf-8", "replace").decode()
-        words = self.tokenizer.unknown_words(text)
-        if words:
-            more = f" and {len(words) - 10} more" if len(words) > 10 else ""
-            logger.warning(
-                "the model has never seen the words: %s%s; they are ignored.", ", ".join(words[:10]), more
-            )
+    def _open_session(self, run: Run, network: Any = None, **options: Any) -> CausalSession:
+        compiled = self._compiled is not None and network is None
+        return CausalSession(
+            self.transformer if network is None else network,
+            run.condition,
+            run.mask,
+            guidance=run.settings.guidance,
+            sampling=run.settings.sampling,
+            static_shapes=compiled,
+            transform=self._compiled if compiled else None,
+            **options,
+        )
 
-    def class_label(self, name: str | int) -> int:
-        """The label of a class name, or a label itself if the model has it.
+    def _make_job(self, run: Run, open_session: Callable[..., Any], randomness: Any, on_step: OnStep) -> Job:
+        config = self.transformer.config
+        return Job(
+            open_session,
+            self.transformer,
+            config.grid_size,
+            config.vocab_size,
+            run.canvas,
+            run.canvas.batch * (2 if run.settings.guidance.enabled else 1),
+            randomness,
+            Raster(),
+            on_step,
+            neighbours=self._neighbours,
+            drafters=self.drafters,
+        )
 
-        Raises:
-            InputError: no such class.
-        """
-        classes = self.transformer.config.num_classes
-        if isinstance(name, int) and not isinstance(name, bool):
-            if 0 <= name < classes:
-                return name
-            raise InputError(f"class labels of this model go from 0 to {classes - 1}, got {name}.")
-        if isinstance(name, str) and name.strip().isdecimal():
-            return self.class_label(int(name))
-        labels: Mapping[str, int] = {}
-        for label, entry in reversed(list(enumerate(self.config.class_names or []))):
-            labels |= {part.strip().lower(): label for part in str(entry).split(",")}  # type: ignore[operator]
-        wanted = str(name).strip().lower()
-        if wanted not in labels:
-            raise unknown_name("class", str(name), list(labels) or [f"0 to {classes - 1}"])
-        return labels[wanted]
+    def _pictures(self, run: Run) -> Any:
+        codes = self._as_grid(run.canvas.tokens)
+        if run.call.output_type == "latent":
+            return codes
+        return to_output(self.vq_model.decode_codes(codes), run.call.output_type)
 
+    def _written(self, run: Run) -> Tensor:
+        return self._as_grid(run.canvas.written)
 
-def _of_tally(tally: Tally | None) -> dict[str, Any]:
-    """A tally as fields of the statistics."""
-    if tally is None:
-        return {}
-    accepted = tally.accepted / tally.attempts.clamp(min=1)
-    return {
-        "picture_passes": tuple(tally.passes.tolist()),
-        "accepted": tuple(accepted.tolist()),
-        "draft_passes": tally.draft_passes,
-    }
-
-
-class Stopwatch:
-    """Wall-clock time by phase; waits for the device at the borders of phases only."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.laps: dict[str, float] = {}
-        self._last = self._now()
-
-    def lap(self, name: str) -> None:
-        now = self._now()
-        self.laps[name] = now - self._last
-        self._last = now
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _as_grid(self, values: Tensor) -> Tensor:
+        """[B, N] -> [B, h, w]."""
+        size = self.transformer.config.grid_size
+        return values.unflatten(1, (size, size))

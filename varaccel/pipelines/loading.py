@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import tempfile
@@ -13,9 +14,13 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from torch import nn
 
 from varaccel.errors import CheckpointError, unknown_name
 from varaccel.pipelines.catalog import PUBLISHED, shipped_models
+
+BORROWED = "borrowed.json"
+"""File of a model folder that says which components lie in the folder of another model beside it."""
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -75,6 +80,77 @@ def pipeline_class_name(folder: Path) -> str:
         raise CheckpointError(f"{folder / 'model_index.json'} is damaged; fetch the model again.") from error
 
 
+def borrowed_components(folder: Path) -> dict[str, Path]:
+    """Components that `folder` borrows from models beside it, and where they are.
+
+    `borrowed.json` names their folders relative to the model's own: {"tokenizer": "../mini-llamagen/tokenizer"}.
+
+    Raises:
+        CheckpointError: the file is damaged, leads out of the directory that holds the model, or to nothing.
+    """
+    file = folder / BORROWED
+    if not file.is_file():
+        return {}
+    try:
+        entries = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged; fetch the model again.") from error
+    if not isinstance(entries, dict) or not all(isinstance(path, str) for path in entries.values()):
+        raise CheckpointError(f"{file} must name a folder for each component; fetch the model again.")
+    home = folder.resolve()
+    found = {}
+    for name, path in entries.items():
+        target = (home / path).resolve()
+        if home.parent not in target.parents:
+            raise CheckpointError(
+                f"{file} borrows {name} from {path}, outside of {home.parent}; mend the file."
+            )
+        if not target.is_dir():
+            raise CheckpointError(
+                f"{folder} borrows {name} from {path}, which is not there; put that model beside it."
+            )
+        found[name] = target
+    return found
+
+
+def _load_borrowed(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The borrowed components of a model folder that are not among `options` already."""
+    paths = borrowed_components(folder)
+    index = json.loads((folder / "model_index.json").read_text()) if paths else {}
+    return {
+        name: _load_component(folder, name, index.get(name), path, options)
+        for name, path in paths.items()
+        if name not in options
+    }
+
+
+def _load_component(folder: Path, name: str, entry: Any, path: Path, options: Mapping[str, Any]) -> Any:
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+        raise CheckpointError(
+            f"{folder} borrows {name}, but its model_index.json names no class for it; fetch the model again."
+        )
+    module, class_name = entry
+    if module.split(".")[0] not in ("varaccel", "transformers", "diffusers"):
+        raise CheckpointError(
+            f"{folder} borrows a {class_name} of {module}; only classes of varaccel, transformers and diffusers "
+            "can be borrowed."
+        )
+    try:
+        component_class = getattr(importlib.import_module(module), class_name)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder} borrows a {class_name}, which {module} does not have; update the library."
+        ) from error
+    if not (isinstance(component_class, type) and hasattr(component_class, "from_pretrained")):
+        raise CheckpointError(f"{folder} borrows a {class_name}, which is nothing that can be loaded.")
+    if not issubclass(component_class, nn.Module):
+        return component_class.from_pretrained(path)
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    if isinstance(dtype, Mapping):
+        dtype = dtype.get(name, dtype.get("default"))
+    return component_class.from_pretrained(path, **({} if dtype is None else {"dtype": dtype}))
+
+
 class LoadablePipeline(DiffusionPipeline):
     """diffusers' pipeline with the library's names for models and whole-or-nothing saving."""
 
@@ -98,13 +174,15 @@ class LoadablePipeline(DiffusionPipeline):
             )
         try:
             local = {k: v for k, v in options.items() if k not in HUB_OPTIONS}
-            return super().from_pretrained(folder, **local)
+            return super().from_pretrained(folder, **local, **_load_borrowed(folder, local))
+        except CheckpointError:
+            raise
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
-        """Write all components; a failure on the way (a full disk) leaves `folder` as it was.
+        """Write all components, borrowed ones too; a failure on the way (a full disk) leaves `folder` as it was.
 
         Files of `folder` that are no part of the pipeline, such as a model card, stay.
         """
@@ -121,3 +199,5 @@ class LoadablePipeline(DiffusionPipeline):
                 if (target / entry.name).exists():
                     (target / entry.name).rename(replaced / entry.name)
                 entry.rename(target / entry.name)
+            if (target / BORROWED).exists():  # everything is here now
+                (target / BORROWED).rename(replaced / BORROWED)

@@ -22,7 +22,8 @@ class ImageOutput(BaseOutput):
         images: PIL pictures, an array [B, H, W, 3] or tensor [B, 3, H, W] in [0, 1], or token codes
             [B, h, w], by `output_type`. Pictures of one prompt stand together.
         stats: what the call cost.
-        written: [B, h, w] int32, the pass that decided each token: the acceptance map.
+        written: [B, h, w] int32, the pass that decided each token: the acceptance map. [B, L] for models whose
+            tokens are not one grid.
     """
 
     images: Any
@@ -40,8 +41,13 @@ class ImageOutput(BaseOutput):
             legend: add a bar of the colours.
 
         Raises:
-            InputError: `overlay` of a call whose `images` are not PIL pictures; `size` below the token grid.
+            InputError: `overlay` of a call whose `images` are not PIL pictures; `size` below the token grid; a
+                model whose tokens are not one grid.
         """
+        if self.written.ndim != 3:
+            raise InputError(
+                "a next-scale model decides whole maps at once, so there is no map of passes to draw."
+            )
         pictures: Sequence[Image.Image | None] = [None] * len(self.written)
         if overlay:
             if not isinstance(self.images, list):

@@ -49,17 +49,22 @@ class VQTrainingOutput:
 
     Attributes:
         reconstruction: [B, C, H, W], decoded from the straight-through quantised latents.
-        latents: [B*h*w, D] float32, l2-normalised, with gradient to the encoder.
-        quantized: [B*h*w, D] float32, l2-normalised codebook rows, with gradient to the codebook.
-        indices: [B, h, w] int64.
-        similarity: [B*h*w, K] float32, cosines of latents and codebook rows, with gradient to both.
+        latents: float32, what the encoder said, with gradient to it; [B*h*w, D], l2-normalised.
+        quantized: float32 of the same shape, what stands for it, with gradient to the codebook.
+        indices: [B, h, w] int64, or [B, L] of a multi-scale model.
+        similarity: [B*h*w, K] float32, cosines of latents and codebook rows, with gradient to both; None where
+            codes are not compared by angle.
+        sites: [N, D] float32, what was compared with the codebook, one row per index.
+        rows: [N, D] float32, the codes that were chosen for them.
     """
 
     reconstruction: Tensor
     latents: Tensor
     quantized: Tensor
     indices: Tensor
-    similarity: Tensor
+    similarity: Tensor | None
+    sites: Tensor
+    rows: Tensor
 
 
 class VectorQuantizer(nn.Module):
@@ -256,7 +261,15 @@ class VQModel(ModelMixin, ConfigMixin):
             rows = F.embedding(chosen, codebook)  # [B*h*w, D]
             batch, dim, h, w = latents.shape
             passed = (sites + (rows - sites).detach()).view(batch, h, w, dim).permute(0, 3, 1, 2)
-        return VQTrainingOutput(self.decode(passed), sites, rows, chosen.view(batch, h, w), similarity)
+        return VQTrainingOutput(
+            self.decode(passed),
+            sites,
+            rows,
+            chosen.view(batch, h, w),
+            similarity,
+            sites.detach(),
+            rows.detach(),
+        )
 
     def _latents(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != self.config.in_channels:

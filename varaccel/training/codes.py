@@ -1,7 +1,7 @@
 """Codes of a cache of pictures, so that a transformer trains without running the image tokenizer.
 
-A folder of codes is `manifest.json` and one `codes-00000.npy` (uint16 [n, rows*columns], raster order) per
-shard of the picture cache. Run
+A folder of codes is `manifest.json` and one `codes-00000.npy` (uint16 [n, N]) per shard of the picture cache. The
+N codes of a picture are its rows in raster order, or, of a multi-scale tokenizer, its scales one after another. Run
 `python -m varaccel.training.codes --tokenizer FOLDER --scenes FOLDER --out FOLDER` to write one, and run it
 again to resume or to add shards that have been rendered since.
 """
@@ -27,8 +27,9 @@ from tqdm import tqdm
 from varaccel.errors import CheckpointError, InputError, VaraccelError
 from varaccel.files import atomic_path
 from varaccel.scenes.cache import CachedScenes
+from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 from varaccel.tokenizers.vq import VQModel
-from varaccel.training.vq import to_images
+from varaccel.training.vq import ImageTokenizer, to_images
 
 _MANIFEST = "manifest.json"
 # Below this share of equal indices the half-precision encoder is not a stand-in for the float32 one.
@@ -44,9 +45,10 @@ class CodesManifest:
     Attributes:
         tokenizer: fingerprint of the tokenizer.
         codebook_size: number of codes.
-        grid: rows and columns of a picture.
+        grid: rows and columns of a picture, or of the feature map of a multi-scale tokenizer.
         precision: dtype of the encoder's convolutions, "bfloat16" or "float32".
         world, first_seed, size, shard_size: of the picture cache.
+        scales: sides of the token maps of a multi-scale tokenizer; empty for a single scale, the grid.
     """
 
     tokenizer: str
@@ -57,9 +59,15 @@ class CodesManifest:
     first_seed: int
     size: int
     shard_size: int
+    scales: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number N of codes of one picture."""
+        return sum(p * p for p in self.scales) or self.grid[0] * self.grid[1]
 
 
-def fingerprint(vq: VQModel) -> str:
+def fingerprint(vq: ImageTokenizer) -> str:
     """A hash of what decides the codes of a picture, the same on every machine; 16 hex digits.
 
     It covers the encoder and the codebook. A decoder that was trained further leaves it, and codes made
@@ -75,15 +83,15 @@ def fingerprint(vq: VQModel) -> str:
 
 
 @torch.no_grad()
-def encode_pixels(vq: VQModel, pixels: NDArray[np.uint8], precision: str) -> NDArray[np.uint16]:
-    """Codes of `pixels` uint8 [n, H, W, 3]: uint16 [n, rows*columns] in raster order."""
+def encode_pixels(vq: ImageTokenizer, pixels: NDArray[np.uint8], precision: str) -> NDArray[np.uint16]:
+    """Codes of `pixels` uint8 [n, H, W, 3]: uint16 [n, N] as in a folder of codes."""
     images = to_images(pixels).to(vq.device)
     with torch.autocast(vq.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         indices = vq.encode(images).indices
     return indices.flatten(1).cpu().numpy().astype(np.uint16)
 
 
-def precision_agreement(vq: VQModel, pixels: NDArray[np.uint8], batch_size: int = 32) -> float:
+def precision_agreement(vq: ImageTokenizer, pixels: NDArray[np.uint8], batch_size: int = 32) -> float:
     """Share of codes of `pixels` uint8 [n, H, W, 3] that a bfloat16 encoder finds like the float32 one."""
     equal = 0.0
     for start in range(0, len(pixels), batch_size):
@@ -94,7 +102,7 @@ def precision_agreement(vq: VQModel, pixels: NDArray[np.uint8], batch_size: int 
 
 
 def encode_cache(
-    vq: VQModel,
+    vq: ImageTokenizer,
     scenes: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -138,6 +146,7 @@ def encode_cache(
         first_seed=data.manifest.first_seed,
         size=data.size,
         shard_size=data.manifest.shard_size,
+        scales=vq.schedule.sides if isinstance(vq, MultiScaleVQModel) else (),
     )
     _claim(target, manifest)
     shards = -(-len(data) // manifest.shard_size)
@@ -147,7 +156,7 @@ def encode_cache(
             stop = min(start + manifest.shard_size, len(data))
             path = codes_path(target, shard)
             if not path.is_file():
-                codes = np.empty((stop - start, grid[0] * grid[1]), dtype=np.uint16)
+                codes = np.empty((stop - start, manifest.num_tokens), dtype=np.uint16)
                 for first in range(start, stop, batch_size):
                     indices = range(first, min(first + batch_size, stop))
                     part = encode_pixels(vq, data.batch_pixels(indices), precision)
@@ -161,7 +170,7 @@ def encode_cache(
 
 
 def read_codes(folder: str | os.PathLike[str]) -> tuple[Tensor, str]:
-    """The codes of the leading finished shards, int32 [M, rows*columns], and the tokenizer's fingerprint.
+    """The codes of the leading finished shards, int32 [M, N], and the tokenizer's fingerprint.
 
     Row `i` belongs to picture `i` of the cache.
 
@@ -177,7 +186,7 @@ def read_codes(folder: str | os.PathLike[str]) -> tuple[Tensor, str]:
             part = np.load(path)
         except (ValueError, EOFError, OSError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and encode again.") from error
-        if part.shape[1:] != (manifest.grid[0] * manifest.grid[1],) or part.max() >= manifest.codebook_size:
+        if part.shape[1:] != (manifest.num_tokens,) or part.max() >= manifest.codebook_size:
             raise CheckpointError(f"{path} does not match its manifest; delete it and encode again.")
         parts.append(part.astype(np.int32))
         if len(part) < manifest.shard_size:
@@ -200,7 +209,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> CodesManifest:
     path = Path(folder) / _MANIFEST
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return CodesManifest(**{**fields, "grid": tuple(fields["grid"])})
+        # manifests from before there were multi-scale tokenizers have no scales
+        shape = {"grid": tuple(fields["grid"]), "scales": tuple(fields.get("scales", ()))}
+        return CodesManifest(**{**fields, **shape})
     except FileNotFoundError:
         raise InputError(
             f"{folder} holds no codes: it has no {_MANIFEST}; write them with "
@@ -208,6 +219,25 @@ def read_manifest(folder: str | os.PathLike[str]) -> CodesManifest:
         ) from None
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise InputError(f"{path} cannot be read ({error}); delete the folder and encode again.") from error
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> ImageTokenizer:
+    """The image tokenizer saved in `folder`, of the class that its config names.
+
+    Raises:
+        InputError: there is none, or it is something else.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise InputError(f"there is no tokenizer in {folder}; train one first.")
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not the config of a tokenizer ({error}).") from error
+    for kind in (VQModel, MultiScaleVQModel):
+        if name == kind.__name__:
+            return kind.from_pretrained(folder)
+    raise InputError(f"{folder} holds a {name}, which is no image tokenizer that makes codes.")
 
 
 def _claim(folder: Path, manifest: CodesManifest) -> None:
@@ -228,7 +258,7 @@ def _present_precision(folder: Path) -> str | None:
     return read_manifest(folder).precision if (folder / _MANIFEST).exists() else None
 
 
-def _choose_precision(vq: VQModel, data: CachedScenes) -> str:
+def _choose_precision(vq: ImageTokenizer, data: CachedScenes) -> str:
     sample = data.batch_pixels(range(min(64, len(data))))
     return "bfloat16" if precision_agreement(vq, sample) >= MIN_AGREEMENT else "float32"
 
@@ -238,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m varaccel.training.codes", description="Encode a cache of pictures as codes."
     )
-    parser.add_argument("--tokenizer", required=True, help="folder written by VQModel.save_pretrained")
+    parser.add_argument("--tokenizer", required=True, help="folder of a VQModel or MultiScaleVQModel")
     parser.add_argument("--scenes", required=True, help="folder written by varaccel.scenes.cache")
     parser.add_argument("--out", required=True, help="folder of the codes")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
@@ -246,9 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     try:
-        if not (Path(options.tokenizer) / "config.json").is_file():
-            raise InputError(f"there is no tokenizer in {options.tokenizer}; train one first.")
-        vq = VQModel.from_pretrained(options.tokenizer).to(options.device)
+        vq = load_tokenizer(options.tokenizer).to(options.device)
         encode_cache(
             vq, options.scenes, options.out, precision=options.precision, batch_size=options.batch_size
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from varaccel.errors import InputError
 from varaccel.tokenizers.captions import clean_prompt
 from varaccel.tokenizers.text import TextFeatures
-from varaccel.training.llamagen import Condition
+from varaccel.training.tokens import Condition
 
 
 def caption_condition(

@@ -7,7 +7,8 @@ is a Laplacian pyramid with SSIM, or random features, so that no pretrained netw
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from varaccel.errors import InputError
 from varaccel.files import atomic_path
+from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer, MultiScaleVQModel
 from varaccel.tokenizers.vq import VQModel, VQTrainingOutput
 from varaccel.training.discriminator import (
     PatchDiscriminator,
@@ -33,6 +35,7 @@ from varaccel.training.perceptual import RandomFeatureLoss, laplacian_loss, ssim
 from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
 
 CODEBOOK_KEY = "quantize.embedding.weight"
+ImageTokenizer = VQModel | MultiScaleVQModel
 
 
 class PixelSource(Protocol):
@@ -77,6 +80,9 @@ class VQRecipe:
             background; crops let a step spend its time on objects.
         crop_until: share of the budget after which whole pictures take over, which they must: attention and
             group norms see other statistics in a crop.
+        quantize_after: steps in which a multi-scale model trains without its quantiser; the codebook then starts
+            from what the scales would have to say, instead of from noise.
+        frozen: parameters whose names start like this stay as they are: the outer levels of a warm start.
         seed: of batches, mirroring and revived codes.
     """
 
@@ -107,11 +113,14 @@ class VQRecipe:
     crop_batch_size: int = 16
     crop_candidates: int = 3
     crop_until: float = 0.7
+    quantize_after: int = 0
+    frozen: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.learning_rate <= 0 or self.revive_every < 0:
             raise InputError("a VQ recipe needs batch_size >= 1, learning_rate > 0 and revive_every >= 0.")
+        object.__setattr__(self, "frozen", tuple(self.frozen))
 
 
 def to_images(pixels: NDArray[np.uint8]) -> Tensor:
@@ -188,7 +197,7 @@ class CodeRevival:
     @torch.no_grad()
     def update(
         self,
-        model: VQModel,
+        model: ImageTokenizer,
         average: ExponentialAverage,
         optimizer: torch.optim.Optimizer,
         output: VQTrainingOutput,
@@ -207,14 +216,14 @@ class CodeRevival:
         weight = model.quantize.embedding.weight
         dead = (self.counts == 0).nonzero().flatten().to(weight.device)
         self.counts.zero_()
-        distance = (1 - (output.latents * output.quantized).sum(-1)).clamp_min(0).cpu()  # [N]
+        distance = (output.sites - output.rows).square().sum(-1).cpu()  # [N]
         far = distance.nonzero().flatten()
         dead = dead[: len(far)]
         if not enabled or not len(dead):
             return 0
         generator = torch.Generator().manual_seed(self.seed + step)
         chosen = torch.multinomial(distance, len(dead), generator=generator).to(weight.device)
-        rows = output.latents[chosen].to(weight.dtype)
+        rows = output.sites[chosen].to(weight.dtype)
         weight[dead] = rows
         average.average[CODEBOOK_KEY][dead] = rows.float()
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -241,7 +250,7 @@ class VQQuality:
 
 
 @torch.no_grad()
-def evaluate(model: VQModel, pixels: NDArray[np.uint8], batch_size: int = 32) -> VQQuality:
+def evaluate(model: ImageTokenizer, pixels: NDArray[np.uint8], batch_size: int = 32) -> VQQuality:
     """Reconstruct `pixels` uint8 [n, H, W, 3] in float32 and compare; needs the `train` extra (torchmetrics)."""
     from torchmetrics.functional.image import (
         peak_signal_noise_ratio,
@@ -265,6 +274,33 @@ def evaluate(model: VQModel, pixels: NDArray[np.uint8], batch_size: int = 32) ->
     model.train(training)
     used = float((counts > 0).double().mean())
     return VQQuality(psnr / len(pixels), ssim / len(pixels), used, perplexity(counts))
+
+
+@torch.no_grad()
+def warm_start(model: ImageTokenizer, source: VQModel) -> list[str]:
+    """Copy what fits from a trained tokenizer that has the same widths and perhaps fewer levels.
+
+    Levels are matched from the picture inwards, so that a model with a level more starts with trained outer levels.
+
+    Returns:
+        the names of the parameters that were copied.
+
+    Raises:
+        InputError: nothing fits.
+    """
+    depths = [len(m.config.channel_multipliers) for m in (model, source)]
+    lower = depths[0] - depths[1]
+    own = dict(model.named_parameters())
+    copied = []
+    for name, value in source.named_parameters():
+        if match := re.match(r"decoder\.conv_blocks\.(\d+)\.", name):
+            name = f"decoder.conv_blocks.{int(match[1]) + lower}.{name[match.end() :]}"
+        if name in own and own[name].shape == value.shape and not name.startswith(("quant", "post_quant")):
+            own[name].copy_(value)
+            copied.append(name)
+    if not copied:
+        raise InputError("nothing of the tokenizer to start from fits this model; give them the same widths.")
+    return copied
 
 
 class VQTrainer:
@@ -292,7 +328,7 @@ class VQTrainer:
 
     def __init__(
         self,
-        model: VQModel,
+        model: ImageTokenizer,
         data: PixelSource,
         held_out: NDArray[np.uint8],
         folder: Path,
@@ -316,6 +352,9 @@ class VQTrainer:
             self.model.requires_grad_(False)
             for part in (self.model.post_quant_conv, self.model.decoder):
                 part.requires_grad_(True)
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(recipe.frozen):
+                parameter.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=recipe.learning_rate,
@@ -350,10 +389,14 @@ class VQTrainer:
         if decoder_only:
             settings["decoder_only"] = True
         self.run = TrainingRun(folder, budget, settings, state)
-        forward = self._decoder_forward if decoder_only else self.model
+        if decoder_only and isinstance(model, MultiScaleVQModel):
+            raise InputError(
+                "decoder_only is for single-scale tokenizers; freeze a multi-scale one by `frozen`."
+            )
+        forward: Callable[..., VQTrainingOutput] = self._decoder_forward if decoder_only else self.model
         self._forward = torch.compile(forward) if recipe.compile else forward
 
-    def train(self) -> VQModel:
+    def train(self) -> ImageTokenizer:
         """Train until the budget is spent; returns a model with the averaged weights, also in `export`."""
         last = {}
         with tqdm(unit="step", initial=self.run.step, total=self.run.budget.steps) as bar:
@@ -373,7 +416,7 @@ class VQTrainer:
             averaged.save_pretrained(temporary)
         return averaged
 
-    def averaged(self) -> VQModel:
+    def averaged(self) -> ImageTokenizer:
         """A copy of the model with the exponential moving average of its weights, in eval mode."""
         result = copy.deepcopy(self.model)
         self.average.copy_to(result)
@@ -412,7 +455,7 @@ class VQTrainer:
             )  # [B*h*w, D]
             similarity = sites @ self.model.quantize.codebook().T
         reconstruction = self.model.decode(encoding.quantized)
-        return VQTrainingOutput(reconstruction, sites, rows, encoding.indices, similarity)
+        return VQTrainingOutput(reconstruction, sites, rows, encoding.indices, similarity, sites, rows)
 
     def _step(self, step: int) -> dict[str, Tensor | float]:
         recipe = self.recipe
@@ -420,11 +463,16 @@ class VQTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         images = self._batch(step)
+        quantized = step >= recipe.quantize_after
+        if quantized and step == recipe.quantize_after > 0:
+            self._seed_codebook()
         with self._autocast():
-            output = self._forward(images)
+            output = self._forward(images) if quantized else self._forward(images, quantize=False)
         terms = self._losses(images, output)
         image_loss = terms.pop("image_loss")
         adversarial = self.discriminator is not None and self.run.progress >= recipe.adversarial_start
+        if not quantized:
+            terms["codebook_loss"] = torch.zeros_like(terms["codebook_loss"])
         total = image_loss + terms["codebook_loss"] + terms["entropy_loss"] * recipe.entropy_weight
         if adversarial:
             total = total + self._adversarial_term(output, image_loss, terms)
@@ -445,7 +493,7 @@ class VQTrainer:
             self.optimizer,
             output,
             step,
-            enabled=not settled and not self.decoder_only,
+            enabled=quantized and not settled and not self.decoder_only,
         )
         used = output.indices.unique().numel() / self.model.codebook_size
         return {
@@ -456,6 +504,31 @@ class VQTrainer:
             "batch_codes_used": used,
             "revived": float(revived),
         }
+
+    @torch.no_grad()
+    def _seed_codebook(self, pictures: int = 256, rounds: int = 10) -> None:
+        """Start the codebook of a multi-scale model from k-means over what its scales would have to say."""
+        quantizer: MultiScaleQuantizer = self.model.quantize
+        parts = []
+        for start in range(0, min(pictures, len(self.data)), 32):
+            pixels = self.data.batch_pixels(range(start, min(start + 32, len(self.data))))
+            with self._autocast():
+                latents = self.model._latents(to_images(pixels).to(self.device))
+            parts.append(quantizer.pyramid(latents).flatten(0, 1))
+        sites = torch.cat(parts)
+        weight = quantizer.embedding.weight
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        # far sites are few and matter most: coarse scales say more per token than fine ones
+        chosen = torch.multinomial(
+            sites.square().sum(1).cpu() + 1e-6, len(weight), len(sites) < len(weight), generator=generator
+        )
+        weight.copy_(sites[chosen.to(sites.device)])
+        for _ in range(rounds):
+            nearest = quantizer.nearest(sites)
+            sums = torch.zeros_like(weight).index_add_(0, nearest, sites)
+            counts = torch.bincount(nearest, minlength=len(weight)).unsqueeze(1)
+            weight.copy_(torch.where(counts > 0, sums / counts.clamp_min(1), weight))
+        self.average.average[CODEBOOK_KEY].copy_(weight)
 
     def _losses(self, images: Tensor, output: VQTrainingOutput) -> dict[str, Tensor]:
         recipe = self.recipe
@@ -481,7 +554,7 @@ class VQTrainer:
         terms["codebook_loss"] = recipe.codebook_weight * codebook + recipe.commitment_weight * commitment
         terms["entropy_loss"] = (
             entropy_loss(output.similarity[:: recipe.entropy_stride], recipe.entropy_temperature)
-            if recipe.entropy_weight and not self.decoder_only
+            if recipe.entropy_weight and not self.decoder_only and output.similarity is not None
             else commitment.new_zeros(())
         )
         return {**terms, "image_loss": image_loss}

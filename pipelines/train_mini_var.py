@@ -1,0 +1,214 @@
+"""Train `mini-var`: scenes, multi-scale image tokenizer, codes, transformer, and a refiner for CoDe.
+
+    python pipelines/train_mini_var.py --out runs
+
+Every stage keeps its own folder below OUT and is skipped or resumed when the command is run again. Text encoder
+and word tokenizer are those of `weights/mini-llamagen`. The transformer is trained in OUT/NAME, NAME from the
+config; the finished pipeline is written to OUT/mini-var, and `--install weights/mini-var` puts it where it ships.
+
+A small refiner, taught by the large transformer on the scales after the first four (CoDe, arXiv 2411.17787):
+
+    python pipelines/train_mini_var.py --out runs --config pipelines/mini_var_small.json --stages refiner \\
+        --teacher runs/var/export --draft-scales 4
+    python pipelines/train_mini_var.py --out runs --stages pipeline --refiner runs/var-small-refiner/export
+
+It starts from the exported small transformer where there is one, else from new weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from varaccel.training.allocator import keep_freed_memory
+
+if TYPE_CHECKING:
+    from varaccel.models.var import VARTransformer
+    from varaccel.training.run import TrainingRun
+
+HERE = Path(__file__).parent
+SHIPPED = HERE.parent / "weights" / "mini-llamagen"
+STAGES = ("scenes", "tokenizer", "codes", "transformer", "refiner", "pipeline")
+
+
+def parse() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all stages")
+    parser.add_argument("--config", type=Path, default=HERE / "mini_var.json")
+    parser.add_argument("--scenes", type=Path, help="folder of the pictures, OUT/scenes by default")
+    parser.add_argument("--pictures", type=int, default=60_000, help="training pictures")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
+    parser.add_argument("--tokenizer-minutes", type=float, default=40.0)
+    parser.add_argument("--minutes", type=float, default=120.0, help="training time of the transformer")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=[stage for stage in STAGES if stage != "refiner"],
+        help="all but refiner by default",
+    )
+    parser.add_argument("--teacher", type=Path, help="exported transformer that teaches the refiner")
+    parser.add_argument("--draft-scales", type=int, default=4, help="scales that the refiner leaves to it")
+    parser.add_argument("--refiner", type=Path, help="exported refiner to put into the pipeline")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-compile", action="store_true", help="train uncompiled")
+    parser.add_argument("--install", type=Path, help="also write the pipeline here, in half precision")
+    return parser.parse_args()
+
+
+def train(
+    options: argparse.Namespace,
+    config: dict[str, Any],
+    model: VARTransformer,
+    folder: Path,
+    *,
+    teacher: VARTransformer | None = None,
+    from_scratch: bool = True,
+) -> TrainingRun:
+    """Train a transformer in `folder`, as a refiner if it has a teacher, and export it."""
+    from varaccel.errors import InputError
+    from varaccel.scenes.cache import CachedScenes
+    from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
+    from varaccel.training.codes import fingerprint, read_codes
+    from varaccel.training.run import Budget
+    from varaccel.training.stages import caption_condition
+    from varaccel.training.var import VARRecipe, train_refiner, train_var
+
+    codes, made_by = read_codes(options.out / "msvq-codes")
+    captions = CachedScenes(options.scenes, allow_partial=True).captions[: len(codes)]
+    vq = MultiScaleVQModel.from_pretrained(tokenizer_folder(options))
+    if fingerprint(vq) != made_by:
+        raise InputError(
+            f"the codes in {options.out / 'msvq-codes'} were made by another image tokenizer; encode them again."
+        )
+    model.to(options.device)
+    condition = caption_condition(captions, options.out / "mini-text", options.device)
+    data = (vq.quantize, codes[: len(captions)], condition, folder)
+    common: dict[str, Any] = {
+        "budget": Budget(minutes=options.minutes),
+        "recipe": VARRecipe(**config["recipe"]),
+        "compile": not options.no_compile,
+        "from_scratch": from_scratch,
+        "settings": {"image_tokenizer": made_by},
+    }
+    if teacher is None:
+        finished = train_var(model, *data, **common)
+    else:
+        finished = train_refiner(model, teacher, *data, draft_scales=options.draft_scales, **common)
+    finished.plot(["loss", "validation_loss"])
+    model.save_pretrained(folder / "export")
+    return finished
+
+
+def tokenizer_folder(options: argparse.Namespace) -> Path:
+    return options.out / "mini-msvq" / "export"
+
+
+def load_transformer(folder: Path) -> VARTransformer:
+    """An exported transformer in float32; refuses a folder without one."""
+    import torch
+
+    from varaccel.errors import InputError
+    from varaccel.models.var import VARTransformer
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"there is no transformer in {folder}; train one first.")
+    return VARTransformer.from_pretrained(folder, dtype=torch.float32)
+
+
+def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    from varaccel.models.var import VARTransformer
+
+    train(options, config, VARTransformer(**config["model"]), options.out / config["name"])
+
+
+def train_refiner(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    from varaccel.errors import InputError
+    from varaccel.models.var import VARTransformer
+
+    if options.teacher is None:
+        raise InputError("a refiner needs a teacher: pass --teacher with the export of a larger transformer.")
+    teacher = load_transformer(options.teacher)
+    start = options.out / config["name"] / "export"
+    there = start.is_dir()
+    student = load_transformer(start) if there else VARTransformer(**config["model"])
+    folder = options.out / f"{config['name']}-refiner"
+    train(options, config, student, folder, teacher=teacher, from_scratch=not there)
+
+
+def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    import torch
+
+    from varaccel.pipelines.var import VARPipeline
+    from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
+    from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
+
+    text = options.out / "mini-text"
+    pipe = VARPipeline(
+        transformer=load_transformer(options.out / config["name"] / "export"),
+        vq_model=MultiScaleVQModel.from_pretrained(tokenizer_folder(options)),
+        text_encoder=WordTextEncoder.from_pretrained(text / "text_encoder"),
+        tokenizer=WordTokenizer.from_pretrained(text / "tokenizer"),
+        refiner=load_transformer(options.refiner) if options.refiner else None,
+        guidance_scale=config["guidance_scale"],
+        top_k=config["top_k"],
+        top_p=config["top_p"],
+        temperature=config["temperature"],
+    )
+    pipe.save_pretrained(options.out / "mini-var")
+    if options.install:
+        pipe.to(torch.float16).save_pretrained(options.install)
+
+
+def main() -> int:
+    options = parse()
+    options.scenes = options.scenes or options.out / "scenes"
+    config = json.loads(options.config.read_text())
+    out = options.out
+    from varaccel.errors import VaraccelError
+    from varaccel.training.stages import adopt_text, run
+
+    try:
+        adopt_text(SHIPPED, out / "mini-text")
+        if "scenes" in options.stages:
+            command = ["-m", "varaccel.scenes.cache", "--out", options.scenes]
+            run(*command, "--count", options.pictures, "--workers", options.workers)
+        if "tokenizer" in options.stages:
+            recipes = HERE.parent / "tokenizers"
+            command = [recipes / "train_vq_scenes.py", "--config", recipes / "msvq_scenes.json"]
+            command += [
+                "--start-from",
+                SHIPPED / "vq_model",
+                "--data",
+                options.scenes,
+                "--out",
+                out / "mini-msvq",
+            ]
+            run(*command, "--minutes", options.tokenizer_minutes, "--device", options.device)
+        if "codes" in options.stages:
+            command = ["-m", "varaccel.training.codes", "--tokenizer", tokenizer_folder(options)]
+            command += ["--scenes", options.scenes, "--out", out / "msvq-codes"]
+            run(*command, "--device", options.device)
+        if "transformer" in options.stages:
+            train_transformer(options, config)
+        if "refiner" in options.stages:
+            train_refiner(options, config)
+        if "pipeline" in options.stages:
+            assemble(options, config)
+    except subprocess.CalledProcessError as error:
+        return int(error.returncode)
+    except VaraccelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    sys.exit(main())

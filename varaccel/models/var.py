@@ -1,0 +1,460 @@
+"""The VAR transformer (Tian et al. 2024, "Visual Autoregressive Modeling", arXiv 2404.02905).
+
+A decoder over the token maps of growing scales: all tokens of a scale are predicted at once from the scales before.
+Parameter names are those of the published checkpoints. The network holds weights only: caches, masks and what
+depends on the condition alone are arguments, so decoding, a prefix pass and training are the same call.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from varaccel.decoding.cache import KVCache
+from varaccel.decoding.reading import Reading
+from varaccel.errors import CheckpointError, InputError, unknown_name
+from varaccel.models.checkpoints import load_strict, read_published_weights
+from varaccel.tokenizers.scales import SCALES_256, SCALES_512, ScaleSchedule
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "d16": {"depth": 16},
+    "d20": {"depth": 20},
+    "d24": {"depth": 24},
+    "d30": {"depth": 30},
+    "d36": {"depth": 36, "scales": SCALES_512, "shared_adaln": True},
+}
+"""The sizes with published weights (VAR, table 1): width 64 and one head per layer of depth."""
+
+MAX_LOG_TEMPERATURE = math.log(100)
+LEFTOVERS = (r"lvl_1L", r"attn_bias_for_masking", r"blocks\.\d+\.attn\.zero_k_bias")
+"""Buffers in published files that follow from the sizes."""
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What the condition does to the network, worked out once per call: a third of the published weights.
+
+    Attributes:
+        blocks: of every block [6, R, 1, C]: gates, scales and shifts, for attention and feed-forward each.
+        head: [2, R, 1, C], scale and shift before the output layer.
+        start: [R, 1, C], what the first token holds.
+    """
+
+    blocks: tuple[Tensor, ...]
+    head: Tensor
+    start: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.start.shape[0]
+
+    def expand(self, rows: int) -> Modulation:
+        """The modulation of one row for `rows` rows, without copying."""
+        return Modulation(
+            tuple(b.expand(-1, rows, -1, -1) for b in self.blocks),
+            self.head.expand(-1, rows, -1, -1),
+            self.start.expand(rows, -1, -1),
+        )
+
+    def beside(self, other: Modulation) -> Modulation:
+        """The rows of this one, then those of the other."""
+        return Modulation(
+            tuple(torch.cat(pair, 1) for pair in zip(self.blocks, other.blocks, strict=True)),
+            torch.cat([self.head, other.head], 1),
+            torch.cat([self.start, other.start]),
+        )
+
+
+class Attention(nn.Module):
+    q_bias: Tensor
+    v_bias: Tensor
+
+    def __init__(self, dim: int, num_heads: int, l2_norm: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.mat_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+        self.scale_mul_1H11 = (
+            nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0))) if l2_norm else None
+        )
+
+    def forward(self, x: Tensor, reading: Reading, layer: int, tail: int | None = None) -> Tensor:
+        """[R, P, C] -> [R, tail or P, C]: only the last `tail` tokens ask, all are looked at."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        if tail is None:
+            heads = F.linear(x, self.mat_qkv.weight, bias).unflatten(2, (3, self.num_heads, self.head_dim))
+            q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [R, H, P, D]
+        else:
+            size = self.q_bias.shape[0]
+            asked = F.linear(x[:, -tail:], self.mat_qkv.weight[:size], bias[:size])
+            seen = F.linear(x, self.mat_qkv.weight[size:], bias[size:])
+            q = asked.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+            k, v = seen.unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.scale_mul_1H11 is None:
+            scale = 0.25 / math.sqrt(self.head_dim)
+        else:
+            scale = 1.0
+            # float32 as published: half-precision norms would lose the temperature's resolution
+            temperature = self.scale_mul_1H11.float().clamp(max=MAX_LOG_TEMPERATURE).exp()
+            q = (F.normalize(q.float(), dim=-1) * temperature).to(v.dtype)
+            k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        if reading.cache is not None:
+            if reading.slots is None:
+                assert reading.length is not None
+                k, v = reading.cache.beside(layer, k, v, reading.length)
+            else:
+                k, v = reading.cache.update(layer, reading.slots, k, v, reading.length)
+        mask = reading.mask
+        if mask is not None and tail is not None:
+            mask = mask[..., -tail:, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, width)
+        self.fc2 = nn.Linear(width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulation_layer(dim: int, parts: int) -> nn.Sequential:
+    """Condition [R, C] -> [R, parts * C]."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
+
+
+class Block(nn.Module):
+    def __init__(
+        self, dim: int, num_heads: int, width: int, eps: float, *, l2_norm: bool, shared_adaln: bool
+    ) -> None:
+        super().__init__()
+        self.attn = Attention(dim, num_heads, l2_norm)
+        self.ffn = FeedForward(dim, width)
+        self.norm = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5) if shared_adaln else None
+        self.ada_lin = None if shared_adaln else modulation_layer(dim, 6)
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, reading: Reading, layer: int, tail: int | None = None
+    ) -> Tensor:
+        gate_attn, gate_ffn, scale_attn, scale_ffn, shift_attn, shift_ffn = modulation.unbind(0)
+        seen = torch.addcmul(shift_attn, self.norm(x), 1 + scale_attn)
+        mixed = self.attn(seen, reading, layer, tail)
+        x = (x if tail is None else x[:, -tail:]) + mixed * gate_attn
+        return x + self.ffn(torch.addcmul(shift_ffn, self.norm(x), 1 + scale_ffn)) * gate_ffn
+
+
+class HeadModulation(nn.Module):
+    """Norm and modulation before the output layer."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.ada_lin = modulation_layer(dim, 2)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        scale, shift = modulation.unbind(0)
+        return torch.addcmul(shift, self.norm(x), 1 + scale)
+
+
+class CaptionEmbedding(nn.Module):
+    """The mean of a caption's features to a condition vector; `null` stands for no caption."""
+
+    def __init__(self, caption_dim: int, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(caption_dim, dim)
+        self.fc2 = nn.Linear(dim, dim)
+        self.null = nn.Parameter(torch.randn(1, dim) * 0.02)
+
+    def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, T, caption_dim] and [B, T], nonzero where a slot is used -> [B, C]."""
+        if mask is None:
+            mean = features.mean(1)
+        else:
+            used = mask.to(features.dtype).unsqueeze(-1)
+            mean = (features * used).sum(1) / used.sum(1).clamp(min=1)
+        return self.fc2(F.gelu(self.fc1(mean), approximate="tanh"))
+
+
+class VARTransformer(ModelMixin, ConfigMixin):
+    """VAR, conditional on classes as published, or on captions.
+
+    Args:
+        depth: number of blocks.
+        dim, num_heads: width and heads; 64 and 1 per block if None, the published rule.
+        vocab_size, codebook_dim: number and width of the image tokenizer's codes.
+        scales: sides of the token maps, coarse to fine.
+        num_classes: classes without the unconditional one (condition_type "class").
+        condition_type: "class", or "caption": the mean of text features of width `caption_dim`, which is where
+            the word-level encoder of the shipped models keeps what a caption says.
+        caption_dim: width of the text features.
+        shared_adaln: one modulation layer for all blocks, and a constant per block (the 512-pixel model).
+        l2_norm: attention by angle with a learned temperature per head (all published weights).
+        mlp_ratio: feed-forward width over `dim`.
+        norm_eps: of all norms.
+
+    Raises:
+        InputError: sizes that do not fit each other.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        depth: int = 16,
+        dim: int | None = None,
+        num_heads: int | None = None,
+        vocab_size: int = 4096,
+        codebook_dim: int = 32,
+        scales: Sequence[int] = SCALES_256,
+        num_classes: int = 1000,
+        condition_type: Literal["class", "caption"] = "class",
+        caption_dim: int = 256,
+        shared_adaln: bool = False,
+        l2_norm: bool = True,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        dim, num_heads = dim or 64 * depth, num_heads or depth
+        if depth < 1 or dim % num_heads:
+            raise InputError(f"VAR needs depth >= 1 and dim={dim} to be a multiple of num_heads={num_heads}.")
+        if condition_type not in ("class", "caption"):
+            raise unknown_name("VAR condition_type", str(condition_type), ["class", "caption"])
+        self.schedule = ScaleSchedule(tuple(scales))
+        self.dim, self.num_heads = dim, num_heads
+        if condition_type == "class":
+            self.class_emb = nn.Embedding(num_classes + 1, dim)
+        else:
+            self.caption_emb = CaptionEmbedding(caption_dim, dim)
+        self.word_embed = nn.Linear(codebook_dim, dim)
+        self.pos_start = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.pos_1LC = nn.Parameter(torch.randn(1, self.schedule.num_tokens, dim) * 0.02)
+        self.lvl_embed = nn.Embedding(len(self.schedule), dim)
+        self.shared_ada_lin = modulation_layer(dim, 6) if shared_adaln else None
+        self.blocks = nn.ModuleList(
+            Block(
+                dim, num_heads, round(dim * mlp_ratio), norm_eps, l2_norm=l2_norm, shared_adaln=shared_adaln
+            )
+            for _ in range(depth)
+        )
+        self.head_nm = HeadModulation(dim, norm_eps)
+        self.head = nn.Linear(dim, vocab_size)
+
+    # -- sizes -----------------------------------------------------------------------------------------
+
+    @property
+    def num_tokens(self) -> int:
+        """Number L of tokens of one picture, over all scales."""
+        return self.schedule.num_tokens
+
+    def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `batch` rows of `slots` tokens, in the weights' number type by default."""
+        return KVCache(
+            layers=len(self.blocks),
+            batch=batch,
+            heads=self.num_heads,
+            slots=slots,
+            head_dim=self.dim // self.num_heads,
+            dtype=dtype or self.dtype,
+            device=self.device,
+        )
+
+    def scale_of_tokens(self, device: torch.device | None = None) -> Tensor:
+        """[L] int64, the scale that each token belongs to."""
+        sides = torch.tensor(self.schedule.sides, device=device or self.device)
+        return torch.arange(len(sides), device=sides.device).repeat_interleave(sides * sides)
+
+    # -- the network -----------------------------------------------------------------------------------
+
+    def embed_condition(self, condition: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Labels [B], or text features [B, T, caption_dim] with a mask [B, T] -> condition vectors [B, C]."""
+        if self.config.condition_type == "class":
+            return self.class_emb(condition)
+        return self.caption_emb(condition, mask)
+
+    def null_condition(self) -> Tensor:
+        """The condition vector that means "none", [1, C]."""
+        if self.config.condition_type == "class":
+            return self.class_emb.weight[-1:]
+        return self.caption_emb.null
+
+    def modulate(self, vectors: Tensor) -> Modulation:
+        """Everything that follows from condition vectors [R, C] alone."""
+        shared = None if self.shared_ada_lin is None else self._split(self.shared_ada_lin(vectors), 6)
+        blocks = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            if shared is None:
+                assert block.ada_lin is not None
+                blocks.append(self._split(block.ada_lin(vectors), 6))
+            else:
+                assert block.ada_gss is not None
+                blocks.append(shared + block.ada_gss.transpose(0, 2))
+        return Modulation(
+            tuple(blocks),
+            self._split(self.head_nm.ada_lin(vectors), 2),
+            vectors.unsqueeze(1) + self.pos_start,
+        )
+
+    @staticmethod
+    def _split(values: Tensor, parts: int) -> Tensor:
+        """[R, parts * C] -> [parts, R, 1, C]."""
+        return values.unflatten(1, (parts, 1, -1)).transpose(0, 1)
+
+    def positions(self, span: slice) -> Tensor:
+        """Level and position embeddings of tokens, [1, P, C]."""
+        levels = self.lvl_embed(self.scale_of_tokens()[span])
+        return levels + self.pos_1LC[:, span]
+
+    def embed(self, start: Tensor | None, seen: Tensor, span: slice) -> Tensor:
+        """Inputs of the tokens in `span`.
+
+        Args:
+            start: [R, 1, C] of the modulation if the span begins with token 0, else None.
+            seen: [R, P, D], what the (other) tokens see of the scales before theirs.
+        """
+        words = self.word_embed(seen.to(self.word_embed.weight.dtype))
+        words = words if start is None else torch.cat([start.to(words.dtype), words], 1)
+        return words + self.positions(span)
+
+    def transform(
+        self, x: Tensor, modulation: Sequence[Tensor], reading: Reading, tail: int | None = None
+    ) -> Tensor:
+        """Run the blocks on embedded inputs [R, P, C].
+
+        Args:
+            modulation: `Modulation.blocks`.
+            tail: return the features of the last `tail` tokens only; the last block then does nothing else.
+        """
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            x = block(x, modulation[layer], reading, layer, tail if layer == last else None)
+        return x
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Modulated features [R, P, C] -> float32 logits [R, P, V]."""
+        return self.head(features.to(self.head.weight.dtype)).float()
+
+    def forward(
+        self,
+        condition: Tensor,
+        inputs: Tensor,
+        condition_mask: Tensor | None = None,
+        dropped: Tensor | None = None,
+    ) -> Tensor:
+        """Teacher-forced pass over the leading scales, without a cache.
+
+        Args:
+            condition: labels [B], or text features [B, T, caption_dim]; with `condition_mask` [B, T].
+            inputs: [B, P - 1, D], what the tokens of scales 1, 2, ... see, from `MultiScaleQuantizer.inputs`;
+                whole scales.
+            dropped: [B] bool, rows whose condition is replaced by none. Nothing is dropped at random here,
+                unlike in the published code.
+
+        Returns:
+            [B, P, V] float32.
+        """
+        vectors = self.embed_condition(condition, condition_mask)
+        if dropped is not None:
+            vectors = torch.where(dropped.unsqueeze(1), self.null_condition().to(vectors.dtype), vectors)
+        modulation = self.modulate(vectors)
+        span = slice(0, inputs.shape[1] + 1)
+        if span.stop not in self.schedule.borders[1:]:
+            raise InputError(f"{span.stop} tokens are no whole scales of {list(self.schedule.sides)}.")
+        scales = self.scale_of_tokens()[span]
+        mask = scales.unsqueeze(1) >= scales  # [P, P]
+        x = self.transform(self.embed(modulation.start, inputs, span), modulation.blocks, Reading(mask=mask))
+        return self.logits(self.head_nm(x, modulation.head))
+
+    # -- published weights -----------------------------------------------------------------------------
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> Self:
+        """A randomly initialised model of a published size ("d16", "d20", "d24", "d30", "d36")."""
+        if name not in PRESETS:
+            raise unknown_name("VAR size", name, PRESETS)
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_original(
+        cls, path: str | os.PathLike[str], *, depth: int | None = None, num_heads: int | None = None
+    ) -> Self:
+        """Load a published checkpoint: `var_d16.pth` to `var_d36.pth`, CoDe's `drafter_N.pth`, `refiner_N.pth`.
+
+        All sizes are read off the tensors.
+
+        Args:
+            depth: refuse a file of another depth.
+            num_heads: for files without l2-normalised attention, which do not tell it; one per block if None.
+
+        Raises:
+            CheckpointError: see `read_published_weights` and `load_strict`; or another depth.
+        """
+        state = read_published_weights(path, anchor_key="pos_1LC")
+        sizes = published_sizes(state, source=str(path))
+        if depth is not None and sizes["depth"] != depth:
+            raise CheckpointError(
+                f"{path} holds a VAR of depth {sizes['depth']}, not {depth}; choose the file of that depth."
+            )
+        if not sizes["l2_norm"] and num_heads is not None:
+            sizes["num_heads"] = num_heads
+        model = cls(**sizes)
+        load_strict(model, state, source=str(path), drop=LEFTOVERS)
+        return model.eval()
+
+
+def published_sizes(state: dict[str, Tensor], *, source: str) -> dict[str, Any]:
+    """Constructor arguments of a state dict in the published layout.
+
+    Raises:
+        CheckpointError: a tensor that tells a size is missing, or token counts that are no squares.
+    """
+    try:
+        dim = state["pos_start"].shape[-1]
+        counts = _tokens_per_scale(state)
+        sides = [math.isqrt(c) for c in counts]
+        depth = 1 + max(int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k)))
+        temperature = state.get("blocks.0.attn.scale_mul_1H11")
+        sizes = {
+            "depth": depth,
+            "dim": dim,
+            "num_heads": depth if temperature is None else temperature.shape[1],
+            "vocab_size": state["head.weight"].shape[0],
+            "codebook_dim": state["word_embed.weight"].shape[1],
+            "scales": sides,
+            "num_classes": state["class_emb.weight"].shape[0] - 1,
+            "shared_adaln": "blocks.0.ada_gss" in state,
+            "l2_norm": temperature is not None,
+            "mlp_ratio": state["blocks.0.ffn.fc1.weight"].shape[0] / dim,
+        }
+    except (KeyError, ValueError) as error:
+        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else "it has no blocks"
+        raise CheckpointError(f"{source} does not fit VARTransformer: {reason}.") from error
+    if any(side * side != count for side, count in zip(sides, counts, strict=True)):
+        raise CheckpointError(f"{source} has token maps that are not square: {counts} tokens per scale.")
+    return sizes
+
+
+def _tokens_per_scale(state: dict[str, Tensor]) -> list[int]:
+    """From the level of every token; files without that buffer are of a known schedule."""
+    if "lvl_1L" in state:
+        return torch.bincount(state["lvl_1L"].flatten()).tolist()
+    tokens = state["pos_1LC"].shape[1]
+    for scales in (SCALES_256, SCALES_512):
+        if ScaleSchedule(scales).num_tokens == tokens:
+            return [p * p for p in scales]
+    raise KeyError("lvl_1L")

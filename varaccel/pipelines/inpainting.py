@@ -1,0 +1,120 @@
+"""What stays and what is painted anew: pictures and masks for zero-shot editing with next-scale models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from varaccel.errors import InputError
+from varaccel.tokenizers.scales import ScaleSchedule
+
+ALWAYS_KEPT = 3
+"""Scales of at most so many tokens are kept whole: they say what the picture is as a whole (published code)."""
+
+
+def picture_tensor(image: Any, size: int) -> Tensor:
+    """A picture as [1, 3, size, size] float32 in [-1, 1].
+
+    Args:
+        image: a PIL picture of any size, which is scaled and cropped to a centred square; or an array or tensor in
+            [0, 1] of shape [H, W, 3] or [3, H, W] with H = W = size.
+
+    Raises:
+        InputError: anything else.
+    """
+    if isinstance(image, Image.Image):
+        from PIL import ImageOps
+
+        fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    x = torch.as_tensor(image).float()
+    x = x.squeeze(0) if x.dim() == 4 else x
+    if x.dim() == 3 and x.shape[-1] == 3:
+        x = x.permute(2, 0, 1)
+    if x.shape != (3, size, size):
+        raise InputError(
+            f"the picture must be a PIL image, or numbers in [0, 1] of shape [3, {size}, {size}], "
+            f"got {list(torch.as_tensor(image).shape)}."
+        )
+    return x[None].clamp(0, 1) * 2 - 1
+
+
+def mask_tensor(mask: Any, size: int) -> Tensor:
+    """A mask as [size, size] float32: 1 where the picture is painted anew (white), 0 where it stays (black).
+
+    Args:
+        mask: a PIL picture, or an array or tensor [H, W] of numbers in [0, 1] or of bool; scaled to `size`.
+
+    Raises:
+        InputError: another shape, or a mask that paints nothing.
+    """
+    if isinstance(mask, Image.Image):
+        from PIL import ImageOps
+
+        fitted = ImageOps.fit(mask.convert("L"), (size, size), Image.Resampling.BILINEAR)
+        x = torch.from_numpy(np.array(fitted)).float() / 255
+    else:
+        x = torch.as_tensor(mask).float().squeeze()
+        if x.dim() != 2:
+            raise InputError(f"a mask must have the shape [H, W], got {list(torch.as_tensor(mask).shape)}.")
+        if x.shape != (size, size):
+            x = F.interpolate(x[None, None], (size, size), mode="bilinear")[0, 0]
+    painted = (x > 0.5).float()
+    if not painted.any():
+        raise InputError("the mask is black everywhere, so nothing would be painted; paint the part to change white.")
+    return painted
+
+
+def kept_tokens(mask: Tensor, schedule: ScaleSchedule) -> Tensor:
+    """Which tokens stay, [L] bool: those whose cell is mostly outside the mask.
+
+    The mask is brought to the finest scale, where a site stays only if nothing in it is painted, then resized
+    bilinearly to every scale and cut at one half (published code).
+
+    Args:
+        mask: [size, size], 1 where the picture is painted anew.
+    """
+    side = schedule.last_side
+    keep = 1 - F.adaptive_max_pool2d(mask[None, None], side)
+    parts = []
+    for patches in schedule.sides:
+        if patches * patches <= ALWAYS_KEPT:
+            parts.append(torch.ones(patches * patches, dtype=torch.bool))
+        else:
+            scaled = F.interpolate(keep, (patches, patches), mode="bilinear")
+            parts.append((scaled > 0.5).flatten())
+    return torch.cat(parts)
+
+
+def placed(image: Any, box: tuple[int, int, int, int], size: int) -> tuple[Image.Image, Tensor]:
+    """A picture in a box of a larger one, and the mask of what is around it, for out-painting.
+
+    Args:
+        image: a PIL picture; scaled to the box.
+        box: left, top, right, bottom in pixels of the larger picture.
+        size: side of the larger picture.
+
+    Returns:
+        the larger picture, its border filled by the nearest pixels, and its mask [size, size].
+
+    Raises:
+        InputError: a box outside the picture, or one that covers all of it.
+    """
+    left, top, right, bottom = box
+    if not (0 <= left < right <= size and 0 <= top < bottom <= size):
+        raise InputError(f"the box must lie within 0 to {size} as (left, top, right, bottom), got {box}.")
+    if (left, top, right, bottom) == (0, 0, size, size):
+        raise InputError("the box covers the whole picture, so nothing is left to paint; make it smaller.")
+    if not isinstance(image, Image.Image):
+        raise InputError(f"out-painting takes a PIL picture, got {type(image).__name__}.")
+    inner = np.array(image.convert("RGB").resize((right - left, bottom - top), Image.Resampling.LANCZOS))
+    around = ((top, size - bottom), (left, size - right), (0, 0))
+    mask = torch.ones(size, size)
+    mask[top:bottom, left:right] = 0
+    # the encoder looks across the border; the nearest colours mislead it least
+    return Image.fromarray(np.pad(inner, around, mode="edge")), mask

@@ -1,0 +1,55 @@
+"""What the recipes in `pipelines/` share: a stage is a command, and frozen parts come from a finished pipeline."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
+from varaccel.tokenizers.vq import VQModel
+from varaccel.training import conditions
+from varaccel.training.tokens import Condition
+
+
+def run(*command: object) -> None:
+    """A stage with a command line of its own, under this Python.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; its failure is ours.
+    """
+    subprocess.run([sys.executable, *map(str, command)], check=True)
+
+
+def adopt_text(pipeline: Path, target: Path) -> None:
+    """Copy the word-level tokenizer and text encoder of a pipeline to `target`, in float32."""
+    if not (target / "text_encoder").exists():
+        encoder = WordTextEncoder.from_pretrained(pipeline / "text_encoder", dtype=torch.float32)
+        encoder.save_pretrained(target / "text_encoder")
+    WordTokenizer.from_pretrained(pipeline / "tokenizer").save_pretrained(target / "tokenizer")
+
+
+def adopt_image_tokenizer(pipeline: Path, target: Path) -> None:
+    """Copy the single-scale image tokenizer of a pipeline to `target`, in float32."""
+    if not target.exists():
+        VQModel.from_pretrained(pipeline / "vq_model", dtype=torch.float32).save_pretrained(target)
+
+
+def caption_condition(
+    captions: Sequence[str], text_folder: Path, device: str, prefix_length: int | None = None
+) -> Condition:
+    """Sample indices -> frozen text features [B, T, C] and mask [B, T], as the pipeline will make them.
+
+    Args:
+        captions: of all pictures.
+        text_folder: holds `tokenizer` and `text_encoder`.
+        device: where the encoder runs, and of the result.
+        prefix_length: caption slots T; as many as the encoder has if None.
+    """
+    tokenizer = WordTokenizer.from_pretrained(text_folder / "tokenizer")
+    encoder = WordTextEncoder.from_pretrained(text_folder / "text_encoder").to(device)
+    length = encoder.config.max_length if prefix_length is None else prefix_length
+    return conditions.caption_condition(captions, tokenizer, encoder, length, device)
