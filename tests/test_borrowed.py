@@ -64,6 +64,7 @@ def test_such_a_folder_can_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("option", ["dtype", "torch_dtype"])
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
 def test_number_type_reaches_borrowed_components(tmp_path: Path, option: str) -> None:
     pipe = AutoPipeline.from_pretrained(lend(tmp_path), **{option: torch.bfloat16})
     assert pipe.text_encoder.dtype == pipe.transformer.dtype == torch.bfloat16
@@ -98,7 +99,7 @@ def test_saving_writes_a_full_folder(tmp_path: Path) -> None:
 def test_a_missing_lender(tmp_path: Path) -> None:
     folder = lend(tmp_path)
     shutil.rmtree(tmp_path / "lender" / "text_encoder")
-    with pytest.raises(CheckpointError, match="borrows text_encoder from .* put that model beside it"):
+    with pytest.raises(CheckpointError, match=r"borrows text_encoder from .* put that model beside it"):
         AutoPipeline.from_pretrained(folder)
 
 

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -137,9 +136,9 @@ def test_convolution_of_a_scale(scales: int) -> None:
 
 def test_convolutions_of_ten_scales_need_double_precision() -> None:
     """2/9 and 7/9 lie between two choices, where single precision rounds to the wrong one."""
-    ticks = np.linspace(1 / 12, 11 / 12, 4).astype(np.float32)
-    progress = np.arange(10, dtype=np.float32) / np.float32(9)
-    single = np.abs(progress[:, None] - ticks).argmin(1).tolist()
+    progress = torch.arange(10, dtype=torch.float32) / 9
+    choices = torch.linspace(1 / 12, 11 / 12, 4, dtype=torch.float32)
+    single = (progress.unsqueeze(1) - choices).abs().argmin(1).tolist()
     assert single == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
     assert list(shared_convolution_table(ScaleSchedule(SCALES_256), 4)) == CONVOLUTIONS[10] != single
     assert list(tokenizer("vae_b").quantize.table) == CONVOLUTIONS[10]

@@ -275,8 +275,9 @@ class VARTransformer(ModelMixin, ConfigMixin):
 
     def scale_of_tokens(self, device: torch.device | None = None) -> Tensor:
         """[L] int64, the scale that each token belongs to."""
-        sides = torch.tensor(self.schedule.sides, device=device or self.device)
-        return torch.arange(len(sides), device=sides.device).repeat_interleave(sides * sides)
+        counts = (side * side for side in self.schedule.sides)
+        scales = [scale for scale, count in enumerate(counts) for _ in range(count)]
+        return torch.tensor(scales, device=device or self.device)
 
     # -- the network -----------------------------------------------------------------------------------
 

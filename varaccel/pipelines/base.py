@@ -74,6 +74,7 @@ class Run:
         device: where it runs.
         canvas: what is decided so far; set by `_new_canvas`.
         sessions: all that were opened, the host model's first unless the accelerator has another idea.
+        state: what a family keeps for the call beside the canvas, shared by its hooks.
     """
 
     call: Call
@@ -83,6 +84,7 @@ class Run:
     device: torch.device
     canvas: Canvas = field(init=False)
     sessions: list[Any] = field(default_factory=list)
+    state: Any = None
 
 
 class TokenPipeline(LoadablePipeline):
@@ -118,8 +120,11 @@ class TokenPipeline(LoadablePipeline):
         """What the network is told about each prompt: labels [B] and None, or text features and their mask."""
 
     @abstractmethod
-    def _open_session(self, run: Run, network: Any = None, **options: Any) -> Any:
-        """A session of the host model, or of another `network`; takes the options that accelerators pass."""
+    def _open_session(self, run: Run, *args: Any, **options: Any) -> Any:
+        """A session of the host model, or of another `network` (the first of `args`).
+
+        Takes the options that accelerators of the family pass.
+        """
 
     @abstractmethod
     def _make_job(self, run: Run, open_session: Callable[..., Any], randomness: Any, on_step: OnStep) -> Job:

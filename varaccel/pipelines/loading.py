@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -136,19 +137,20 @@ def _load_component(folder: Path, name: str, entry: Any, path: Path, options: Ma
             "can be borrowed."
         )
     try:
-        component_class = getattr(importlib.import_module(module), class_name)
+        component_class: Any = getattr(importlib.import_module(module), class_name)
     except (ImportError, AttributeError) as error:
         raise CheckpointError(
             f"{folder} borrows a {class_name}, which {module} does not have; update the library."
         ) from error
     if not (isinstance(component_class, type) and hasattr(component_class, "from_pretrained")):
         raise CheckpointError(f"{folder} borrows a {class_name}, which is nothing that can be loaded.")
+    load: Any = component_class.from_pretrained
     if not issubclass(component_class, nn.Module):
-        return component_class.from_pretrained(path)
+        return load(path)
     dtype = options.get("dtype", options.get("torch_dtype"))
     if isinstance(dtype, Mapping):
-        dtype = dtype.get(name, dtype.get("default"))
-    return component_class.from_pretrained(path, **({} if dtype is None else {"dtype": dtype}))
+        dtype = dtype.get(name, dtype.get("default", torch.float32))  # as diffusers does
+    return load(path, **({} if dtype is None else {"dtype": dtype}))
 
 
 class LoadablePipeline(DiffusionPipeline):

@@ -1,0 +1,439 @@
+"""Pictures from classes or prompts with VAR (arXiv 2404.02905), and zero-shot editing of pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from varaccel.decoding.accelerator import Accelerator, Job
+from varaccel.decoding.canvas import Canvas
+from varaccel.decoding.feature_map import FeatureMap
+from varaccel.decoding.loop import OnStep, Step
+from varaccel.decoding.published_rng import PublishedDraws
+from varaccel.decoding.scale_order import Scales
+from varaccel.decoding.scale_sampling import ScaleGuidance, ScaleSampling
+from varaccel.decoding.scale_session import ScaleSession
+from varaccel.decoding.statistics import Statistics
+from varaccel.errors import InputError
+from varaccel.models.var import VARTransformer
+from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
+from varaccel.pipelines.inpainting import kept_tokens, mask_tensor, picture_tensor, placed
+from varaccel.pipelines.output import ImageOutput
+from varaccel.pipelines.pixels import to_output
+from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
+
+NO_CONDITION = -1
+"""What stands for "no prompt" among prompts, as a negative label does in the published code."""
+
+
+@dataclass
+class VARSettings:
+    """What a call of this family needs to know beside what all calls do.
+
+    Attributes:
+        guidance, sampling: of the call.
+        smooth: soften code vectors, see `FeatureMap`.
+        published_seed: seed of the published random stream; None for numbers of each picture's own.
+        cache_dtype: number type of stored keys and values.
+        source: codes [1, L] and kept tokens [L] of a picture that is edited.
+        features: what the scales add up to; set when the call starts.
+    """
+
+    guidance: ScaleGuidance
+    sampling: ScaleSampling
+    smooth: bool = False
+    published_seed: int | None = None
+    cache_dtype: torch.dtype | None = None
+    source: tuple[Tensor, Tensor] | None = None
+    features: FeatureMap = field(init=False)
+
+
+class VARPipeline(TokenPipeline):
+    """Class- or text-conditional generation with a VAR transformer and any accelerator for it.
+
+    Args:
+        transformer: the next-scale model.
+        vq_model: the multi-scale image tokenizer whose codes it predicts.
+        text_encoder, tokenizer: for text-conditional models, see `varaccel.tokenizers.text`.
+        refiner: a smaller transformer of the same scales, codes and conditions, for `CoDe`.
+        class_names: for class-conditional models, names that can be used instead of labels.
+        guidance_scale, top_k, top_p, temperature: defaults of a call.
+
+    Raises:
+        InputError: components that do not fit each other.
+    """
+
+    family: ClassVar[str] = "var"
+    model_cpu_offload_seq = "text_encoder->transformer->vq_model"
+    _optional_components = ["text_encoder", "tokenizer", "refiner"]  # noqa: RUF012
+
+    transformer: VARTransformer
+    vq_model: MultiScaleVQModel
+    refiner: VARTransformer | None
+
+    def __init__(
+        self,
+        transformer: VARTransformer,
+        vq_model: MultiScaleVQModel,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        refiner: VARTransformer | None = None,
+        class_names: Sequence[str] | None = None,
+        guidance_scale: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        for network in filter(None, (transformer, refiner)):
+            check_tokenizer(network, vq_model)
+        if transformer.config.condition_type == "caption" and (text_encoder is None or tokenizer is None):
+            raise InputError("a text-conditional transformer needs a text_encoder and a tokenizer.")
+        self.register_modules(
+            transformer=transformer,
+            vq_model=vq_model,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            refiner=refiner,
+        )
+        self.register_to_config(
+            class_names=None if class_names is None else list(class_names),
+            guidance_scale=guidance_scale,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+        )
+        self._compiled: Callable[..., Tensor] | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures in pixels."""
+        return self.vq_model.image_size
+
+    @property
+    def drafters(self) -> dict[str, nn.Module]:
+        """Further networks that came with the model, by the names that accelerators know them by."""
+        return {} if self.refiner is None else {"refiner": self.refiner}
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        vq_model: MultiScaleVQModel | str | os.PathLike[str],
+        refiner: VARTransformer | str | os.PathLike[str] | None = None,
+        depth: int | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Build a pipeline from published files.
+
+        Args:
+            path: the transformer's checkpoint, such as `var_d30.pth` or CoDe's `drafter_8.pth`.
+            vq_model: the image tokenizer, or its file, `vae_ch160v4096z32.pth`.
+            refiner: a smaller transformer or its file, such as `var_d16.pth` or `refiner_8.pth`.
+            depth: refuse a file of another depth.
+            settings: `class_names`, `guidance_scale`, `top_k`, `top_p`, `temperature`.
+
+        Raises:
+            CheckpointError: a file that is missing, damaged, unsafe or of another model.
+            InputError: components that do not fit each other.
+        """
+        transformer = VARTransformer.from_original(path, depth=depth)
+        if not isinstance(vq_model, MultiScaleVQModel):
+            vq_model = MultiScaleVQModel.from_original(vq_model, scales=transformer.schedule.sides)
+        if refiner is not None and not isinstance(refiner, VARTransformer):
+            refiner = VARTransformer.from_original(refiner)
+        return cls(transformer, vq_model, refiner=refiner, **settings)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the network, once for every scale: the first call after it takes minutes, later ones less.
+
+        Args:
+            options: of `torch.compile`; "reduce-overhead" mode (CUDA graphs) by default on a GPU.
+        """
+        if not options and self.transformer.device.type == "cuda":
+            options = {"mode": "reduce-overhead"}
+        compiled = torch.compile(self.transformer.transform, fullgraph=True, dynamic=False, **options)
+        versions = 4 * len(self.transformer.schedule)
+
+        def transform(*arguments: Any) -> Tensor:
+            # a version per scale, more than the compiler allows one function by default
+            with torch._dynamo.config.patch(recompile_limit=versions):
+                return compiled(*arguments)
+
+        self._compiled = transform
+
+    # -- the calls -------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | int | Sequence[str | int],
+        *,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | None = None,
+        smooth: bool = False,
+        published_rng: bool = False,
+        cache_dtype: torch.dtype | None = None,
+        accelerator: Accelerator | str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> ImageOutput | tuple[Any, Statistics]:
+        """Make pictures.
+
+        Args:
+            prompt: one description or several; for class-conditional models a label or class name.
+            guidance_scale: how strictly to follow the prompt, see `ScaleGuidance`; 0 switches guidance off and
+                halves the work. The model's own default if None.
+            num_images_per_prompt: pictures of each prompt, at least 1.
+            seed: picture i uses seed + i and can be made again alone with it.
+            generator: instead of a seed: one generator, or one per picture.
+            temperature, top_k, top_p: see `ScaleSampling`; the model's own defaults if None.
+            smooth: soften the code vectors, for looks; not for figures (VAR's "more smooth" sampling).
+            published_rng: draw as the published code does from `seed`: the same pictures on the same kind of
+                device, but a picture then depends on its batch.
+            cache_dtype: number type of stored keys and values, such as `torch.bfloat16`; the network's if None.
+            accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
+            output_type: "pil", "np", "pt", or "latent" for the token codes [B, L].
+            return_dict: False for a plain tuple (images, stats).
+            callback_on_step_end: called after every scale as (pipe, scale from 0, its tokens, {"canvas": canvas,
+                "preview": function}); `preview()` decodes what there is to pictures of `output_type`. Set
+                `pipe._interrupt = True` in it to stop; the pictures then show the scales that are there.
+
+        Raises:
+            InputError: any argument that cannot be used.
+            OutOfMemory: the device is too small for the call.
+        """
+        settings = VARSettings(
+            self._guidance(guidance_scale),
+            self._sampling(temperature, top_k, top_p),
+            smooth,
+            _published_seed(published_rng, seed),
+            cache_dtype,
+        )
+        call = self._checked_call(
+            prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            generator=generator,
+            accelerator=accelerator,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback=callback_on_step_end,
+        )
+        return self._generate(call, settings)
+
+    @torch.inference_mode()
+    def inpaint(
+        self,
+        image: Any,
+        mask: Any,
+        prompt: str | int | None = None,
+        *,
+        guidance_scale: float | None = None,
+        num_images: int = 1,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | None = None,
+        smooth: bool = False,
+        accelerator: Accelerator | str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImageOutput | tuple[Any, Statistics]:
+        """Paint a part of a picture anew, without training for it (VAR, section 5.3).
+
+        Tokens outside the mask are those of the picture. They went through the image tokenizer, so that they come
+        back close to what they were, not equal.
+
+        Args:
+            image: see `picture_tensor`.
+            mask: white where to paint, see `mask_tensor`.
+            prompt: what to paint: a description, or a class (class-conditional editing); None for whatever fits
+                (in-painting).
+            num_images: versions to make; version i uses seed + i.
+            guidance_scale, seed, generator, temperature, top_k, top_p, smooth, accelerator, output_type,
+                return_dict: as in a call. Without a prompt there is nothing to guide to.
+
+        Raises:
+            InputError: any argument that cannot be used.
+            OutOfMemory: the device is too small for the call.
+        """
+        pixels = picture_tensor(image, self.image_size).to(self._execution_device, self.vq_model.dtype)
+        kept = kept_tokens(mask_tensor(mask, self.image_size), self.transformer.schedule)
+        settings = VARSettings(
+            self._guidance(0.0 if prompt is None else guidance_scale),
+            self._sampling(temperature, top_k, top_p),
+            smooth,
+            source=(self.vq_model.encode(pixels).indices, kept.to(pixels.device)),
+        )
+        call = self._checked_call(
+            NO_CONDITION if prompt is None else prompt,
+            num_images_per_prompt=num_images,
+            seed=seed,
+            generator=generator,
+            accelerator=accelerator,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback=None,
+        )
+        return self._generate(call, settings)
+
+    def outpaint(
+        self,
+        image: Any,
+        box: tuple[int, int, int, int],
+        prompt: str | int | None = None,
+        **options: Any,
+    ) -> ImageOutput | tuple[Any, Statistics]:
+        """Paint what is around a picture.
+
+        Args:
+            image: a PIL picture; scaled to the box.
+            box: where it stands in the result, (left, top, right, bottom) in pixels.
+            prompt, options: as in `inpaint`.
+
+        Raises:
+            InputError: any argument that cannot be used.
+        """
+        larger, mask = placed(image, box, self.image_size)
+        return self.inpaint(larger, mask, prompt, **options)
+
+    def _guidance(self, scale: float | None) -> ScaleGuidance:
+        return ScaleGuidance(self.config.guidance_scale if scale is None else scale)
+
+    def _sampling(self, temperature: Any, top_k: Any, top_p: float | None) -> ScaleSampling:
+        sampling = ScaleSampling(
+            self.config.temperature if temperature is None else temperature,
+            self.config.top_k if top_k is None else top_k,
+            self.config.top_p if top_p is None else top_p,
+        )
+        sampling.check(self.transformer.schedule, self.vq_model.codebook_size)
+        return sampling
+
+    # -- what the base asks for ------------------------------------------------------------------------
+
+    def _condition(self, prompts: list[str | int]) -> tuple[Tensor, Tensor | None]:
+        if prompts == [NO_CONDITION]:
+            return torch.full((1,), NO_CONDITION, device=self._execution_device), None
+        if self.transformer.config.condition_type == "class":
+            return self._labels(prompts), None
+        text = self._text(prompts, self.text_encoder.config.max_length)
+        return text.features, text.mask
+
+    def _new_canvas(self, run: Run) -> Canvas:
+        source = run.settings.source
+        if source is None:
+            return super()._new_canvas(run)
+        codes, kept = source
+        return Canvas.given(codes.expand(run.call.images, -1), kept.expand(run.call.images, -1))
+
+    def _randomness(self, run: Run) -> Any:
+        seed = run.settings.published_seed
+        if seed is None:
+            return super()._randomness(run)
+        return PublishedDraws(torch.Generator(run.device).manual_seed(seed))
+
+    def _make_job(self, run: Run, open_session: Callable[..., Any], randomness: Any, on_step: OnStep) -> Job:
+        codes = self.vq_model.codebook_size
+        noise = randomness.gumbel(codes) if run.settings.smooth else None
+        run.settings.features = FeatureMap(self.vq_model.quantize, run.canvas.batch, noise)
+        return Job(
+            open_session,
+            self.transformer,
+            self.transformer.schedule.last_side,
+            codes,
+            run.canvas,
+            run.canvas.batch * (2 if run.settings.guidance.enabled else 1),
+            randomness,
+            Scales(self.transformer.schedule),
+            on_step,
+            drafters=self.drafters,
+        )
+
+    def _open_session(
+        self,
+        run: Run,
+        network: VARTransformer | None = None,
+        *,
+        guidance: ScaleGuidance | None = None,
+        sampling_changes: Mapping[str, Any] | None = None,
+        until: int | None = None,
+    ) -> ScaleSession:
+        sampling = dataclasses.replace(run.settings.sampling, **(sampling_changes or {}))
+        sampling.check(self.transformer.schedule, self.vq_model.codebook_size)
+        own = network is None or network is self.transformer
+        unconditional = run.condition.dtype == torch.int64 and bool((run.condition == NO_CONDITION).all())
+        return ScaleSession(
+            self.transformer if network is None else network,
+            run.settings.features,
+            None if unconditional else run.condition,
+            run.mask,
+            guidance=guidance or run.settings.guidance,
+            sampling=sampling,
+            until=until,
+            cache_dtype=run.settings.cache_dtype,
+            transform=self._compiled if own else None,
+        )
+
+    def _pictures(self, run: Run) -> Any:
+        if run.call.output_type == "latent":
+            return run.canvas.tokens
+        return self._preview(run, self._finished_scales(run.canvas))
+
+    def _preview(self, run: Run, scales: int) -> Any:
+        features = run.settings.features
+        features.follow(run.canvas, scales)
+        return to_output(self.vq_model.decode(features.value), run.call.output_type)
+
+    def _finished_scales(self, canvas: Canvas) -> int:
+        ends = torch.tensor(self.transformer.schedule.borders[1:], device=canvas.written.device) - 1
+        return int((canvas.written[0, ends] > 0).sum())
+
+    def _shown(self, run: Run, step: Step) -> dict[str, Any]:
+        return {"canvas": step.canvas, "preview": lambda: self._preview(run, step.number)}
+
+    def _cost(self, run: Run) -> tuple[int, int]:
+        # sessions follow each other, and each frees its cache before the next makes its own
+        return run.sessions[0].rows_per_pass, max(s.cache_bytes for s in run.sessions)
+
+
+def check_tokenizer(network: VARTransformer, vq_model: MultiScaleVQModel) -> None:
+    """Refuse a transformer that was made for another image tokenizer.
+
+    Raises:
+        InputError: other scales, another number of codes or another width of codes.
+    """
+    if network.schedule != vq_model.schedule:
+        raise InputError(
+            f"the transformer's scales {list(network.schedule.sides)} are not the image tokenizer's "
+            f"{list(vq_model.schedule.sides)}; load the tokenizer with the transformer's scales."
+        )
+    sizes = (network.config.vocab_size, network.config.codebook_dim)
+    own = (vq_model.config.codebook_size, vq_model.config.codebook_dim)
+    if sizes != own:
+        raise InputError(
+            f"the transformer is made for {sizes[0]} codes of {sizes[1]} numbers but the image tokenizer has "
+            f"{own[0]} of {own[1]}; use the tokenizer that the transformer was trained with."
+        )
+
+
+def _published_seed(wanted: bool, seed: int | None) -> int | None:
+    if not wanted:
+        return None
+    if seed is None:
+        raise InputError("published_rng draws everything from one seed; pass seed as well.")
+    return seed
