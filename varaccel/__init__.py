@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Accelerator": "varaccel.decoding.accelerator",
     "Auto": "varaccel.decoding.auto",
+    "CoDe": "varaccel.decoding.code",
     "DynamicTree": "varaccel.decoding.tree",
     "Jacobi": "varaccel.decoding.jacobi",
     "Lantern": "varaccel.decoding.lantern",
@@ -32,9 +33,14 @@ _HOMES = {
     "make_accelerator": "varaccel.decoding.accelerator",
     "Guidance": "varaccel.decoding.guidance",
     "Sampling": "varaccel.decoding.sampling",
+    "ScaleGuidance": "varaccel.decoding.scale_sampling",
+    "ScaleSampling": "varaccel.decoding.scale_sampling",
     "AutoPipeline": "varaccel.pipelines.auto",
     "LlamaGenPipeline": "varaccel.pipelines.llamagen",
     "LlamaGenTransformer": "varaccel.models.llamagen",
+    "VARPipeline": "varaccel.pipelines.var",
+    "VARTransformer": "varaccel.models.var",
+    "MultiScaleVQModel": "varaccel.tokenizers.multiscale_vq",
     "VQModel": "varaccel.tokenizers.vq",
     "VaraccelError": "varaccel.errors",
     "InputError": "varaccel.errors",
@@ -46,6 +52,7 @@ __all__ = [
     "Auto",
     "AutoPipeline",
     "CheckpointError",
+    "CoDe",
     "DynamicTree",
     "EagleHead",
     "Guidance",
@@ -55,10 +62,15 @@ __all__ = [
     "LayerSkip",
     "LlamaGenPipeline",
     "LlamaGenTransformer",
+    "MultiScaleVQModel",
     "Plain",
     "Sampling",
+    "ScaleGuidance",
+    "ScaleSampling",
     "Speculative",
     "Topology",
+    "VARPipeline",
+    "VARTransformer",
     "VQModel",
     "VaraccelError",
     "ZipAR",
@@ -69,19 +81,24 @@ __all__ = [
 if TYPE_CHECKING:
     from varaccel.decoding.accelerator import Accelerator, make_accelerator
     from varaccel.decoding.auto import Auto
+    from varaccel.decoding.code import CoDe
     from varaccel.decoding.guidance import Guidance
     from varaccel.decoding.jacobi import Jacobi
     from varaccel.decoding.lantern import Lantern
     from varaccel.decoding.plain import Plain
     from varaccel.decoding.sampling import Sampling
+    from varaccel.decoding.scale_sampling import ScaleGuidance, ScaleSampling
     from varaccel.decoding.speculative import LayerSkip, Speculative
     from varaccel.decoding.tree import DynamicTree, Topology
     from varaccel.decoding.zipar import ZipAR
     from varaccel.errors import CheckpointError, InputError, VaraccelError
     from varaccel.models.eagle import EagleHead
     from varaccel.models.llamagen import LlamaGenTransformer
+    from varaccel.models.var import VARTransformer
     from varaccel.pipelines.auto import AutoPipeline
     from varaccel.pipelines.llamagen import LlamaGenPipeline
+    from varaccel.pipelines.var import VARPipeline
+    from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
     from varaccel.tokenizers.vq import VQModel
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -96,8 +97,8 @@ class CoDe(Accelerator):
     they change nothing but the random stream.
 
     Attributes:
-        refiner: the small model: a `VARTransformer`, or a pipeline that has one; None for the one that came with
-            the model.
+        refiner: the small model: a `VARTransformer`, a pipeline that has one, or the name of such a pipeline as
+            `AutoPipeline` takes it; None for the one that came with the model.
         draft_scales: how many scales the large model draws, 1 to S; S is plain decoding. About 80 % of the scales
             if None.
         refiner_guidance_scale, refiner_top_k, refiner_top_p, refiner_temperature: of the refined scales; as in the
@@ -162,21 +163,54 @@ class CoDe(Accelerator):
         return options
 
 
+@register
+@dataclass(frozen=True)
+class Refiner(Accelerator):
+    """The small model draws all scales: the other end of what CoDe trades.
+
+    Attributes:
+        refiner: as in `CoDe`.
+    """
+
+    name: ClassVar[str] = "refiner"
+    lossless: ClassVar[bool] = False
+    hosts: ClassVar[tuple[str, ...]] = ("var",)
+    summary: ClassVar[str] = "all scales by the smaller model, to compare CoDe with"
+
+    refiner: Any = None
+
+    def run(self, job: Job) -> int:
+        session = job.open_session(check_refiner(self.refiner, job))
+        return decode(session, job.canvas, job.order, job.randomness, job.on_step)
+
+
 def _order(job: Job) -> Scales:
     assert isinstance(job.order, Scales)
     return job.order
+
+
+@lru_cache(maxsize=2)
+def _named(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The transformer of a pipeline, kept for the next call."""
+    from varaccel.pipelines.auto import AutoPipeline  # pipelines import accelerators
+
+    network: Any = getattr(AutoPipeline.from_pretrained(name), "transformer", None)
+    return None if network is None else network.to(device=device, dtype=dtype)
 
 
 def check_refiner(refiner: Any, job: Job) -> VARTransformer:
     """The refiner's network, if it can take over from the job's.
 
     Args:
-        refiner: a network, a pipeline, or None for what came with the model.
+        refiner: a network, a pipeline, its name, or None for what came with the model.
 
     Raises:
         InputError: there is none, or it has other scales, codes or conditions, or is on another device.
+        CheckpointError: there is no model of that name.
     """
     chosen: Any = job.drafters.get("refiner") if refiner is None else refiner
+    if isinstance(chosen, str):
+        chosen = _named(chosen, job.device, job.dtype)
     if chosen is None:
         raise InputError(
             "this model came without a refiner; pass one, as in CoDe(refiner=small_pipe, draft_scales=8)."

@@ -32,7 +32,8 @@ class ScaleGuidance:
     scale: float = 0.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or self.scale < 0:
+        number = isinstance(self.scale, (int, float)) and math.isfinite(self.scale)
+        if not number or self.scale < 0:
             raise InputError(
                 f"guidance_scale of a next-scale model must be a number >= 0 (0 = off), got {self.scale}."
             )
@@ -83,8 +84,8 @@ class ScaleSampling:
             raise InputError(
                 f"top_k must be an integer >= 0 (0 = off), or one per scale, got {self.top_k!r}."
             )
-        if not 0 <= self.top_p <= 1:
-            raise InputError(f"top_p must be in [0, 1], got {self.top_p}.")
+        if not isinstance(self.top_p, (int, float)) or not 0 <= self.top_p <= 1:
+            raise InputError(f"top_p must be in [0, 1], got {self.top_p!r}.")
 
     def check(self, schedule: ScaleSchedule, codes: int) -> None:
         """Refuse settings that do not fit a model of that schedule and that many codes.

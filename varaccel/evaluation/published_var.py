@@ -42,6 +42,7 @@ def _attention(block: Block, x: Tensor, past: _Grown) -> Tensor:
 
 def _block(model: VARTransformer, block: Block, x: Tensor, vectors: Tensor, past: _Grown) -> Tensor:
     if model.shared_ada_lin is None:
+        assert block.ada_lin is not None
         modulation = block.ada_lin(vectors).view(len(vectors), 1, 6, -1)
     else:
         modulation = model.shared_ada_lin(vectors).view(len(vectors), 1, 6, -1) + block.ada_gss

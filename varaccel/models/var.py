@@ -442,8 +442,10 @@ def published_sizes(state: dict[str, Tensor], *, source: str) -> dict[str, Any]:
             "l2_norm": temperature is not None,
             "mlp_ratio": state["blocks.0.ffn.fc1.weight"].shape[0] / dim,
         }
-    except (KeyError, ValueError) as error:
-        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else "it has no blocks"
+    except (KeyError, ValueError, IndexError) as error:
+        reason = (
+            f"it lacks {error.args[0]}" if isinstance(error, KeyError) else "it has no such blocks and head"
+        )
         raise CheckpointError(f"{source} does not fit VARTransformer: {reason}.") from error
     if any(side * side != count for side, count in zip(sides, counts, strict=True)):
         raise CheckpointError(f"{source} has token maps that are not square: {counts} tokens per scale.")

@@ -12,8 +12,12 @@ from varaccel.errors import CheckpointError, unknown_name
 from varaccel.pipelines.catalog import PUBLISHED, PublishedModel
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.loading import LoadablePipeline, hub_options, pipeline_class_name, resolve_model
+from varaccel.pipelines.var import VARPipeline
 
-PIPELINES: dict[str, type[LoadablePipeline]] = {"LlamaGenPipeline": LlamaGenPipeline}
+PIPELINES: dict[str, type[LoadablePipeline]] = {
+    "LlamaGenPipeline": LlamaGenPipeline,
+    "VARPipeline": VARPipeline,
+}
 """Pipeline classes by the name that a model folder records."""
 
 
@@ -28,9 +32,9 @@ class AutoPipeline:
         """Load a model.
 
         Args:
-            name: a shipped model (`mini-llamagen`), a published one (`llamagen-c2i-xl-384`: downloaded from
-                its authors), a folder, or a hub repository in diffusers' layout. `varaccel models` lists
-                the names.
+            name: a shipped model (`mini-llamagen`, `mini-var`), a published one (`llamagen-c2i-xl-384`,
+                `var-d30`: downloaded from its authors), a folder, or a hub repository in diffusers' layout.
+                `varaccel models` lists the names.
             options: of `from_pretrained`, such as `dtype=torch.bfloat16`, or of the hub.
 
         Raises:
@@ -47,15 +51,19 @@ class AutoPipeline:
 
 
 def _from_published(name: str, model: PublishedModel, dtype: Any = None, **hub: Any) -> LoadablePipeline:
+    pipeline = LlamaGenPipeline if model.family == "llamagen" else VARPipeline
     try:
         weights = hf_hub_download(model.repository, model.weights, **hub)
-        image_tokenizer = hf_hub_download(model.repository, model.tokenizer, **hub)
+        image_tokenizer = hf_hub_download(
+            model.tokenizer_repository or model.repository, model.tokenizer, **hub
+        )
+        refiner = hf_hub_download(model.repository, model.refiner, **hub) if model.refiner else None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{name!r} could not be downloaded from {model.repository} ({type(error).__name__}); "
-            "check the connection, or fetch the files and use LlamaGenPipeline.from_single_file."
+            f"check the connection, or fetch the files and use {pipeline.__name__}.from_single_file."
         ) from error
-    components: dict[str, Any] = {}
+    components: dict[str, Any] = dict(model.settings)
     if model.text_encoder is not None:
         from transformers import AutoTokenizer, T5EncoderModel
 
@@ -66,14 +74,14 @@ def _from_published(name: str, model: PublishedModel, dtype: Any = None, **hub: 
 
         info = ImageNetInfo()
         components["class_names"] = [info.index_to_description(i) for i in range(info.num_classes())]
-    pipe = LlamaGenPipeline.from_single_file(
-        weights,
-        vq_model=image_tokenizer,
-        grid_size=model.grid_size,
-        guidance_scale=model.guidance_scale,
-        top_k=model.top_k,
-        **components,
-    )
+    if model.family == "llamagen":
+        components["grid_size"] = model.grid_size
+    elif refiner is not None:
+        components["refiner"] = refiner
+    pipe = pipeline.from_single_file(weights, vq_model=image_tokenizer, **components)
     if dtype is not None:
-        pipe.transformer.to(dtype=dtype)  # the image tokenizer stays in float32, as published
+        # the image tokenizer stays in float32, as published
+        for network in (pipe.transformer, getattr(pipe, "refiner", None)):
+            if network is not None:
+                network.to(dtype=dtype)
     return pipe

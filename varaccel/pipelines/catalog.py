@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import varaccel
 from varaccel.errors import CheckpointError
@@ -15,19 +17,27 @@ class PublishedModel:
     """A model whose weights its authors published as single files on the Hugging Face hub.
 
     Attributes:
-        repository, weights, tokenizer: hub repository and the files of the transformer and image tokenizer.
+        repository, weights: hub repository and the file of the transformer.
+        tokenizer: file of the image tokenizer, in `tokenizer_repository` or else in the same one.
+        settings: the authors' defaults for sampling, as settings of the pipeline.
         text_encoder: hub id of the text encoder, None for class-conditional models.
-        grid_size: side of the token grid.
-        guidance_scale, top_k: the authors' defaults for sampling.
+        grid_size: side of the token grid (LlamaGen, whose files do not tell it).
+        refiner: file of the refiner (CoDe pairs), in the same repository.
     """
 
     repository: str
     weights: str
     tokenizer: str
-    text_encoder: str | None
-    grid_size: int
-    guidance_scale: float
-    top_k: int
+    settings: Mapping[str, Any]
+    text_encoder: str | None = None
+    grid_size: int | None = None
+    tokenizer_repository: str | None = None
+    refiner: str | None = None
+
+    @property
+    def family(self) -> str:
+        """The family by which accelerators know it."""
+        return "var" if self.grid_size is None else "llamagen"
 
 
 def _class_conditional(size: str, resolution: int) -> PublishedModel:
@@ -35,10 +45,8 @@ def _class_conditional(size: str, resolution: int) -> PublishedModel:
         "FoundationVision/LlamaGen",
         f"c2i_{size}_{resolution}.pt",
         "vq_ds16_c2i.pt",
-        None,
-        resolution // 16,
-        guidance_scale=4.0,
-        top_k=2000,
+        {"guidance_scale": 4.0, "top_k": 2000},
+        grid_size=resolution // 16,
     )
 
 
@@ -47,10 +55,30 @@ def _text_conditional(stage: int, resolution: int) -> PublishedModel:
         "peizesun/llamagen_t2i",
         f"t2i_XL_stage{stage}_{resolution}.pt",
         "vq_ds16_t2i.pt",
-        "google/flan-t5-xl",
-        resolution // 16,
-        guidance_scale=7.5,
-        top_k=1000,
+        {"guidance_scale": 7.5, "top_k": 1000},
+        text_encoder="google/flan-t5-xl",
+        grid_size=resolution // 16,
+    )
+
+
+_VAR_TOKENIZER = "vae_ch160v4096z32.pth"
+# the published settings for figures; the authors' demo uses guidance 4 and top-p 0.95
+_VAR_SETTINGS = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}
+
+
+def _var(depth: int) -> PublishedModel:
+    return PublishedModel("FoundationVision/var", f"var_d{depth}.pth", _VAR_TOKENIZER, _VAR_SETTINGS)
+
+
+def _code_pair(draft_scales: int) -> PublishedModel:
+    """Weights specialised for one hand-over; sampled with CoDe's own settings."""
+    return PublishedModel(
+        "Zigeng/VAR_CoDe",
+        f"drafter_{draft_scales}.pth",
+        _VAR_TOKENIZER,
+        {"guidance_scale": 1.5, "top_k": 600, "top_p": 0.96},
+        tokenizer_repository="FoundationVision/var",
+        refiner=f"refiner_{draft_scales}.pth",
     )
 
 
@@ -64,6 +92,8 @@ PUBLISHED: dict[str, PublishedModel] = {
     "llamagen-c2i-3b-384": _class_conditional("3B", 384),
     "llamagen-t2i-xl-256": _text_conditional(1, 256),
     "llamagen-t2i-xl-512": _text_conditional(2, 512),
+    **{f"var-d{depth}": _var(depth) for depth in (16, 20, 24, 30, 36)},
+    **{f"var-code-{n}": _code_pair(n) for n in (6, 7, 8, 9)},
 }
 
 

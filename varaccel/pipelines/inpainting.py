@@ -66,7 +66,9 @@ def mask_tensor(mask: Any, size: int) -> Tensor:
             x = F.interpolate(x[None, None], (size, size), mode="bilinear")[0, 0]
     painted = (x > 0.5).float()
     if not painted.any():
-        raise InputError("the mask is black everywhere, so nothing would be painted; paint the part to change white.")
+        raise InputError(
+            "the mask is black everywhere, so nothing would be painted; paint the part to change white."
+        )
     return painted
 
 

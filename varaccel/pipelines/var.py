@@ -145,11 +145,16 @@ class VARPipeline(TokenPipeline):
             InputError: components that do not fit each other.
         """
         transformer = VARTransformer.from_original(path, depth=depth)
-        if not isinstance(vq_model, MultiScaleVQModel):
-            vq_model = MultiScaleVQModel.from_original(vq_model, scales=transformer.schedule.sides)
-        if refiner is not None and not isinstance(refiner, VARTransformer):
-            refiner = VARTransformer.from_original(refiner)
-        return cls(transformer, vq_model, refiner=refiner, **settings)
+        if isinstance(vq_model, MultiScaleVQModel):
+            image_tokenizer = vq_model
+        else:
+            image_tokenizer = MultiScaleVQModel.from_original(vq_model, scales=transformer.schedule.sides)
+        small = (
+            refiner
+            if refiner is None or isinstance(refiner, VARTransformer)
+            else VARTransformer.from_original(refiner)
+        )
+        return cls(transformer, image_tokenizer, refiner=small, **settings)
 
     def compile(self, **options: Any) -> None:
         """Compile the network, once for every scale: the first call after it takes minutes, later ones less.

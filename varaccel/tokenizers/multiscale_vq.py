@@ -211,7 +211,7 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         sizes = (base_channels, *channel_multipliers, num_res_blocks, codebook_size, codebook_dim)
-        if not channel_multipliers or min(*sizes, shared_convolutions) < 1:
+        if not channel_multipliers or min(*sizes, shared_convolutions, norm_groups) < 1:
             raise InputError(
                 "every size of a MultiScaleVQModel must be at least 1 and there must be at least one level."
             )
@@ -246,7 +246,7 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
 
         Raises:
             CheckpointError: the file cannot be read or is of another model.
-            InputError: not a schedule.
+            InputError: not a schedule, or groups that do not divide the file's widths.
         """
         state = read_published_weights(path, anchor_key="quantize.embedding.weight")
         model = cls(scales=tuple(scales), norm_groups=norm_groups, **published_sizes(state, source=str(path)))
@@ -383,6 +383,7 @@ def published_sizes(state: Mapping[str, Tensor], *, source: str) -> dict[str, An
         base = state["encoder.conv_in.weight"].shape[0]
         codebook_size, codebook_dim = state["quantize.embedding.weight"].shape
         levels = _count(state, r"encoder\.down\.(\d+)\.block\.0\.norm1\.weight")
+        _count(state, r"decoder\.up\.(\d+)\.block\.0\.norm1\.weight")
         blocks = _count(state, r"encoder\.down\.0\.block\.(\d+)\.norm1\.weight")
         widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
         convolutions = _count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.weight")
@@ -423,7 +424,8 @@ def from_published_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if match := re.match(r"decoder\.up\.(\d+)\.", name):
             rest = name[match.end() :].replace("block.", "res.", 1)
             name = f"decoder.conv_blocks.{levels - 1 - int(match[1])}.{rest}"
-        if match := re.search(r"\.qkv\.(weight|bias)$", name):
+        match = re.search(r"\.qkv\.(weight|bias)$", name)
+        if match and tensor.shape[0] % 3 == 0:
             stem = name[: match.start()]
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 result[f"{stem}.{part}.{match[1]}"] = piece.clone()
