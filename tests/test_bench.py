@@ -376,6 +376,7 @@ class _Told:
     accelerator: str = "guessing"
     lossless: bool = True
     tokens: int = 12
+    cache_bytes: int = 0
 
     @property
     def options(self) -> dict[str, Any]:

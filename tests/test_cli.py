@@ -301,7 +301,7 @@ def test_out_of_memory(varaccel: Shell, t2i: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(LlamaGenPipeline, "_generate", fail)
+    monkeypatch.setattr(LlamaGenPipeline, "_run", fail)
     assert_sentence(varaccel("generate", "a cube", "-n", 8, "--model", t2i), "fewer than 8 pictures")
 
 

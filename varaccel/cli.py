@@ -1,4 +1,4 @@
-"""The command line: `varaccel generate`, `models`, `demo`, `bench` and `train`."""
+"""The command line: `varaccel generate`, `inpaint`, `models`, `demo`, `bench` and `train`."""
 
 from __future__ import annotations
 
@@ -130,7 +130,9 @@ def generate(
         float | None, typer.Option(help="0 takes the most likely token.", show_default="the model's own")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 = all.")] = None,
-    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this mass.")] = 1.0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the most likely tokens up to this mass; 1 = all.")
+    ] = None,
     accelerator: Annotated[str, typer.Option("-a", "--accelerator", help="See `models`.")] = "plain",
     option: Annotated[
         list[str] | None, typer.Option("-o", "--option", help="Accelerator option key=value; repeatable.")
@@ -153,15 +155,18 @@ def generate(
     chosen = make_accelerator(accelerator, parse_options(option or []))
     check_picture_path(out)
     pipe = load_pipeline(model, quiet=quiet or as_json)
+    asked = {
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
     output = pipe(
         prompt,
         seed=seed,
         num_images_per_prompt=count,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
         accelerator=chosen,
+        **{name: value for name, value in asked.items() if value is not None},
     )
     images = output.images
     write_picture(images[0] if len(images) == 1 else grid(images), out)
@@ -175,6 +180,46 @@ def generate(
         typer.echo(json.dumps(output.stats.to_dict() | {"out": str(out), "seed": seed}))
     else:
         typer.echo(f"{out}\n{output.stats}")
+
+
+@app.command()
+def inpaint(
+    picture: Annotated[Path, typer.Argument(help="Picture to change.")],
+    mask: Annotated[Path, typer.Argument(help="Picture that is white where to paint.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to paint; whatever fits if left out.", show_default=False)
+    ] = None,
+    model: Model = "mini-var",
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")] = Path("outputs/inpainted.png"),
+    seed: Annotated[int, typer.Option(help="Seed of the first version.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Versions to make.")] = 1,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="How strictly to follow the prompt; 0 = off.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Paint a part of a picture anew (next-scale models)."""
+    from varaccel.pipelines.pixels import grid
+
+    check_picture_path(out)
+    opened = [_read_picture(path) for path in (picture, mask)]
+    pipe: Any = load_pipeline(model, quiet=quiet)
+    if not hasattr(pipe, "inpaint"):
+        raise InputError(f"{model} cannot paint into a picture; choose a next-scale model such as mini-var.")
+    output = pipe.inpaint(*opened, prompt, seed=seed, num_images=count, guidance_scale=guidance_scale)
+    images = output.images
+    write_picture(images[0] if len(images) == 1 else grid(images), out)
+    typer.echo(f"{out}\n{output.stats}")
+
+
+def _read_picture(path: Path) -> Image.Image:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.copy()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as a picture: {error}") from error
 
 
 @app.command()
@@ -216,8 +261,11 @@ def examples(pipe: LoadablePipeline, descriptions: Sequence[str]) -> list[str]:
     return [names[i % len(names)].split(",")[0] for i in range(len(descriptions))]
 
 
-DEMO_ACCELERATORS = ("jacobi", "lantern:k=20,delta=0.4,tree=8", "zipar:window=8")
-"""What the demo shows beside plain decoding, as typed on a command line."""
+DEMO_ACCELERATORS = {
+    "llamagen": ("jacobi", "lantern:k=20,delta=0.4,tree=8", "zipar:window=8"),
+    "var": ("code:draft_scales=5", "code:draft_scales=4"),
+}
+"""What the demo shows beside plain decoding of a family, as typed on a command line."""
 
 
 @app.command()
@@ -231,7 +279,7 @@ def demo(
             *("-a", "--accelerator"),
             metavar="NAME:KEY=VALUE,...",
             help="What to show beside plain decoding; repeatable.",
-            show_default=" ".join(DEMO_ACCELERATORS),
+            show_default="; ".join(" ".join(shown) for shown in DEMO_ACCELERATORS.values()),
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
@@ -240,8 +288,9 @@ def demo(
     from varaccel.decoding.plain import Plain
     from varaccel.evaluation.bench import parse_grid
 
-    accelerators = [Plain(), *parse_grid(accelerator or DEMO_ACCELERATORS)]
-    pipe = load_pipeline(model)
+    typed = None if accelerator is None else parse_grid(accelerator)
+    pipe: Any = load_pipeline(model)
+    accelerators = [Plain(), *(parse_grid(DEMO_ACCELERATORS[pipe.family]) if typed is None else typed)]
     prompts = list(prompt or examples(pipe, DEMO_PROMPTS))
     rows = []
     for chosen in accelerators:
@@ -332,10 +381,11 @@ def bench(
     if samples is not None:
         check_picture_path(samples)
         _check_writable(samples)
-    grid = measuring.parse_grid(measuring.DEFAULT_GRID if accelerator is None else accelerator)
+    typed = None if accelerator is None else measuring.parse_grid(accelerator)
     finished = _earlier_report(out) if resume and out is not None else None
     batches = batch or [1]
     pipe = load_pipeline(model)
+    grid = measuring.parse_grid(measuring.default_grid(pipe)) if typed is None else typed
     pipe.set_progress_bar_config(disable=True)
     if pictures and pipe.config.get("class_names") is not None:
         raise InputError(f"{model} draws classes, so no prompt can be judged; add --pictures 0.")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -22,7 +22,9 @@ from varaccel.decoding.scale_sampling import ScaleGuidance
 from varaccel.decoding.scale_session import ScaleSession
 from varaccel.decoding.statistics import Relayed, Stage
 from varaccel.errors import InputError
-from varaccel.models.var import VARTransformer
+
+if TYPE_CHECKING:  # models import decoding
+    from varaccel.models.var import VARTransformer
 
 
 class Relay:
@@ -208,6 +210,8 @@ def check_refiner(refiner: Any, job: Job) -> VARTransformer:
         InputError: there is none, or it has other scales, codes or conditions, or is on another device.
         CheckpointError: there is no model of that name.
     """
+    from varaccel.models.var import VARTransformer
+
     chosen: Any = job.drafters.get("refiner") if refiner is None else refiner
     if isinstance(chosen, str):
         chosen = _named(chosen, job.device, job.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from varaccel.decoding.law import Categorical
 from varaccel.decoding.reading import Reading
 from varaccel.decoding.scale_order import ScaleFeed
 from varaccel.decoding.scale_sampling import ScaleGuidance, ScaleSampling
-from varaccel.models.var import VARTransformer
+
+if TYPE_CHECKING:  # models import decoding
+    from varaccel.models.var import VARTransformer
 
 
 class ScaleSession:

@@ -59,7 +59,7 @@ DEFAULT_GRID = (
     "jacobi:window=8,order=8",
     "lantern:k=10,delta=0.2,tree=5,order=8",
 )
-"""What is compared if nothing is asked for, as typed on a command line."""
+"""What is compared with plain decoding of a raster model if nothing is asked for, as typed on a command line."""
 
 SIGNIFICANT = 0.05
 """A difference in adherence is noise if chance makes one as large or larger more often than this."""
@@ -105,6 +105,14 @@ def parse_accelerator(text: str) -> Accelerator:
 def parse_grid(texts: Iterable[str]) -> list[Accelerator]:
     """The accelerators of several texts; see `parse_accelerator`."""
     return [parse_accelerator(text) for text in texts]
+
+
+def default_grid(pipe: Any) -> tuple[str, ...]:
+    """What is compared on this pipeline if nothing is asked for: for next-scale models CoDe at every hand-over."""
+    if pipe.family != "var":
+        return DEFAULT_GRID
+    scales = len(pipe.transformer.schedule)
+    return (*(f"code:draft_scales={n}" for n in range(scales - 1, 0, -1)), "refiner")
 
 
 # -- what is found -------------------------------------------------------------------------------------
@@ -359,7 +367,15 @@ class BenchReport:
     # -- shown ---------------------------------------------------------------------------------------------
 
     def _speed_header(self) -> list[str]:
-        return ["accelerator", "law", "passes", "tokens per pass", "seconds", "speed-up (spread)"]
+        return [
+            "accelerator",
+            "law",
+            "passes",
+            "tokens per pass",
+            "seconds",
+            "speed-up (spread)",
+            "cache (MB)",
+        ]
 
     def _speed_cells(self, batch: int) -> list[list[str]]:
         """A line per row that was measured on this batch, for `_speed_header`."""
@@ -374,6 +390,7 @@ class BenchReport:
                 [
                     *(_call(row), row.law, f"{one.passes:.4g}", f"{one.tokens_per_pass:.2f}"),
                     *(f"{one.median_seconds:.3f}", f"{one.speedup:.2f}x{spread}"),
+                    *([f"{one.cache_bytes / 1e6:.3g}"] if self._shows_cache else []),
                 ]
             )
         return lines

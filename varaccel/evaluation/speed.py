@@ -37,6 +37,7 @@ class Measurement:
         seconds: token time (prefill and steps) of every repetition.
         speedup: median of the ratios plain / this, each from one repetition.
         speedup_spread: smallest and largest of these ratios.
+        cache_bytes: most memory that keys and values took at one time, of the last repetition.
         details: what else the statistics of its calls tell, such as accepted lengths: one value per repetition.
     """
 
@@ -48,6 +49,7 @@ class Measurement:
     seconds: tuple[float, ...]
     speedup: float
     speedup_spread: tuple[float, float]
+    cache_bytes: int = 0
     details: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
@@ -163,5 +165,6 @@ def _summary(own: Sequence[Statistics], plain: Sequence[Statistics]) -> Measurem
         seconds=tuple(seconds),
         speedup=statistics.median(ratios),
         speedup_spread=(min(ratios), max(ratios)),
+        cache_bytes=own[-1].cache_bytes,
         details={key: [one.get(key) for one in told] for key in special},
     )
