@@ -366,16 +366,14 @@ class BenchReport:
 
     # -- shown ---------------------------------------------------------------------------------------------
 
+    @property
+    def _shows_cache(self) -> bool:
+        """Whether any row hands over between networks: then memory is part of what is traded."""
+        return any("stages" in one.details for row in self.rows for one in row.speed.values())
+
     def _speed_header(self) -> list[str]:
-        return [
-            "accelerator",
-            "law",
-            "passes",
-            "tokens per pass",
-            "seconds",
-            "speed-up (spread)",
-            "cache (MB)",
-        ]
+        header = ["accelerator", "law", "passes", "tokens per pass", "seconds", "speed-up (spread)"]
+        return [*header, "cache (MB)"] if self._shows_cache else header
 
     def _speed_cells(self, batch: int) -> list[list[str]]:
         """A line per row that was measured on this batch, for `_speed_header`."""
