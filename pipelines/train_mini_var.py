@@ -58,6 +58,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--refiner", type=Path, help="exported refiner to put into the pipeline")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-compile", action="store_true", help="train uncompiled")
+    parser.add_argument(
+        "--borrow",
+        nargs="+",
+        metavar="COMPONENT=PATH",
+        help="components of --install that a sibling folder has, such as text_encoder=../mini-llamagen/text_encoder",
+    )
     parser.add_argument("--install", type=Path, help="also write the pipeline here, in half precision")
     return parser.parse_args()
 
@@ -148,6 +154,7 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
     from varaccel.pipelines.var import VARPipeline
     from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
     from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
+    from varaccel.training.stages import borrow
 
     text = options.out / "mini-text"
     pipe = VARPipeline(
@@ -161,9 +168,11 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
         top_p=config["top_p"],
         temperature=config["temperature"],
     )
-    pipe.save_pretrained(options.out / "mini-var")
+    pipe.save_pretrained(options.out / f"mini-{config['name']}")
     if options.install:
         pipe.to(torch.float16).save_pretrained(options.install)
+        if options.borrow:
+            borrow(options.install, dict(pair.split("=", 1) for pair in options.borrow))
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -11,13 +12,24 @@ import pytest
 import torch
 from PIL import Image
 
-from varaccel import AutoPipeline, DynamicTree, Jacobi, LlamaGenPipeline, Speculative, ZipAR
+from varaccel import (
+    AutoPipeline,
+    CoDe,
+    DynamicTree,
+    Jacobi,
+    LlamaGenPipeline,
+    Speculative,
+    VARPipeline,
+    ZipAR,
+)
 from varaccel.evaluation.adherence import held_out_captions, score_adherence
 from varaccel.evaluation.detector import load_detector
+from varaccel.evaluation.published_var import published_loop
 from varaccel.scenes import HELD_OUT_SEED, render, sample_scene
+from varaccel.scenes.grammar import Caption
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(p for p in (ROOT / "pipelines").glob("llamagen_*.py"))
+RECIPES = sorted(p for pattern in ("llamagen_*.py", "var_*.py") for p in (ROOT / "pipelines").glob(pattern))
 
 
 @cache
@@ -120,13 +132,83 @@ def test_wide_window_draws_the_plain_picture() -> None:
     )
 
 
+# -- the next-scale model ------------------------------------------------------------------------------
+
+
+@cache
+def shipped_var() -> VARPipeline:
+    pipe = AutoPipeline.from_pretrained("mini-var")
+    assert isinstance(pipe, VARPipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def one_object(count: int) -> list[Caption]:
+    return [c for c in held_out_captions(3 * count) if len(c.mentions) == 1][:count]
+
+
+def adherence(pictures: Sequence[Image.Image], captions: list[Caption]) -> float:
+    return score_adherence(load_detector(), pictures, captions).rates["correct"].share
+
+
+@pytest.mark.slow
+def test_var_pictures_follow_prompts_plainly_and_by_code() -> None:
+    """Far above what pictures score with another prompt's caption; the card has the measured figures."""
+    captions = one_object(24)
+    prompts = [c.text for c in captions]
+    for accelerator in (None, CoDe(draft_scales=5)):
+        images = shipped_var()(prompts, seed=0, accelerator=accelerator).images
+        assert adherence(images, captions) >= 0.4
+        assert adherence(images, captions[1:] + captions[:1]) <= 0.25
+
+
+def test_relay_of_the_shipped_model_with_itself_draws_its_pictures() -> None:
+    pipe = shipped_var()
+    plain = pipe("a blue cube", seed=4, output_type="latent").images
+    for scales in range(1, 7):
+        relay = CoDe(refiner=pipe.transformer, draft_scales=scales)
+        assert torch.equal(pipe("a blue cube", seed=4, accelerator=relay, output_type="latent").images, plain)
+
+
+def test_small_models_can_be_named_as_refiners() -> None:
+    stats = shipped_var()("a blue cube", seed=4, accelerator=CoDe("mini-var-small", draft_scales=4)).stats
+    assert [stage.passes for stage in stats.stages] == [4, 3]
+    assert stats.cache_bytes < shipped_var()("a blue cube", seed=4).stats.cache_bytes
+
+
+def test_published_loop_draws_what_the_engine_draws() -> None:
+    """The shipped weights at full length, against the published loop without any of our savings."""
+    pipe = shipped_var()
+    features, mask = pipe._condition(["a red sphere", "a green cone"])
+    with torch.no_grad():
+        vectors = pipe.transformer.embed_condition(features, mask)
+    theirs, _ = published_loop(pipe.transformer, pipe.vq_model.quantize, vectors, cfg=1.5, top_k=1)
+    ours = pipe(["a red sphere", "a green cone"], guidance_scale=1.5, top_k=1, seed=0, output_type="latent")
+    assert (ours.images == theirs).float().mean() > 0.99, "ties aside"
+
+
+def test_multiscale_tokenizer_reconstructs() -> None:
+    scenes = np.stack([render(sample_scene(HELD_OUT_SEED + i)).image for i in range(8)])
+    images = torch.from_numpy(scenes).permute(0, 3, 1, 2).float() / 127.5 - 1
+    vq = shipped_var().vq_model
+    with torch.no_grad():
+        encoding = vq.encode(images)
+        decoded = vq.decode_codes(encoding.indices)
+    psnr = 10 * torch.log10(4 / (decoded - images).square().mean((1, 2, 3))).mean()
+    assert psnr > 28
+    assert encoding.indices.unique().numel() > 150
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipes_run(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(recipe), run_name="__main__")
-    pictures = [p for p in (tmp_path / "outputs").glob("*.png") if "passes" not in p.name]  # maps aside
+    written = (tmp_path / "outputs").glob("*.png")
+    pictures = [
+        p for p in written if not {"passes", "sheet"} & set(p.stem.split("-"))
+    ]  # maps and sheets aside
     assert len(pictures) == 2
     assert Image.open(pictures[0]).size == (128, 128)
     assert "tokens per pass" in capsys.readouterr().out

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from varaccel.errors import InputError
+from varaccel.files import atomic_path
 from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
 from varaccel.tokenizers.vq import VQModel
 from varaccel.training import conditions
@@ -36,6 +42,39 @@ def adopt_image_tokenizer(pipeline: Path, target: Path) -> None:
     """Copy the single-scale image tokenizer of a pipeline to `target`, in float32."""
     if not target.exists():
         VQModel.from_pretrained(pipeline / "vq_model", dtype=torch.float32).save_pretrained(target)
+
+
+def borrow(folder: Path, components: Mapping[str, str]) -> None:
+    """Replace components of a saved pipeline by references to equal ones of sibling folders, see `borrowed.json`.
+
+    Args:
+        folder: of the pipeline.
+        components: names, and paths relative to `folder`, such as "../mini-llamagen/text_encoder".
+
+    Raises:
+        InputError: there is nothing at a path, or something else than what would be replaced.
+    """
+    for name, path in components.items():
+        for file in (folder / name).glob("*.safetensors"):
+            if not (other := folder / path / file.name).is_file() or _digest(other) != _digest(file):
+                raise InputError(
+                    f"{folder / path} does not hold the {name} of {folder}; nothing is borrowed."
+                )
+    known = folder / "borrowed.json"
+    earlier = json.loads(known.read_text()) if known.exists() else {}
+    with atomic_path(known) as temporary:
+        temporary.write_text(json.dumps({**earlier, **components}, indent=2) + "\n")
+    for name in components:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _digest(weights: Path) -> str:
+    """Of the tensors, whatever order or metadata they were saved with."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(weights).items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def caption_condition(

@@ -1,0 +1,113 @@
+"""Our plain VAR decoding against the published loop, said again without our savings: time and memory of both.
+
+    python eval/var_loop.py                       # mini-var, shipped weights
+    python eval/var_loop.py --size d16 --dtype bfloat16
+
+Sizes have random weights: time does not depend on them. Both draw with the same guidance and filters, take turns, and
+the ratio is that of the medians. What differs: modulation once per call instead of once per scale, a static cache
+without the last scale, the output layer over half of the rows, and sorting only what top-k leaves for top-p.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="mini-var", help="pipeline with weights")
+    parser.add_argument("--size", help="a published size with random weights instead, such as d16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--guidance-scale", type=float, default=1.5)
+    parser.add_argument("--top-k", type=int, default=900)
+    parser.add_argument("--top-p", type=float, default=0.96)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON here")
+    options = parser.parse_args()
+
+    import torch
+    from tqdm import tqdm
+
+    from varaccel import AutoPipeline, MultiScaleVQModel, VARPipeline, VARTransformer
+    from varaccel.errors import VaraccelError
+    from varaccel.evaluation.machine import describe_machine
+    from varaccel.evaluation.published_var import published_loop
+    from varaccel.files import atomic_path
+
+    try:
+        torch.manual_seed(0)
+        if options.size:
+            transformer = VARTransformer.from_preset(options.size).eval()
+            # the tokenizer's convolutions are not measured, so its smallest size will do
+            vq = MultiScaleVQModel(base_channels=32, scales=transformer.schedule.sides).eval()
+            pipe = VARPipeline(transformer, vq)
+            prompts: list[str | int] = [i % 1000 for i in range(options.batch)]
+        else:
+            pipe = AutoPipeline.from_pretrained(options.model)
+            prompts = ["a red sphere"] * options.batch
+        pipe.to(options.device, getattr(torch, options.dtype))
+        pipe.vq_model.float()
+        pipe.set_progress_bar_config(disable=True)
+        top_k = min(options.top_k, pipe.vq_model.codebook_size)
+        with torch.inference_mode():
+            vectors = pipe.transformer.embed_condition(*pipe._condition(prompts))
+
+        def ours() -> None:
+            pipe(
+                prompts,
+                seed=0,
+                guidance_scale=options.guidance_scale,
+                top_k=top_k,
+                top_p=options.top_p,
+                output_type="latent",
+            )
+
+        def theirs() -> None:
+            published_loop(
+                pipe.transformer,
+                pipe.vq_model.quantize,
+                vectors,
+                cfg=options.guidance_scale,
+                top_k=top_k,
+                top_p=options.top_p,
+            )
+
+        seconds: dict[str, list[float]] = {"ours": [], "published loop": []}
+        for repeat in tqdm(range(options.repeats + 1), desc="measuring"):
+            for name, run in (("ours", ours), ("published loop", theirs)):
+                start = time.perf_counter()
+                run()
+                if options.device != "cpu":
+                    torch.cuda.synchronize()
+                if repeat:  # the first round warms up
+                    seconds[name].append(time.perf_counter() - start)
+    except VaraccelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    result = {
+        "model": options.size or options.model,
+        "batch": options.batch,
+        "dtype": options.dtype,
+        "machine": describe_machine(pipe.transformer.device),
+        "seconds": seconds,
+        "ratio": medians["published loop"] / medians["ours"],
+    }
+    print(json.dumps(result, indent=2))
+    if options.out:
+        with atomic_path(options.out) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
