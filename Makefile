@@ -32,18 +32,24 @@ $(VENV)/dev.stamp: $(VENV)/pip.stamp pyproject.toml
 
 demo: $(VENV)/user.stamp
 	$(RUN) -m varaccel demo --out outputs
+	$(RUN) -m varaccel demo --model mini-var --out outputs/mini-var
 
 test: $(VENV)/dev.stamp
 	$(RUN) -m pytest
 
 bench: $(VENV)/dev.stamp
 	$(RUN) -m varaccel bench --out outputs/bench.json --plot outputs/bench.png --samples outputs/bench-samples.png
+	$(RUN) -m varaccel bench --model mini-var --batch 1 --batch 16 -a refiner:refiner=mini-var-small \
+		$(foreach n,6 5 4 3 2 1,-a code:draft_scales=$(n),refiner=mini-var-small) \
+		--out outputs/bench-var.json --plot outputs/bench-var.png --samples outputs/bench-var-samples.png
 
 app: $(VENV)/dev.stamp
 	$(RUN) app/app.py
 
 train-mini: $(VENV)/dev.stamp
 	$(RUN) pipelines/train_mini_llamagen.py
+	$(RUN) pipelines/train_mini_var.py
+	$(RUN) pipelines/train_mini_var.py --config pipelines/mini_var_small.json --stages transformer pipeline --minutes 25
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -38,7 +38,8 @@ from varaccel.files import atomic_path
 from varaccel.pipelines.pixels import to_output
 from varaccel.scenes import render, sample_scene
 from varaccel.scenes.cache import CachedScenes
-from varaccel.tokenizers.vq import VQModel
+from varaccel.training.codes import load_tokenizer
+from varaccel.training.vq import ImageTokenizer
 
 _LINE = 12
 
@@ -51,7 +52,9 @@ def render_scenes(seeds: Sequence[int], size: int) -> list[Image.Image]:
     ]
 
 
-def reconstruct(pictures: Sequence[Image.Image], tokenizer: VQModel, batch_size: int) -> list[Image.Image]:
+def reconstruct(
+    pictures: Sequence[Image.Image], tokenizer: ImageTokenizer, batch_size: int
+) -> list[Image.Image]:
     """Pictures after a round trip through an image tokenizer: the best that a model on its codes can do."""
     size = pictures[0].size[0]
     images = as_batch(pictures, size)
@@ -112,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--renderer", action="store_true", help="score true pictures instead: the ceiling")
     parser.add_argument(
-        "--tokenizer", type=Path, help="with --renderer: pass the pictures through this VQModel"
+        "--tokenizer", type=Path, help="with --renderer: pass the pictures through this image tokenizer"
     )
     parser.add_argument("--count", type=int, default=500, help="number of prompts")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per call")
@@ -155,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.renderer:
             pictures = render_scenes(list(prompts), detector.config.image_size)
             if options.tokenizer:
-                tokenizer = VQModel.from_pretrained(options.tokenizer).eval()
+                tokenizer = load_tokenizer(options.tokenizer).eval()
                 pictures = reconstruct(pictures, tokenizer, options.batch_size)
         else:
             pictures = draw_captions(

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from tests.tiny import (
     CLASSES,
     CODES,
     GRID,
     PROMPTS,
+    SCALES,
     drafting_pipeline,
     new_pipeline,
     pipeline,
@@ -29,13 +31,34 @@ from varaccel import Auto, AutoPipeline, DynamicTree, Jacobi, LlamaGenPipeline, 
 from varaccel.decoding.accelerator import ACCELERATORS, make_accelerator
 from varaccel.decoding.balance import Balance, measure_balance
 from varaccel.errors import CheckpointError, InputError
+from varaccel.pipelines.auto import PIPELINES
 from varaccel.pipelines.memory import OutOfMemory
 from varaccel.tokenizers.text import WordTokenizer
 
 HOSTS = ("c2i", "t2i")
-every = pytest.mark.parametrize(
-    ("host", "name"), [(h, n) for h in HOSTS for n, a in ACCELERATORS.items() if "llamagen" in a.hosts]
-)
+FAMILIES = {"llamagen": HOSTS, "var": ("var-class", "var-caption")}
+"""Hosts of each model family."""
+
+CANVASES = {
+    **dict.fromkeys(FAMILIES["llamagen"], (GRID, GRID)),
+    **dict.fromkeys(FAMILIES["var"], (sum(side**2 for side in SCALES),)),
+}
+"""Shape of one picture's tokens."""
+
+
+def on(*families: str) -> pytest.MarkDecorator:
+    """Every accelerator on every host of those families that it works on."""
+    pairs = [
+        (host, name)
+        for family in families
+        for host in FAMILIES[family]
+        for name, accelerator in ACCELERATORS.items()
+        if family in accelerator.hosts
+    ]
+    return pytest.mark.parametrize(("host", "name"), pairs)
+
+
+every = on(*FAMILIES)
 
 
 def codes(host: str, prompts: Any, **options: Any) -> torch.Tensor:
@@ -45,10 +68,20 @@ def codes(host: str, prompts: Any, **options: Any) -> torch.Tensor:
 # -- what every accelerator owes on every host ---------------------------------------------------------
 
 
+def test_no_family_is_forgotten() -> None:
+    """What the tests below do not know they would leave out in silence."""
+    for name, accelerator in ACCELERATORS.items():
+        assert accelerator.hosts, name
+        assert set(accelerator.hosts) <= FAMILIES.keys(), name
+    assert {pipe.family for pipe in PIPELINES.values()} == FAMILIES.keys()
+    for family, hosts in FAMILIES.items():
+        assert all(pipeline(host).family == family for host in hosts)
+
+
 @every
 def test_fills_the_canvas(host: str, name: str) -> None:
     out = pipeline(host)(PROMPTS[host], seed=3, accelerator=name, output_type="latent")
-    assert out.images.shape == (3, GRID, GRID)
+    assert out.images.shape == (3, *CANVASES[host])
     assert (out.written > 0).all()
     assert int(out.written.max()) == out.stats.passes
     assert 0 <= int(out.images.min()) <= int(out.images.max()) < CODES
@@ -72,19 +105,20 @@ def test_independent_of_the_batch(host: str, name: str) -> None:
 @every
 def test_leaves_networks_and_global_randomness_alone(host: str, name: str) -> None:
     pipe = pipeline(host)
-    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
-    attributes = set(vars(pipe.transformer))
+    networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    before = [{k: v.clone() for k, v in network.state_dict().items()} for network in networks]
+    attributes = [set(vars(network)) for network in networks]
     torch.manual_seed(0)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     pipe(PROMPTS[host], seed=1, accelerator=name)
     assert torch.equal(torch_state, torch.get_rng_state())
     assert np.array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
-    assert set(vars(pipe.transformer)) == attributes
-    after = pipe.transformer.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert [set(vars(network)) for network in networks] == attributes
+    for network, old in zip(networks, before, strict=True):
+        assert all(torch.equal(old[k], tensor) for k, tensor in network.state_dict().items())
 
 
-@every
+@on("llamagen")
 def test_static_shapes_equal_dynamic_ones(host: str, name: str) -> None:
     """What a compiled network is given (fixed shapes, all slots) yields the same tokens as the eager path."""
     pipe = new_pipeline(host)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
+from torch import nn
 
 from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
+from varaccel.models.var import VARTransformer
+from varaccel.pipelines.base import TokenPipeline
 from varaccel.pipelines.llamagen import LlamaGenPipeline
+from varaccel.pipelines.var import VARPipeline
+from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
 from varaccel.tokenizers.vq import VQModel
 
 GRID = 4
+SCALES = (1, 2, 3)
 CODES = 24
 WORDS = ("a", "red", "blue", "sphere", "cube", "left", "of")
 CLASSES = ("tench, Tinca tinca", "goldfish", "hammerhead", "cock", "hen")
@@ -63,9 +70,11 @@ def text_encoder(tokenizer: WordTokenizer, seed: int = 0) -> WordTextEncoder:
         ).eval()
 
 
-def new_pipeline(model_type: str) -> LlamaGenPipeline:
+def new_pipeline(model_type: str) -> TokenPipeline:
     """A pipeline of its own, for tests that change it."""
-    if model_type == "c2i":
+    if model_type.startswith("var-"):
+        pipe: TokenPipeline = new_var_pipeline(model_type.removeprefix("var-"))
+    elif model_type == "c2i":
         pipe = LlamaGenPipeline(transformer("c2i"), vq_model(), class_names=CLASSES, guidance_scale=2.0)
     else:
         tokenizer = WordTokenizer.from_words(WORDS, max_length=8)
@@ -123,7 +132,7 @@ def drafting_pipeline(
 
 
 @cache
-def pipeline(model_type: str) -> LlamaGenPipeline:
+def pipeline(model_type: str) -> TokenPipeline:
     """A pipeline shared by tests, which must not change it."""
     return new_pipeline(model_type)
 
@@ -132,3 +141,67 @@ PROMPTS: dict[str, list[str | int]] = {
     "c2i": [0, "goldfish", 4],
     "t2i": ["a red sphere", "a blue cube left of a red sphere", "sphere"],
 }
+PROMPTS |= {"var-class": PROMPTS["c2i"], "var-caption": PROMPTS["t2i"]}
+
+
+def redraw(model: nn.Module, seed: int, std: float = 0.2) -> None:
+    """Draw all parameters anew, biases, norms and gates included, so that each of them matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=std, generator=generator)
+            if name.endswith("scale_mul_1H11"):
+                parameter.add_(math.log(4))
+            elif "norm" in name and name.endswith("weight"):
+                parameter.add_(1)
+
+
+def var_transformer(condition_type: str, seed: int = 0, **changes: object) -> VARTransformer:
+    """A random next-scale model whose laws are neither flat nor certain, so that sampling matters."""
+    sizes: dict[str, object] = {
+        "condition_type": condition_type,
+        "depth": 3,
+        "dim": 32,
+        "num_heads": 4,
+        "vocab_size": CODES,
+        "codebook_dim": 4,
+        "scales": SCALES,
+        "num_classes": len(CLASSES),
+        "caption_dim": 16,
+    }
+    model = VARTransformer(**{**sizes, **changes})
+    redraw(model, seed)
+    with torch.no_grad():
+        model.head.weight.mul_(0.5)
+    return model.eval()
+
+
+def multiscale_vq(seed: int = 0, **changes: object) -> MultiScaleVQModel:
+    sizes: dict[str, object] = {
+        "base_channels": 8,
+        "channel_multipliers": (1, 2),
+        "num_res_blocks": 1,
+        "codebook_size": CODES,
+        "codebook_dim": 4,
+        "scales": SCALES,
+        "norm_groups": 4,
+    }
+    model = MultiScaleVQModel(**{**sizes, **changes})
+    redraw(model, seed)
+    with torch.no_grad():
+        model.quantize.embedding.weight.mul_(5)
+    return model.eval()
+
+
+def new_var_pipeline(condition_type: str) -> VARPipeline:
+    """A pipeline with a smaller model of other weights as its refiner."""
+    words = WordTokenizer.from_words(WORDS, max_length=8) if condition_type == "caption" else None
+    return VARPipeline(
+        var_transformer(condition_type),
+        multiscale_vq(),
+        None if words is None else text_encoder(words),
+        words,
+        refiner=var_transformer(condition_type, seed=1, depth=2),
+        class_names=CLASSES if condition_type == "class" else None,
+        guidance_scale=2.0,
+    )

@@ -106,6 +106,6 @@ def published_loop(
         feature_map = feature_map + quantizer.spread(quantizer.lookup(drawn), scale)
         if scale + 1 < len(schedule):
             seen = quantizer.look(feature_map, scale + 1)
-            x = model.word_embed(seen) + levels[:, schedule.span(scale + 1)]
+            x = model.word_embed(seen.to(model.word_embed.weight.dtype)) + levels[:, schedule.span(scale + 1)]
             x = x.repeat(2, 1, 1)
     return torch.cat(codes, 1), feature_map

@@ -32,16 +32,19 @@ def picture_tensor(image: Any, size: int) -> Tensor:
 
         fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    x = torch.as_tensor(image).float()
+    x = _numbers(image)
+    given = list(x.shape)
     x = x.squeeze(0) if x.dim() == 4 else x
     if x.dim() == 3 and x.shape[-1] == 3:
         x = x.permute(2, 0, 1)
     if x.shape != (3, size, size):
         raise InputError(
             f"the picture must be a PIL image, or numbers in [0, 1] of shape [3, {size}, {size}], "
-            f"got {list(torch.as_tensor(image).shape)}."
+            f"got {given or type(image).__name__}."
         )
-    return x[None].clamp(0, 1) * 2 - 1
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise InputError("the picture's numbers must be from 0 to 1; divide 8-bit values by 255.")
+    return x[None] * 2 - 1
 
 
 def mask_tensor(mask: Any, size: int) -> Tensor:
@@ -59,9 +62,13 @@ def mask_tensor(mask: Any, size: int) -> Tensor:
         fitted = ImageOps.fit(mask.convert("L"), (size, size), Image.Resampling.BILINEAR)
         x = torch.from_numpy(np.array(fitted)).float() / 255
     else:
-        x = torch.as_tensor(mask).float().squeeze()
+        x = _numbers(mask)
+        given = list(x.shape)
+        x = x.squeeze()
         if x.dim() != 2:
-            raise InputError(f"a mask must have the shape [H, W], got {list(torch.as_tensor(mask).shape)}.")
+            raise InputError(
+                f"a mask must be a PIL image or numbers of shape [H, W], got {given or type(mask).__name__}."
+            )
         if x.shape != (size, size):
             x = F.interpolate(x[None, None], (size, size), mode="bilinear")[0, 0]
     painted = (x > 0.5).float()
@@ -70,6 +77,14 @@ def mask_tensor(mask: Any, size: int) -> Tensor:
             "the mask is black everywhere, so nothing would be painted; paint the part to change white."
         )
     return painted
+
+
+def _numbers(values: Any) -> Tensor:
+    """An array, tensor or nested list as float32; of shape [] if it is nothing of the kind."""
+    try:
+        return torch.as_tensor(values).float()
+    except (TypeError, ValueError, RuntimeError):
+        return torch.zeros(())
 
 
 def kept_tokens(mask: Tensor, schedule: ScaleSchedule) -> Tensor:
@@ -107,6 +122,8 @@ def placed(image: Any, box: tuple[int, int, int, int], size: int) -> tuple[Image
     Raises:
         InputError: a box outside the picture, or one that covers all of it.
     """
+    if len(box) != 4 or not all(isinstance(edge, (int, np.integer)) for edge in box):
+        raise InputError(f"the box must be four integers, (left, top, right, bottom), got {box}.")
     left, top, right, bottom = box
     if not (0 <= left < right <= size and 0 <= top < bottom <= size):
         raise InputError(f"the box must lie within 0 to {size} as (left, top, right, bottom), got {box}.")

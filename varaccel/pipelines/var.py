@@ -15,6 +15,7 @@ from varaccel.decoding.accelerator import Accelerator, Job
 from varaccel.decoding.canvas import Canvas
 from varaccel.decoding.feature_map import FeatureMap
 from varaccel.decoding.loop import OnStep, Step
+from varaccel.decoding.options import positive_integer
 from varaccel.decoding.published_rng import PublishedDraws
 from varaccel.decoding.scale_order import Scales
 from varaccel.decoding.scale_sampling import ScaleGuidance, ScaleSampling
@@ -28,8 +29,8 @@ from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.pixels import to_output
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 
-NO_CONDITION = -1
-"""What stands for "no prompt" among prompts, as a negative label does in the published code."""
+NO_CONDITION = "\0no condition"
+"""What stands for "no prompt" among prompts; recognised by identity, so that nobody can write it."""
 
 
 @dataclass
@@ -214,7 +215,8 @@ class VARPipeline(TokenPipeline):
             output_type: "pil", "np", "pt", or "latent" for the token codes [B, L].
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every scale as (pipe, scale from 0, its tokens, {"canvas": canvas,
-                "preview": function}); `preview()` decodes what there is to pictures of `output_type`. Set
+                "preview": function}); `preview()` decodes what there is to pictures of `output_type` (arrays if
+                that is "latent"). Set
                 `pipe._interrupt = True` in it to stop; the pictures then show the scales that are there.
 
         Raises:
@@ -277,6 +279,7 @@ class VARPipeline(TokenPipeline):
             InputError: any argument that cannot be used.
             OutOfMemory: the device is too small for the call.
         """
+        positive_integer("num_images", num_images)
         pixels = picture_tensor(image, self.image_size).to(self._execution_device, self.vq_model.dtype)
         kept = kept_tokens(mask_tensor(mask, self.image_size), self.transformer.schedule)
         settings = VARSettings(
@@ -332,8 +335,8 @@ class VARPipeline(TokenPipeline):
     # -- what the base asks for ------------------------------------------------------------------------
 
     def _condition(self, prompts: list[str | int]) -> tuple[Tensor, Tensor | None]:
-        if prompts == [NO_CONDITION]:
-            return torch.full((1,), NO_CONDITION, device=self._execution_device), None
+        if prompts[0] is NO_CONDITION:
+            return torch.zeros(1, 0, device=self._execution_device), None
         if self.transformer.config.condition_type == "class":
             return self._labels(prompts), None
         text = self._text(prompts, self.text_encoder.config.max_length)
@@ -381,11 +384,10 @@ class VARPipeline(TokenPipeline):
         sampling = dataclasses.replace(run.settings.sampling, **(sampling_changes or {}))
         sampling.check(self.transformer.schedule, self.vq_model.codebook_size)
         own = network is None or network is self.transformer
-        unconditional = run.condition.dtype == torch.int64 and bool((run.condition == NO_CONDITION).all())
         return ScaleSession(
             self.transformer if network is None else network,
             run.settings.features,
-            None if unconditional else run.condition,
+            run.condition if run.condition.numel() else None,
             run.mask,
             guidance=guidance or run.settings.guidance,
             sampling=sampling,
