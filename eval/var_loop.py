@@ -1,4 +1,4 @@
-"""Our plain VAR decoding against the published loop, said again without our savings: time and memory of both.
+"""Our plain VAR decoding against the published loop, said again without our savings: time of both.
 
     python eval/var_loop.py                       # mini-var, shipped weights
     python eval/var_loop.py --size d16 --dtype bfloat16
@@ -38,10 +38,10 @@ def main() -> int:
     from tqdm import tqdm
 
     from varaccel import AutoPipeline, MultiScaleVQModel, VARPipeline, VARTransformer
+    from varaccel.cli import write_text
     from varaccel.errors import VaraccelError
     from varaccel.evaluation.machine import describe_machine
     from varaccel.evaluation.published_var import published_loop
-    from varaccel.files import atomic_path
 
     try:
         torch.manual_seed(0)
@@ -105,8 +105,7 @@ def main() -> int:
     }
     print(json.dumps(result, indent=2))
     if options.out:
-        with atomic_path(options.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
+        write_text(json.dumps(result, indent=2) + "\n", options.out)
     return 0
 
 

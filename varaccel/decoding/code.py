@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from varaccel.decoding.scale_order import ScaleFeed, Scales
 from varaccel.decoding.scale_sampling import ScaleGuidance
 from varaccel.decoding.scale_session import ScaleSession
 from varaccel.decoding.statistics import Relayed, Stage
+from varaccel.decoding.stopwatch import Stopwatch
 from varaccel.errors import InputError
 
 if TYPE_CHECKING:  # models import decoding
@@ -37,7 +37,6 @@ class Relay:
         openers: make the sessions.
         names: what the stages are called.
         border: the second session starts at this scale.
-        tokens: per picture before the border, and in all.
         device: to wait for at the border, so that times are true.
     """
 
@@ -46,43 +45,33 @@ class Relay:
         openers: tuple[Callable[[], ScaleSession], Callable[[], ScaleSession]],
         names: tuple[str, str],
         border: int,
-        tokens: tuple[int, int],
         device: torch.device,
     ) -> None:
-        self.openers, self.names, self.border, self.tokens, self.device = (
-            openers,
-            names,
-            border,
-            tokens,
-            device,
-        )
+        self.openers, self.names, self.border = openers, names, border
         self.stages: list[Stage] = []
         self._session: ScaleSession | None = None
-        self._started = self._now()
+        self._tokens = 0  # per picture, of the stage that is running
+        self._clock = Stopwatch(device)
 
     def predict(self, canvas: Canvas, feed: ScaleFeed) -> Categorical:
         if feed.scale == self.border:
             self.finish()
         if self._session is None:
             self._session = self.openers[len(self.stages)]()
+        self._tokens += feed.positions.shape[-1]
         return self._session.predict(canvas, feed)
 
     def finish(self) -> None:
         """End the stage that is running: free its cache and note what it cost."""
-        session, number = self._session, len(self.stages)
+        session = self._session
         if session is None:
             return
         session.close()
-        now = self._now()
-        tokens = self.tokens[0] if number == 0 else self.tokens[1] - self.tokens[0]
-        seconds = now - self._started
-        self.stages.append(Stage(self.names[number], seconds, session.reads, tokens, session.cache_bytes))
-        self._session, self._started = None, now
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        name = self.names[len(self.stages)]
+        self._clock.lap(name)
+        seconds = self._clock.laps[name]
+        self.stages.append(Stage(name, seconds, session.reads, self._tokens, session.cache_bytes))
+        self._session, self._tokens = None, 0
 
 
 @register
@@ -132,14 +121,12 @@ class CoDe(Accelerator):
         return Plain() if count == scales else dataclasses.replace(self, draft_scales=count)
 
     def run(self, job: Job) -> Relayed:
-        schedule = _order(job).schedule
-        border = schedule.borders[count := self._count(job)]
-        refiner = None if count == len(schedule) else check_refiner(self.refiner, job)
+        count = self._count(job)
+        refiner = None if count == len(_order(job).schedule) else check_refiner(self.refiner, job)
         relay = Relay(
-            (lambda: job.open_session(until=count), lambda: job.open_session(refiner, **self._changes(job))),
+            (lambda: job.open_session(until=count), lambda: job.open_session(refiner, **self._changes())),
             ("draft", "refine"),
             count,
-            (border, schedule.num_tokens),
             job.device,
         )
         passes = decode(relay, job.canvas, job.order, job.randomness, job.on_step)
@@ -153,7 +140,7 @@ class CoDe(Accelerator):
             raise InputError(f"draft_scales must be from 1 to the model's {scales} scales, got {count}.")
         return count
 
-    def _changes(self, job: Job) -> dict[str, Any]:
+    def _changes(self) -> dict[str, Any]:
         """Options of the refiner's session that differ from the call's."""
         options: dict[str, Any] = {}
         if self.refiner_guidance_scale is not None:

@@ -64,6 +64,9 @@ class ScaleSession:
         self.reads = 0  # forward passes of the network
         self.cache_bytes = 0  # size of the cache, also after it was freed
         with torch.inference_mode():
+            # once per call: built from numbers of the host, which a pass should not wait for
+            self._scales = network.scale_of_tokens()
+            self._positions = network.positions()
             null = network.modulate(network.null_condition())
             if condition is None:
                 self._modulation = null.expand(self.batch)
@@ -91,7 +94,7 @@ class ScaleSession:
         first, rows = self._encoded, self.rows_per_pass
         span = slice(self.schedule.borders[first], self.schedule.borders[scale + 1])
         seen = self.features.seen(canvas, first, scale).repeat(rows // self.batch, 1, 1)
-        x = network.embed(modulation.start if first == 0 else None, seen, span)
+        x = network.embed(modulation.start if first == 0 else None, seen, self._positions[:, span])
         asked = span.stop - self.schedule.borders[scale]
         tail = asked if asked < span.stop - span.start else None
         x = self._transform(x, modulation.blocks, self._reading(first, scale), tail)
@@ -115,7 +118,7 @@ class ScaleSession:
         device = self.features.value.device
         mask = None
         if scale > first:  # several scales in one pass: none may look ahead
-            scales = self.network.scale_of_tokens(device)[:stop]
+            scales = self._scales[:stop]
             mask = scales[stored:].unsqueeze(1) >= scales  # [P, K]
         if scale == self.until - 1:
             if self.cache is None:

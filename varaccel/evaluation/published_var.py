@@ -87,7 +87,7 @@ def published_loop(
     """
     schedule, batch = model.schedule, len(vectors)
     both = torch.cat([vectors, model.null_condition().expand(batch, -1)])
-    levels = model.lvl_embed(model.scale_of_tokens()) + model.pos_1LC
+    levels = model.positions()
     x = both.unsqueeze(1) + model.pos_start + levels[:, :1]
     feature_map = quantizer.start(batch)
     past = [_Grown() for _ in model.blocks]

@@ -273,11 +273,11 @@ class VARTransformer(ModelMixin, ConfigMixin):
             device=self.device,
         )
 
-    def scale_of_tokens(self, device: torch.device | None = None) -> Tensor:
+    def scale_of_tokens(self) -> Tensor:
         """[L] int64, the scale that each token belongs to."""
         counts = (side * side for side in self.schedule.sides)
         scales = [scale for scale, count in enumerate(counts) for _ in range(count)]
-        return torch.tensor(scales, device=device or self.device)
+        return torch.tensor(scales, device=self.device)
 
     # -- the network -----------------------------------------------------------------------------------
 
@@ -316,21 +316,21 @@ class VARTransformer(ModelMixin, ConfigMixin):
         """[R, parts * C] -> [parts, R, 1, C]."""
         return values.unflatten(1, (parts, 1, -1)).transpose(0, 1)
 
-    def positions(self, span: slice) -> Tensor:
-        """Level and position embeddings of tokens, [1, P, C]."""
-        levels = self.lvl_embed(self.scale_of_tokens()[span])
-        return levels + self.pos_1LC[:, span]
+    def positions(self) -> Tensor:
+        """Level and position embeddings of all tokens, [1, L, C]."""
+        return self.lvl_embed(self.scale_of_tokens()) + self.pos_1LC
 
-    def embed(self, start: Tensor | None, seen: Tensor, span: slice) -> Tensor:
-        """Inputs of the tokens in `span`.
+    def embed(self, start: Tensor | None, seen: Tensor, positions: Tensor) -> Tensor:
+        """Inputs of tokens.
 
         Args:
-            start: [R, 1, C] of the modulation if the span begins with token 0, else None.
+            start: [R, 1, C] of the modulation if they begin with token 0, else None.
             seen: [R, P, D], what the (other) tokens see of the scales before theirs.
+            positions: their part of `positions()`, [1, P, C].
         """
         words = self.word_embed(seen.to(self.word_embed.weight.dtype))
         words = words if start is None else torch.cat([start.to(words.dtype), words], 1)
-        return words + self.positions(span)
+        return words + positions
 
     def transform(
         self, x: Tensor, modulation: Sequence[Tensor], reading: Reading, tail: int | None = None
@@ -373,12 +373,13 @@ class VARTransformer(ModelMixin, ConfigMixin):
         if dropped is not None:
             vectors = torch.where(dropped.unsqueeze(1), self.null_condition().to(vectors.dtype), vectors)
         modulation = self.modulate(vectors)
-        span = slice(0, inputs.shape[1] + 1)
-        if span.stop not in self.schedule.borders[1:]:
-            raise InputError(f"{span.stop} tokens are no whole scales of {list(self.schedule.sides)}.")
-        scales = self.scale_of_tokens()[span]
+        length = inputs.shape[1] + 1
+        if length not in self.schedule.borders[1:]:
+            raise InputError(f"{length} tokens are no whole scales of {list(self.schedule.sides)}.")
+        scales = self.scale_of_tokens()[:length]
         mask = scales.unsqueeze(1) >= scales  # [P, P]
-        x = self.transform(self.embed(modulation.start, inputs, span), modulation.blocks, Reading(mask=mask))
+        x = self.embed(modulation.start, inputs, self.positions()[:, :length])
+        x = self.transform(x, modulation.blocks, Reading(mask=mask))
         return self.logits(self.head_nm(x, modulation.head))
 
     # -- published weights -----------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from varaccel.decoding.canvas import Canvas
 from varaccel.decoding.loop import OnStep, Step
 from varaccel.decoding.randomness import Randomness, picture_generators
 from varaccel.decoding.statistics import Counts, Relayed, Statistics, Tally
+from varaccel.decoding.stopwatch import Stopwatch
 from varaccel.errors import InputError, unknown_name
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.memory import memory_errors
@@ -352,22 +352,3 @@ def _of_counts(counts: Counts | None) -> dict[str, Any]:
         "accepted": tuple(accepted.tolist()),
         "draft_passes": counts.draft_passes,
     }
-
-
-class Stopwatch:
-    """Wall-clock time by phase; waits for the device at the borders of phases only."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.laps: dict[str, float] = {}
-        self._last = self._now()
-
-    def lap(self, name: str) -> None:
-        now = self._now()
-        self.laps[name] = now - self._last
-        self._last = now
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -33,7 +33,7 @@ NO_CONDITION = "\0no condition"
 """What stands for "no prompt" among prompts; recognised by identity, so that nobody can write it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class VARSettings:
     """What a call of this family needs to know beside what all calls do.
 
@@ -43,7 +43,6 @@ class VARSettings:
         published_seed: seed of the published random stream; None for numbers of each picture's own.
         cache_dtype: number type of stored keys and values.
         source: codes [1, L] and kept tokens [L] of a picture that is edited.
-        features: what the scales add up to; set when the call starts.
     """
 
     guidance: ScaleGuidance
@@ -52,11 +51,12 @@ class VARSettings:
     published_seed: int | None = None
     cache_dtype: torch.dtype | None = None
     source: tuple[Tensor, Tensor] | None = None
-    features: FeatureMap = field(init=False)
 
 
 class VARPipeline(TokenPipeline):
     """Class- or text-conditional generation with a VAR transformer and any accelerator for it.
+
+    The state of a call is the `FeatureMap` that its sessions share.
 
     Args:
         transformer: the next-scale model.
@@ -216,8 +216,8 @@ class VARPipeline(TokenPipeline):
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every scale as (pipe, scale from 0, its tokens, {"canvas": canvas,
                 "preview": function}); `preview()` decodes what there is to pictures of `output_type` (arrays if
-                that is "latent"). Set
-                `pipe._interrupt = True` in it to stop; the pictures then show the scales that are there.
+                that is "latent"). Set `pipe._interrupt = True` in it to stop; the pictures then show the scales
+                that are there.
 
         Raises:
             InputError: any argument that cannot be used.
@@ -358,7 +358,7 @@ class VARPipeline(TokenPipeline):
     def _make_job(self, run: Run, open_session: Callable[..., Any], randomness: Any, on_step: OnStep) -> Job:
         codes = self.vq_model.codebook_size
         noise = randomness.gumbel(codes) if run.settings.smooth else None
-        run.settings.features = FeatureMap(self.vq_model.quantize, run.canvas.batch, noise)
+        run.state = FeatureMap(self.vq_model.quantize, run.canvas.batch, noise)
         return Job(
             open_session,
             self.transformer,
@@ -381,12 +381,14 @@ class VARPipeline(TokenPipeline):
         sampling_changes: Mapping[str, Any] | None = None,
         until: int | None = None,
     ) -> ScaleSession:
-        sampling = dataclasses.replace(run.settings.sampling, **(sampling_changes or {}))
-        sampling.check(self.transformer.schedule, self.vq_model.codebook_size)
+        sampling = run.settings.sampling
+        if sampling_changes:
+            sampling = dataclasses.replace(sampling, **sampling_changes)
+            sampling.check(self.transformer.schedule, self.vq_model.codebook_size)
         own = network is None or network is self.transformer
         return ScaleSession(
             self.transformer if network is None else network,
-            run.settings.features,
+            run.state,
             run.condition if run.condition.numel() else None,
             run.mask,
             guidance=guidance or run.settings.guidance,
@@ -402,7 +404,7 @@ class VARPipeline(TokenPipeline):
         return self._preview(run, self._finished_scales(run.canvas))
 
     def _preview(self, run: Run, scales: int) -> Any:
-        features = run.settings.features
+        features = run.state
         features.follow(run.canvas, scales)
         return to_output(self.vq_model.decode(features.value), run.call.output_type)
 
