@@ -59,6 +59,18 @@ def check_picture_path(path: Path) -> None:
         raise InputError(f"{path} must end with the name of a picture format, such as .png, .jpg or .webp.")
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were typed; the others are the model's own."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def write_sheet(images: list[Image.Image], path: Path) -> None:
+    """Write one picture as it is, several on one sheet."""
+    from varaccel.pipelines.pixels import grid
+
+    write_picture(images[0] if len(images) == 1 else grid(images), path)
+
+
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """No progress bars while a model is downloaded and loaded."""
@@ -150,26 +162,19 @@ def generate(
 ) -> None:
     """Make pictures from prompts."""
     from varaccel.decoding.accelerator import make_accelerator
-    from varaccel.pipelines.pixels import grid
 
     chosen = make_accelerator(accelerator, parse_options(option or []))
     check_picture_path(out)
     pipe = load_pipeline(model, quiet=quiet or as_json)
-    asked = {
-        "guidance_scale": guidance_scale,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
     output = pipe(
         prompt,
         seed=seed,
         num_images_per_prompt=count,
         accelerator=chosen,
-        **{name: value for name, value in asked.items() if value is not None},
+        **given(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p),
     )
     images = output.images
-    write_picture(images[0] if len(images) == 1 else grid(images), out)
+    write_sheet(images, out)
     if separate:
         for index, image in enumerate(images):
             write_picture(image, numbered(out, index))
@@ -199,16 +204,13 @@ def inpaint(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Paint a part of a picture anew (next-scale models)."""
-    from varaccel.pipelines.pixels import grid
-
     check_picture_path(out)
     opened = [_read_picture(path) for path in (picture, mask)]
     pipe: Any = load_pipeline(model, quiet=quiet)
     if not hasattr(pipe, "inpaint"):
         raise InputError(f"{model} cannot paint into a picture; choose a next-scale model such as mini-var.")
     output = pipe.inpaint(*opened, prompt, seed=seed, num_images=count, guidance_scale=guidance_scale)
-    images = output.images
-    write_picture(images[0] if len(images) == 1 else grid(images), out)
+    write_sheet(output.images, out)
     typer.echo(f"{out}\n{output.stats}")
 
 
@@ -394,8 +396,7 @@ def bench(
     seeds, captions = list(held_out), list(held_out.values())
     prompts = examples(pipe, [text.text for text in captions[: max(batches) * repeats]])
     detector = load_detector() if pictures else None
-    chosen = {"guidance_scale": guidance_scale, "temperature": temperature}
-    call: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    call = given(guidance_scale=guidance_scale, temperature=temperature)
     report = measuring.run_bench(
         pipe,
         grid,

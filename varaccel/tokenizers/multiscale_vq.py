@@ -23,7 +23,14 @@ from varaccel.errors import CheckpointError, InputError
 from varaccel.models.checkpoints import load_strict, read_published_weights
 from varaccel.tokenizers.blocks import Decoder, Encoder
 from varaccel.tokenizers.scales import SCALES_256, ScaleSchedule, shared_convolution_table
-from varaccel.tokenizers.vq import QUANTIZE_CHUNK, VQTrainingOutput
+from varaccel.tokenizers.vq import (
+    QUANTIZE_CHUNK,
+    VQTrainingOutput,
+    check_images,
+    check_integers,
+    check_latents,
+    check_range,
+)
 
 
 @dataclass(frozen=True)
@@ -149,10 +156,14 @@ class MultiScaleQuantizer(nn.Module):
             rest = rest - self.spread(sites[-1], scale)
         return torch.cat(sites, 1)
 
-    def feature_maps(self, indices: Tensor) -> list[Tensor]:
-        """The feature map after every scale, S tensors [B, D, n, n] float32, of all codes [B, L]."""
+    def feature_maps(self, indices: Tensor, scales: int | None = None) -> list[Tensor]:
+        """The feature map after each of the first `scales` scales (all if None), [B, D, n, n] float32 each.
+
+        Args:
+            indices: [B, L], or without the scales that are left out.
+        """
         maps, current = [], self.start(len(indices))
-        for scale in range(len(self.schedule)):
+        for scale in range(len(self.schedule) if scales is None else scales):
             current = current + self.spread(self.lookup(indices[:, self.schedule.span(scale)]), scale)
             maps.append(current)
         return maps
@@ -163,12 +174,10 @@ class MultiScaleQuantizer(nn.Module):
         Args:
             indices: [B, L] or without the last scale.
         """
-        current = self.start(len(indices))
-        seen = []
-        for scale in range(len(self.schedule) - 1):
-            current = current + self.spread(self.lookup(indices[:, self.schedule.span(scale)]), scale)
-            seen.append(self.look(current, scale + 1))
-        return torch.cat(seen, 1) if seen else current.new_zeros(len(indices), 0, current.shape[1])
+        maps = self.feature_maps(indices, len(self.schedule) - 1)
+        if not maps:
+            return self.start(len(indices)).flatten(2).mT[:, :0]
+        return torch.cat([self.look(current, scale) for scale, current in enumerate(maps, start=1)], 1)
 
 
 class MultiScaleVQModel(ModelMixin, ConfigMixin):
@@ -303,10 +312,7 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
         Raises:
             InputError: not of shape [B, D, h, w].
         """
-        if quantized.ndim != 4 or quantized.shape[1] != self.config.codebook_dim:
-            raise InputError(
-                f"decode takes [B, {self.config.codebook_dim}, h, w] latents, got {list(quantized.shape)}."
-            )
+        check_latents(quantized, self.config.codebook_dim)
         return self.decoder(self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype)))
 
     def decode_codes(self, indices: Tensor) -> Tensor:
@@ -315,17 +321,14 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
         Raises:
             InputError: not integers, outside [0, codebook_size), or not L of them.
         """
-        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-            raise InputError(f"codes must be integers, got {indices.dtype}.")
+        check_integers(indices)
         if indices.ndim != 2 or indices.shape[1] != self.schedule.num_tokens:
             raise InputError(
                 f"codes must have shape [B, {self.schedule.num_tokens}] for the scales "
                 f"{list(self.schedule.sides)}, got {list(indices.shape)}."
             )
-        indices = indices.long()
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
-            raise InputError(f"codes must lie in [0, {self.codebook_size}).")
-        return self.decode(self.quantize.feature_maps(indices)[-1])
+        check_range(indices, self.codebook_size)
+        return self.decode(self.quantize.feature_maps(indices.long())[-1])
 
     def forward(self, images: Tensor, quantize: bool = True) -> VQTrainingOutput:
         """One training pass over `images` [B, C, H, W]; gradients skip the quantiser (straight-through).
@@ -350,10 +353,7 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
         )
 
     def _latents(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != self.config.in_channels:
-            raise InputError(
-                f"images must have shape [B, {self.config.in_channels}, H, W], got {list(images.shape)}."
-            )
+        check_images(images, self.config.in_channels)
         self.grid((images.shape[2], images.shape[3]))
         return self.quant_conv(self.encoder(images))
 

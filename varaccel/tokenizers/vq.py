@@ -90,6 +90,30 @@ class VectorQuantizer(nn.Module):
         return torch.cat([(part @ codebook.T).argmax(dim=-1) for part in sites.split(QUANTIZE_CHUNK)])
 
 
+def check_images(images: Tensor, channels: int) -> None:
+    """Raise InputError unless `images` are [B, channels, H, W]."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise InputError(f"images must have shape [B, {channels}, H, W], got {list(images.shape)}.")
+
+
+def check_latents(latents: Tensor, dim: int) -> None:
+    """Raise InputError unless `latents` are [B, dim, h, w]."""
+    if latents.ndim != 4 or latents.shape[1] != dim:
+        raise InputError(f"decode takes [B, {dim}, h, w] latents, got {list(latents.shape)}.")
+
+
+def check_integers(indices: Tensor) -> None:
+    """Raise InputError unless `indices` are integers of some type."""
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise InputError(f"codes must be integers, got {indices.dtype}.")
+
+
+def check_range(indices: Tensor, codebook_size: int) -> None:
+    """Raise InputError unless all `indices` are codes. Waits for the device."""
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < codebook_size:
+        raise InputError(f"codes must lie in [0, {codebook_size}).")
+
+
 class VQModel(ModelMixin, ConfigMixin):
     """Convolutional encoder, l2-normalised vector quantiser, convolutional decoder.
 
@@ -222,10 +246,7 @@ class VQModel(ModelMixin, ConfigMixin):
         Raises:
             InputError: not of shape [B, D, h, w].
         """
-        if quantized.ndim != 4 or quantized.shape[1] != self.config.codebook_dim:
-            raise InputError(
-                f"decode takes [B, {self.config.codebook_dim}, h, w] latents, got {list(quantized.shape)}."
-            )
+        check_latents(quantized, self.config.codebook_dim)
         return self.decoder(self.post_quant_conv(quantized))
 
     def decode_codes(self, indices: Tensor) -> Tensor:
@@ -234,8 +255,7 @@ class VQModel(ModelMixin, ConfigMixin):
         Raises:
             InputError: not integers, outside [0, codebook_size), or N is not a square number.
         """
-        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-            raise InputError(f"codes must be integers, got {indices.dtype}.")
+        check_integers(indices)
         if indices.ndim == 2:
             side = math.isqrt(indices.shape[1])
             if side * side != indices.shape[1]:
@@ -245,10 +265,8 @@ class VQModel(ModelMixin, ConfigMixin):
             indices = indices.view(-1, side, side)
         if indices.ndim != 3:
             raise InputError(f"codes must have shape [B, h, w] or [B, N], got {list(indices.shape)}.")
-        indices = indices.long()
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
-            raise InputError(f"codes must lie in [0, {self.codebook_size}).")
-        return self.decode(self.lookup(indices))
+        check_range(indices, self.codebook_size)
+        return self.decode(self.lookup(indices.long()))
 
     def forward(self, images: Tensor) -> VQTrainingOutput:
         """One training pass over `images` [B, C, H, W]; gradients skip the quantiser (straight-through)."""
@@ -272,10 +290,7 @@ class VQModel(ModelMixin, ConfigMixin):
         )
 
     def _latents(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != self.config.in_channels:
-            raise InputError(
-                f"images must have shape [B, {self.config.in_channels}, H, W], got {list(images.shape)}."
-            )
+        check_images(images, self.config.in_channels)
         self.grid((images.shape[2], images.shape[3]))
         return self.quant_conv(self.encoder(images))
 
