@@ -16,7 +16,7 @@ class Plain(Accelerator):
 
     name: ClassVar[str] = "plain"
     lossless: ClassVar[bool] = True
-    hosts: ClassVar[tuple[str, ...]] = ("llamagen", "var")
+    hosts: ClassVar[tuple[str, ...]] = ("llamagen", "var", "mar")
     summary: ClassVar[str] = "one token per pass, in raster order"
 
     def run(self, job: Job) -> int:

@@ -33,19 +33,27 @@ def caption_condition(
     preprocess: Callable[[str], str] = getattr(tokenizer, "preprocess_prompt", clean_prompt)
     source = text_encoder.device
 
-    @torch.no_grad()
-    def condition(indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        tokens = tokenizer(
-            [preprocess(captions[index]) for index in indices.tolist()],
+    parts = [
+        tokenizer(
+            [preprocess(caption) for caption in captions[start : start + 1024]],
             max_length=prefix_length,
             padding="max_length",
             truncation=True,
             return_attention_mask=True,
             return_tensors="pt",
         )
-        ids, mask = tokens["input_ids"].to(source), tokens["attention_mask"].to(source)
+        for start in range(0, len(captions), 1024)
+    ]
+    # once, not in every step: a step on a GPU is over before a tokenizer has read its captions
+    ids = torch.cat([part["input_ids"] for part in parts]).to(source)
+    masks = torch.cat([part["attention_mask"] for part in parts]).to(source)
+
+    @torch.no_grad()
+    def condition(indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        chosen = indices.to(source)
+        mask = masks[chosen]
         with torch.autocast(source.type, torch.bfloat16):
-            hidden = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            hidden = text_encoder(input_ids=ids[chosen], attention_mask=mask).last_hidden_state
         text = TextFeatures.from_hidden_states(hidden.float(), mask).to(device)
         return text.features, text.mask
 

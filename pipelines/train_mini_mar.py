@@ -1,0 +1,167 @@
+"""Train `mini-mar`: scenes, KL image tokenizer, latents, and the masked transformer with its diffusion head.
+
+    python pipelines/train_mini_mar.py --out runs
+
+Every stage keeps its own folder below OUT and is skipped or resumed when the command is run again. Text encoder
+and word tokenizer are those of `weights/mini-llamagen`. The transformer is trained in OUT/NAME, NAME from the
+config; the finished pipeline is written to OUT/mini-NAME, and `--install weights/mini-mar` puts it where it ships.
+The small model, which drafts for the large one, is trained on the same latents:
+
+    python pipelines/train_mini_mar.py --out runs --config pipelines/mini_mar_small.json --stages transformer pipeline
+    python pipelines/train_mini_mar.py --out runs --stages pipeline --draft runs/mar-small/export
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from varaccel.training.allocator import keep_freed_memory
+
+if TYPE_CHECKING:
+    from varaccel.models.mar import MARTransformer
+
+HERE = Path(__file__).parent
+SHIPPED = HERE.parent / "weights" / "mini-llamagen"
+STAGES = ("scenes", "tokenizer", "latents", "transformer", "pipeline")
+
+
+def parse() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all stages")
+    parser.add_argument("--config", type=Path, default=HERE / "mini_mar.json")
+    parser.add_argument("--scenes", type=Path, help="folder of the pictures, OUT/scenes by default")
+    parser.add_argument("--pictures", type=int, default=60_000, help="training pictures")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
+    parser.add_argument("--tokenizer-minutes", type=float, default=40.0)
+    parser.add_argument("--minutes", type=float, default=120.0, help="training time of the transformer")
+    parser.add_argument("--batch-size", type=int, help="of the transformer, instead of the config's")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--draft", type=Path, help="exported small transformer to put into the pipeline")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-compile", action="store_true", help="train uncompiled")
+    parser.add_argument(
+        "--borrow",
+        nargs="+",
+        metavar="COMPONENT=PATH",
+        help="components of --install that a sibling folder has, such as text_encoder=../mini-llamagen/text_encoder",
+    )
+    parser.add_argument("--install", type=Path, help="also write the pipeline here, in half precision")
+    return parser.parse_args()
+
+
+def tokenizer_folder(options: argparse.Namespace) -> Path:
+    return options.out / "mini-kl" / "export"
+
+
+def load_transformer(folder: Path) -> MARTransformer:
+    """An exported transformer in float32; refuses a folder without one."""
+    import torch
+
+    from varaccel.errors import InputError
+    from varaccel.models.mar import MARTransformer
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"there is no transformer in {folder}; train one first.")
+    return MARTransformer.from_pretrained(folder, dtype=torch.float32)
+
+
+def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    from varaccel.models.mar import MARTransformer
+    from varaccel.scenes.cache import CachedScenes
+    from varaccel.training.latents import read_latents
+    from varaccel.training.mar import MARRecipe, train_mar
+    from varaccel.training.run import Budget
+    from varaccel.training.stages import caption_condition
+
+    latents, manifest = read_latents(options.out / "latents")
+    captions = CachedScenes(options.scenes, allow_partial=True).captions[: len(latents)]
+    model = MARTransformer(**config["model"]).to(options.device)
+    condition = caption_condition(captions, options.out / "mini-text", options.device, model.buffer)
+    recipe = dict(config["recipe"])
+    if options.batch_size:
+        recipe["batch_size"] = options.batch_size
+    folder = options.out / config["name"]
+    finished = train_mar(
+        model,
+        latents[: len(captions)].to(options.device),
+        manifest.scaling_factor,
+        condition,
+        folder,
+        budget=Budget(minutes=options.minutes),
+        recipe=MARRecipe(**recipe),
+        compile=not options.no_compile,
+        settings={"image_tokenizer": manifest.tokenizer},
+    )
+    finished.plot(["loss", "validation_loss"])
+    model.save_pretrained(folder / "export")
+
+
+def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from varaccel.pipelines.mar import MARPipeline
+    from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
+    from varaccel.training.stages import borrow
+
+    text = options.out / "mini-text"
+    names = ("guidance_scale", "guidance_schedule", "temperature", "num_iterations", "head_steps")
+    pipe = MARPipeline(
+        transformer=load_transformer(options.out / config["name"] / "export"),
+        vae=AutoencoderKL.from_pretrained(tokenizer_folder(options)),
+        text_encoder=WordTextEncoder.from_pretrained(text / "text_encoder"),
+        tokenizer=WordTokenizer.from_pretrained(text / "tokenizer"),
+        draft_transformer=load_transformer(options.draft) if options.draft else None,
+        **{name: config[name] for name in names},
+    )
+    pipe.save_pretrained(options.out / f"mini-{config['name']}")
+    if options.install:
+        pipe.to(torch.float16).save_pretrained(options.install)
+        if options.borrow:
+            borrow(options.install, dict(pair.split("=", 1) for pair in options.borrow))
+
+
+def main() -> int:
+    options = parse()
+    options.scenes = options.scenes or options.out / "scenes"
+    config = json.loads(options.config.read_text())
+    out = options.out
+    from varaccel.errors import VaraccelError
+    from varaccel.training.stages import adopt_text, run
+
+    try:
+        adopt_text(SHIPPED, out / "mini-text")
+        if "scenes" in options.stages:
+            command = ["-m", "varaccel.scenes.cache", "--out", options.scenes]
+            run(*command, "--count", options.pictures, "--workers", options.workers)
+        if "tokenizer" in options.stages:
+            recipes = HERE.parent / "tokenizers"
+            command = [recipes / "train_kl_scenes.py", "--config", recipes / "kl_scenes.json"]
+            command += ["--data", options.scenes, "--out", out / "mini-kl"]
+            run(*command, "--minutes", options.tokenizer_minutes, "--device", options.device)
+        if "latents" in options.stages:
+            command = ["-m", "varaccel.training.latents", "--tokenizer", tokenizer_folder(options)]
+            command += ["--scenes", options.scenes, "--out", out / "latents"]
+            run(*command, "--device", options.device)
+        if "transformer" in options.stages:
+            train_transformer(options, config)
+        if "pipeline" in options.stages:
+            assemble(options, config)
+    except subprocess.CalledProcessError as error:
+        return int(error.returncode)
+    except VaraccelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    sys.exit(main())

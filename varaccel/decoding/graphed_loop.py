@@ -1,0 +1,72 @@
+"""The whole step loop of a diffusion head as one launch on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from varaccel.decoding.denoising import Process
+
+
+@dataclass
+class _Captured:
+    """A recorded loop: its inputs are filled, it is replayed, its output is read."""
+
+    process: Process  # its tables must live as long as the graph that reads them
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor | None, ...]
+    output: Tensor
+
+
+class GraphedLoop:
+    """Records the loop once per number of tokens, rounded up to a power of two, and replays it.
+
+    A hundred steps of a few tiny kernels wait for their launches, not for the device. Replaying a CUDA graph launches
+    all of them at once. Belongs to one set of weights: make a new one when they change or move.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[object, ...], _Captured] = {}
+
+    def __call__(
+        self, process: Process, conditions: Tensor, x: Tensor, noise: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
+        """As `Process.run`: tokens [M, C]."""
+        count = x.shape[0]
+        rows = 1 << (count - 1).bit_length()
+        halves = conditions.unflatten(0, (-1, count))  # [1 or 2, M, D]
+        inputs = (
+            F.pad(halves, (0, 0, 0, rows - count)).flatten(0, 1),
+            F.pad(x, (0, 0, 0, rows - count)),
+            None if noise is None else F.pad(noise, (0, 0, 0, rows - count)),
+            None if scale is None else F.pad(scale, (0, 0, 0, rows - count), value=1.0),
+        )
+        key = (id(process.head), process.sampling, rows, scale is None, conditions.dtype)
+        captured = self._graphs.get(key)
+        if captured is None:
+            captured = self._graphs[key] = self._capture(process, inputs)
+        for place, value in zip(captured.inputs, inputs, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        captured.graph.replay()
+        return captured.output[:count].clone()
+
+    @staticmethod
+    def _capture(process: Process, inputs: tuple[Tensor | None, ...]) -> _Captured:
+        static = tuple(None if value is None else value.clone() for value in inputs)
+        conditions, x, noise, scale = static
+        assert conditions is not None
+        assert x is not None
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compilation and allocations happen before the recording
+            for _ in range(2):
+                process.run(conditions, x, noise, scale)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = process.run(conditions, x, noise, scale).value
+        return _Captured(process, graph, static, output)

@@ -1,0 +1,358 @@
+"""Pictures from classes or prompts with MAR (arXiv 2406.11838): continuous tokens, drawn by a diffusion head."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from varaccel.decoding.accelerator import Accelerator, Job
+from varaccel.decoding.canvas import Canvas
+from varaccel.decoding.denoising import HeadSampling, Loop, Sampler, Step, denoising_step
+from varaccel.decoding.graphed_loop import GraphedLoop
+from varaccel.decoding.loop import OnStep
+from varaccel.decoding.loop import Step as Pass
+from varaccel.decoding.masked_guidance import GuidanceSchedule, MaskedGuidance
+from varaccel.decoding.masked_order import CosineGroups, cosine_borders
+from varaccel.decoding.masked_session import MaskedSession, StaleSession
+from varaccel.decoding.statistics import Statistics
+from varaccel.decoding.token_noise import TokenNoise
+from varaccel.errors import InputError
+from varaccel.models.mar import MARTransformer
+from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
+from varaccel.pipelines.output import ImageOutput
+from varaccel.pipelines.pixels import to_output
+from varaccel.tokenizers.kl import load_kl, unpatchify
+
+
+@dataclass(frozen=True)
+class MARSettings:
+    """What a call of this family needs to know beside what all calls do.
+
+    Attributes:
+        guidance, sampling: of the call.
+        iterations: S, in how many groups the tokens are decided.
+    """
+
+    guidance: MaskedGuidance
+    sampling: HeadSampling
+    iterations: int
+
+
+class MARPipeline(TokenPipeline):
+    """Class- or text-conditional generation with a MAR transformer and any accelerator for it.
+
+    Args:
+        transformer: the masked model with its diffusion head.
+        vae: the image tokenizer; `scaling_factor` in its config makes latents tokens.
+        text_encoder, tokenizer: for text-conditional models, see `varaccel.tokenizers.text`.
+        draft_transformer: a smaller MAR of the same tokens and conditions, for `CSpD`.
+        class_names: for class-conditional models, names that can be used instead of labels.
+        guidance_scale, guidance_schedule, temperature, num_iterations, head_steps, head_sampler: defaults of a call;
+            num_iterations is the number of tokens if None.
+
+    Raises:
+        InputError: components that do not fit each other.
+    """
+
+    family: ClassVar[str] = "mar"
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["text_encoder", "tokenizer", "draft_transformer"]  # noqa: RUF012
+
+    transformer: MARTransformer
+    vae: AutoencoderKL
+    draft_transformer: MARTransformer | None
+
+    def __init__(
+        self,
+        transformer: MARTransformer,
+        vae: AutoencoderKL,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        draft_transformer: MARTransformer | None = None,
+        class_names: Sequence[str] | None = None,
+        guidance_scale: float = 3.0,
+        guidance_schedule: GuidanceSchedule = "linear",
+        temperature: float = 1.0,
+        num_iterations: int | None = None,
+        head_steps: int = 100,
+        head_sampler: Sampler = "ddpm",
+    ) -> None:
+        super().__init__()
+        for network in filter(None, (transformer, draft_transformer)):
+            patch_size(network, vae)
+        if transformer.config.condition_type == "caption" and (text_encoder is None or tokenizer is None):
+            raise InputError("a text-conditional transformer needs a text_encoder and a tokenizer.")
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            draft_transformer=draft_transformer,
+        )
+        self.register_to_config(
+            class_names=None if class_names is None else list(class_names),
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            temperature=temperature,
+            num_iterations=num_iterations,
+            head_steps=head_steps,
+            head_sampler=head_sampler,
+        )
+        self._transforms: dict[int, Callable[..., Tensor]] = {}  # compiled networks, by identity
+        self._step: Step = denoising_step
+        self._loop: Loop | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures in pixels."""
+        levels = len(self.vae.config.block_out_channels)
+        return self.transformer.config.grid_size * patch_size(self.transformer, self.vae) * 2 ** (levels - 1)
+
+    @property
+    def drafters(self) -> dict[str, nn.Module]:
+        """Further networks that came with the model, by the names that accelerators know them by."""
+        return {} if self.draft_transformer is None else {"draft": self.draft_transformer}
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        vae: AutoencoderKL | str | os.PathLike[str],
+        draft_transformer: MARTransformer | str | os.PathLike[str] | None = None,
+        size: str | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Build a pipeline from published files.
+
+        Args:
+            path: the transformer's checkpoint, `checkpoint-last.pth` of MAR-B, MAR-L or MAR-H.
+            vae: the image tokenizer, or its file, `kl16.ckpt`.
+            draft_transformer: a smaller transformer or its file.
+            size: refuse a file of another size ("base", "large", "huge").
+            settings: `class_names`, `guidance_scale`, `temperature` and so on.
+
+        Raises:
+            CheckpointError: a file that is missing, damaged, unsafe or of another model.
+            InputError: components that do not fit each other.
+        """
+        transformer = MARTransformer.from_original(path, size=size)
+        small = (
+            draft_transformer
+            if draft_transformer is None or isinstance(draft_transformer, MARTransformer)
+            else MARTransformer.from_original(draft_transformer)
+        )
+        image_tokenizer = vae if isinstance(vae, AutoencoderKL) else load_kl(vae)
+        return cls(transformer, image_tokenizer, draft_transformer=small, **settings)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the networks and the step loop of the head; the first call after it takes minutes, later ones less.
+
+        On a GPU the whole loop of the head is recorded as one CUDA graph.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        networks = filter(None, (self.transformer, self.draft_transformer))
+        # lengths grow from pass to pass, so one version for all of them
+        options = {"dynamic": True, **options}
+        self._transforms = {id(network): torch.compile(network.forward, **options) for network in networks}
+        on_gpu = self.transformer.device.type == "cuda"
+        # the graph is recorded for few numbers of tokens, so versions of their own pay
+        own: Any = {**options, "dynamic": False} if on_gpu else options
+        self._step = torch.compile(denoising_step, **own)
+        self._loop = GraphedLoop() if on_gpu else None
+
+    # -- the call --------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | int | Sequence[str | int],
+        *,
+        guidance_scale: float | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
+        num_images_per_prompt: int = 1,
+        num_iterations: int | None = None,
+        head_steps: int | None = None,
+        head_sampler: Sampler | None = None,
+        temperature: float | None = None,
+        final_noise: bool = False,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        accelerator: Accelerator | str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> ImageOutput | tuple[Any, Statistics]:
+        """Make pictures.
+
+        Args:
+            prompt: one description or several; for class-conditional models a label or class name.
+            guidance_scale, guidance_schedule: how strictly to follow the prompt, see `MaskedGuidance`; a scale of 1
+                switches guidance off and halves the work. The model's own defaults if None.
+            num_images_per_prompt: pictures of each prompt, at least 1.
+            num_iterations: in how many passes the tokens are decided, at most one per token.
+            head_steps, head_sampler, temperature, final_noise: see `HeadSampling`.
+            seed: picture i uses seed + i and can be made again alone with it.
+            generator: instead of a seed: one generator, or one per picture.
+            accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
+            output_type: "pil", "np", "pt", or "latent" for scaled latents [B, c, H, W].
+            return_dict: False for a plain tuple (images, stats).
+            callback_on_step_end: called after every pass as (pipe, pass from 0, tokens decided in it, {"canvas":
+                canvas, "preview": function}); `preview()` decodes what there is to pictures of `output_type`
+                (arrays if that is "latent"). Set `pipe._interrupt = True` in it to stop.
+
+        Raises:
+            InputError: any argument that cannot be used.
+            OutOfMemory: the device is too small for the call.
+        """
+        config = self.config
+
+        def chosen(value: Any, name: str) -> Any:
+            return config[name] if value is None else value
+
+        iterations = chosen(num_iterations, "num_iterations")
+        settings = MARSettings(
+            MaskedGuidance(
+                chosen(guidance_scale, "guidance_scale"), chosen(guidance_schedule, "guidance_schedule")
+            ),
+            HeadSampling(
+                chosen(head_steps, "head_steps"),
+                chosen(temperature, "temperature"),
+                chosen(head_sampler, "head_sampler"),
+                final_noise,
+            ),
+            self.transformer.num_tokens if iterations is None else iterations,
+        )
+        cosine_borders(self.transformer.num_tokens, settings.iterations)
+        call = self._checked_call(
+            prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            generator=generator,
+            accelerator=accelerator,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback=callback_on_step_end,
+        )
+        return self._generate(call, settings)
+
+    # -- what the base asks for ------------------------------------------------------------------------
+
+    def _condition(self, prompts: list[str | int]) -> tuple[Tensor, Tensor | None]:
+        if self.transformer.config.condition_type == "class":
+            return self._labels(prompts), None
+        text = self._text(prompts, self.transformer.buffer)
+        return text.features, text.mask
+
+    def _new_canvas(self, run: Run) -> Canvas:
+        network = self.transformer
+        return Canvas.empty(run.call.images, network.num_tokens, channels=network.channels, device=run.device)
+
+    def _randomness(self, run: Run) -> TokenNoise:
+        network = self.transformer
+        return TokenNoise.draw(run.call.generators, network.num_tokens, network.channels, run.device)
+
+    def _make_job(self, run: Run, open_session: Callable[..., Any], randomness: Any, on_step: OnStep) -> Job:
+        return Job(
+            open_session,
+            self.transformer,
+            self.transformer.config.grid_size,
+            0,
+            run.canvas,
+            run.canvas.batch * (2 if run.settings.guidance.enabled else 1),
+            randomness,
+            CosineGroups(randomness.permutation, run.settings.iterations),
+            on_step,
+            drafters=self.drafters,
+        )
+
+    def _open_session(
+        self,
+        run: Run,
+        network: MARTransformer | None = None,
+        *,
+        head_steps: int | None = None,
+        head_sampler: Sampler | None = None,
+        refresh: int | None = None,
+        keep_unconditional: bool = True,
+        contexts: int = 1,
+    ) -> MaskedSession:
+        """A session of the host or another network.
+
+        Args:
+            head_steps, head_sampler: instead of the call's.
+            refresh, keep_unconditional: of a `StaleSession`.
+            contexts: canvases per picture that are read side by side.
+        """
+        changes = {
+            name: value
+            for name, value in (("steps", head_steps), ("sampler", head_sampler))
+            if value is not None
+        }
+        sampling = dataclasses.replace(run.settings.sampling, **changes)
+        condition, mask = run.condition, run.mask
+        if contexts > 1:
+            condition = condition.repeat_interleave(contexts, 0)
+            mask = None if mask is None else mask.repeat_interleave(contexts, 0)
+        chosen = self.transformer if network is None else network
+        common: dict[str, Any] = {
+            "batch": run.canvas.batch * contexts,
+            "guidance": run.settings.guidance,
+            "sampling": sampling,
+            "step": self._step,
+            "loop": self._loop,
+        }
+        if refresh is not None:
+            return StaleSession(
+                chosen, condition, mask, refresh=refresh, keep_unconditional=keep_unconditional, **common
+            )
+        return MaskedSession(chosen, condition, mask, transform=self._transforms.get(id(chosen)), **common)
+
+    def _pictures(self, run: Run) -> Any:
+        if run.call.output_type == "latent":
+            return self._latents(run.canvas)
+        return self._preview(run)
+
+    def _latents(self, canvas: Canvas) -> Tensor:
+        patch = patch_size(self.transformer, self.vae)
+        return unpatchify(canvas.tokens, patch, self.transformer.config.grid_size * patch)
+
+    def _preview(self, run: Run) -> Any:
+        latents = self._latents(run.canvas).to(self.vae.dtype) / self.vae.config.scaling_factor
+        return to_output(self.vae.decode(latents).sample, run.call.output_type)
+
+    def _shown(self, run: Run, step: Pass) -> dict[str, Any]:
+        return {"canvas": step.canvas, "preview": lambda: self._preview(run)}
+
+    def _written(self, run: Run) -> Tensor:
+        side = self.transformer.config.grid_size
+        return run.canvas.written.unflatten(1, (side, side))
+
+    def _cost(self, run: Run) -> tuple[int, int]:
+        return run.sessions[0].rows_per_pass, sum(s.cache_bytes for s in run.sessions)
+
+
+def patch_size(network: MARTransformer, vae: AutoencoderKL) -> int:
+    """Side p of the patches of latents that are one token.
+
+    Raises:
+        InputError: the transformer was made for another image tokenizer.
+    """
+    channels = vae.config.latent_channels
+    patch = math.isqrt(max(0, network.channels // channels))
+    if patch < 1 or patch * patch * channels != network.channels:
+        raise InputError(
+            f"the transformer is made for tokens of {network.channels} numbers but the image tokenizer has "
+            f"{channels} per latent; use the tokenizer that the transformer was trained with."
+        )
+    return patch
