@@ -21,6 +21,7 @@ _HOMES = {
     "Accelerator": "varaccel.decoding.accelerator",
     "Auto": "varaccel.decoding.auto",
     "CoDe": "varaccel.decoding.code",
+    "CSpD": "varaccel.decoding.cspd",
     "DynamicTree": "varaccel.decoding.tree",
     "Jacobi": "varaccel.decoding.jacobi",
     "Lantern": "varaccel.decoding.lantern",
@@ -28,6 +29,8 @@ _HOMES = {
     "Speculative": "varaccel.decoding.speculative",
     "Topology": "varaccel.decoding.tree",
     "EagleHead": "varaccel.models.eagle",
+    "FeatureCache": "varaccel.decoding.feature_cache",
+    "FewerSteps": "varaccel.decoding.fewer_steps",
     "Plain": "varaccel.decoding.plain",
     "ZipAR": "varaccel.decoding.zipar",
     "make_accelerator": "varaccel.decoding.accelerator",
@@ -38,6 +41,8 @@ _HOMES = {
     "AutoPipeline": "varaccel.pipelines.auto",
     "LlamaGenPipeline": "varaccel.pipelines.llamagen",
     "LlamaGenTransformer": "varaccel.models.llamagen",
+    "MARPipeline": "varaccel.pipelines.mar",
+    "MARTransformer": "varaccel.models.mar",
     "VARPipeline": "varaccel.pipelines.var",
     "VARTransformer": "varaccel.models.var",
     "MultiScaleVQModel": "varaccel.tokenizers.multiscale_vq",
@@ -51,10 +56,13 @@ __all__ = [
     "Accelerator",
     "Auto",
     "AutoPipeline",
+    "CSpD",
     "CheckpointError",
     "CoDe",
     "DynamicTree",
     "EagleHead",
+    "FeatureCache",
+    "FewerSteps",
     "Guidance",
     "InputError",
     "Jacobi",
@@ -62,6 +70,8 @@ __all__ = [
     "LayerSkip",
     "LlamaGenPipeline",
     "LlamaGenTransformer",
+    "MARPipeline",
+    "MARTransformer",
     "MultiScaleVQModel",
     "Plain",
     "Sampling",
@@ -82,6 +92,9 @@ if TYPE_CHECKING:
     from varaccel.decoding.accelerator import Accelerator, make_accelerator
     from varaccel.decoding.auto import Auto
     from varaccel.decoding.code import CoDe
+    from varaccel.decoding.cspd import CSpD
+    from varaccel.decoding.feature_cache import FeatureCache
+    from varaccel.decoding.fewer_steps import FewerSteps
     from varaccel.decoding.guidance import Guidance
     from varaccel.decoding.jacobi import Jacobi
     from varaccel.decoding.lantern import Lantern
@@ -94,9 +107,11 @@ if TYPE_CHECKING:
     from varaccel.errors import CheckpointError, InputError, VaraccelError
     from varaccel.models.eagle import EagleHead
     from varaccel.models.llamagen import LlamaGenTransformer
+    from varaccel.models.mar import MARTransformer
     from varaccel.models.var import VARTransformer
     from varaccel.pipelines.auto import AutoPipeline
     from varaccel.pipelines.llamagen import LlamaGenPipeline
+    from varaccel.pipelines.mar import MARPipeline
     from varaccel.pipelines.var import VARPipeline
     from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
     from varaccel.tokenizers.vq import VQModel

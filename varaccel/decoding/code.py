@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from varaccel.decoding.accelerator import Accelerator, Job, register
 from varaccel.decoding.canvas import Canvas
+from varaccel.decoding.companion import companion
 from varaccel.decoding.law import Categorical
 from varaccel.decoding.loop import decode
 from varaccel.decoding.options import positive_integer
@@ -178,15 +178,6 @@ def _order(job: Job) -> Scales:
     return job.order
 
 
-@lru_cache(maxsize=2)
-def _named(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The transformer of a pipeline, kept for the next call."""
-    from varaccel.pipelines.auto import AutoPipeline  # pipelines import accelerators
-
-    network: Any = getattr(AutoPipeline.from_pretrained(name), "transformer", None)
-    return None if network is None else network.to(device=device, dtype=dtype)
-
-
 def check_refiner(refiner: Any, job: Job) -> VARTransformer:
     """The refiner's network, if it can take over from the job's.
 
@@ -199,14 +190,11 @@ def check_refiner(refiner: Any, job: Job) -> VARTransformer:
     """
     from varaccel.models.var import VARTransformer
 
-    chosen: Any = job.drafters.get("refiner") if refiner is None else refiner
-    if isinstance(chosen, str):
-        chosen = _named(chosen, job.device, job.dtype)
+    chosen = companion(refiner, "refiner", job)
     if chosen is None:
         raise InputError(
             "this model came without a refiner; pass one, as in CoDe(refiner=small_pipe, draft_scales=8)."
         )
-    chosen = getattr(chosen, "transformer", chosen)
     if not isinstance(chosen, VARTransformer):
         raise InputError(
             f"a refiner is a VARTransformer or a pipeline that has one, got {type(chosen).__name__}."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from varaccel.decoding.accelerator import Job, register
+from varaccel.decoding.denoising import Sampler
 from varaccel.decoding.fewer_steps import MaskedAccelerator
 from varaccel.decoding.loop import decode
 from varaccel.decoding.options import positive_integer
@@ -34,6 +35,9 @@ class FeatureCache(MaskedAccelerator):
 
     refresh: int = 4
     keep_unconditional: bool = True
+    iterations: int | None = None
+    head_steps: int | None = None
+    head_sampler: Sampler | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,9 +13,8 @@ from varaccel.decoding.masked_order import CosineGroups
 from varaccel.decoding.options import check_choice, positive_integer
 
 
-@dataclass(frozen=True)
 class MaskedAccelerator(Accelerator):
-    """Options that accelerators of masked models with a diffusion head share.
+    """What accelerators of masked models with a diffusion head share. Each has these fields among its own:
 
     Attributes:
         iterations: in how many groups tokens are decided; as in the call if None.
@@ -27,9 +26,9 @@ class MaskedAccelerator(Accelerator):
 
     hosts: ClassVar[tuple[str, ...]] = ("mar",)
 
-    iterations: int | None = None
-    head_steps: int | None = None
-    head_sampler: Sampler | None = None
+    iterations: int | None
+    head_steps: int | None
+    head_sampler: Sampler | None
 
     def __post_init__(self) -> None:
         for name in ("iterations", "head_steps"):
@@ -65,6 +64,10 @@ class FewerSteps(MaskedAccelerator):
     name: ClassVar[str] = "fewer_steps"
     lossless: ClassVar[bool] = False
     summary: ClassVar[str] = "plain decoding with fewer iterations or denoising steps"
+
+    iterations: int | None = None
+    head_steps: int | None = None
+    head_sampler: Sampler | None = None
 
     def run(self, job: Job) -> int:
         session = job.open_session(**self.session_options())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -82,6 +83,11 @@ class CosineGroups:
     @property
     def borders(self) -> list[int]:
         return cosine_borders(self.permutation.shape[1], self.iterations)
+
+    @property
+    def widest(self) -> int:
+        """The most tokens that any iteration decides."""
+        return max(before - after for before, after in pairwise(self.borders))
 
     def feeds(self, canvas: Canvas) -> list[MaskedFeed]:
         borders = self.borders

@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def telling(accelerator: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that say what was done: the first one, and those that are not the default."""
+    """The options that say what was done: the first one if it has a value, and those that are not the default."""
     from varaccel.decoding.accelerator import ACCELERATORS
 
     usual: dict[str, Any] = {}
     if accelerator in ACCELERATORS:
         fields = dataclasses.fields(ACCELERATORS[accelerator])  # type: ignore[arg-type]
-        usual = {f.name: f.default for f in fields[1:]}
+        usual = {f.name: f.default for f in fields if f is not fields[0] or f.default is None}
     return {k: v for k, v in options.items() if k not in usual or usual[k] != v}
 
 
@@ -37,12 +37,14 @@ class Tally:
         attempts: [B] chains or trees of guesses that were judged.
         accepted: [B] tokens decided beyond the one that every judgement yields: the guesses that paid off.
         draft_passes: forward passes of the drafter, shared by all pictures.
+        judged: [B] guesses that were judged, where a rule keeps or replaces each; None where trees are walked down.
     """
 
     passes: Tensor
     attempts: Tensor
     accepted: Tensor
     draft_passes: int = 0
+    judged: Tensor | None = None
 
     @classmethod
     def start(cls, batch: int, device: torch.device) -> Tally:
@@ -108,6 +110,7 @@ class Statistics:
         picture_passes: passes that each picture needed, empty if all need the same.
         accepted: of each picture, tokens gained by guesses per pass and chain or tree; empty without guesses.
         draft_passes: forward passes of the drafter.
+        kept: of each picture, share of the guesses that were kept, where a rule keeps or replaces each.
         stages: shares of the networks, if several took turns.
         device, dtype: where and in which precision the host model ran.
     """
@@ -124,6 +127,7 @@ class Statistics:
     picture_passes: tuple[int, ...] = ()
     accepted: tuple[float, ...] = ()
     draft_passes: int = 0
+    kept: tuple[float, ...] = ()
     stages: tuple[Stage, ...] = ()
     device: str = "cpu"
     dtype: str = "float32"
@@ -157,6 +161,8 @@ class Statistics:
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
         guessed = "" if not self.accepted else f", {self.mean_accepted:.2f} guesses accepted per pass"
+        if self.kept:
+            guessed += f", {100 * sum(self.kept) / len(self.kept):.0f} % of the guesses kept"
         if self.draft_passes:
             guessed += f", {self.draft_passes} drafter passes"
         stages = "".join(f"; {stage}" for stage in self.stages)

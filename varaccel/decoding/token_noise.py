@@ -49,6 +49,13 @@ class TokenNoise:
     def batch(self) -> int:
         return self.start.shape[0]
 
+    def other(self) -> TokenNoise:
+        """The same pictures with other noise: paths that are not aligned with these."""
+        generators = [torch.Generator().manual_seed((seed + 2**61) % 2**62) for seed in self.seeds]
+        _, positions, channels = self.start.shape
+        fresh = TokenNoise.draw(generators, positions, channels, self.start.device)
+        return TokenNoise(self.permutation, fresh.start, fresh.uniforms, fresh.seeds)
+
     def steps(self, count: int) -> Tensor:
         """Noise of `count` denoising steps, [B, N, count, C]; entry k is added in step k."""
         if count not in self._steps:

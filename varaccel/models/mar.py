@@ -1,9 +1,9 @@
-"""The MAR transformer (Li et al. 2024, "Autoregressive Image Generation without Vector Quantization", arXiv 2406.11838).
+"""The MAR transformer (Li et al. 2024, "Autoregressive Image Generation without Vector Quantization").
 
-A masked autoencoder over continuous image tokens: the encoder reads what is known, the decoder places it among mask
-tokens and gives every unknown position a vector, under which a diffusion head draws the token. Parameter names are those
-of the published checkpoints. The network holds weights only: which positions are known, caches and masks are arguments,
-so decoding, partial passes and training are the same calls.
+A masked autoencoder over continuous image tokens (arXiv 2406.11838): the encoder reads what is known, the decoder
+places it among mask tokens and gives every unknown position a vector, under which a diffusion head draws the token.
+Parameter names are those of the published checkpoints. The network holds weights only: which positions are known,
+caches and masks are arguments, so decoding, partial passes and training are the same calls.
 """
 
 from __future__ import annotations

@@ -351,4 +351,12 @@ def _of_counts(counts: Counts | None) -> dict[str, Any]:
         "picture_passes": tuple(counts.passes.tolist()),
         "accepted": tuple(accepted.tolist()),
         "draft_passes": counts.draft_passes,
+        "kept": _kept(counts),
     }
+
+
+def _kept(counts: Tally) -> tuple[float, ...]:
+    """The share of each picture's guesses that a rule kept."""
+    if counts.judged is None:
+        return ()
+    return tuple((counts.accepted / counts.judged.clamp(min=1)).tolist())

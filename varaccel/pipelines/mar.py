@@ -283,6 +283,7 @@ class MARPipeline(TokenPipeline):
         *,
         head_steps: int | None = None,
         head_sampler: Sampler | None = None,
+        final_noise: bool | None = None,
         refresh: int | None = None,
         keep_unconditional: bool = True,
         contexts: int = 1,
@@ -290,13 +291,17 @@ class MARPipeline(TokenPipeline):
         """A session of the host or another network.
 
         Args:
-            head_steps, head_sampler: instead of the call's.
+            head_steps, head_sampler, final_noise: instead of the call's.
             refresh, keep_unconditional: of a `StaleSession`.
             contexts: canvases per picture that are read side by side.
         """
         changes = {
             name: value
-            for name, value in (("steps", head_steps), ("sampler", head_sampler))
+            for name, value in (
+                ("steps", head_steps),
+                ("sampler", head_sampler),
+                ("final_noise", final_noise),
+            )
             if value is not None
         }
         sampling = dataclasses.replace(run.settings.sampling, **changes)
