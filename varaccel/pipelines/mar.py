@@ -79,11 +79,11 @@ class MARPipeline(TokenPipeline):
         draft_transformer: MARTransformer | None = None,
         class_names: Sequence[str] | None = None,
         guidance_scale: float = 3.0,
-        guidance_schedule: GuidanceSchedule = "linear",
+        guidance_schedule: str = "linear",
         temperature: float = 1.0,
         num_iterations: int | None = None,
         head_steps: int = 100,
-        head_sampler: Sampler = "ddpm",
+        head_sampler: str = "ddpm",
     ) -> None:
         super().__init__()
         for network in filter(None, (transformer, draft_transformer)):

@@ -232,6 +232,44 @@ class CodeRevival:
         return len(dead)
 
 
+class ImageWeights(Protocol):
+    """Weights of the terms that compare a reconstruction with its picture, see `VQRecipe`."""
+
+    @property
+    def l1_weight(self) -> float: ...
+    @property
+    def l2_weight(self) -> float: ...
+    @property
+    def chroma_weight(self) -> float: ...
+    @property
+    def laplacian_weight(self) -> float: ...
+    @property
+    def ssim_weight(self) -> float: ...
+
+
+def reconstruction_terms(
+    weights: ImageWeights, images: Tensor, reconstruction: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms by name, and their weighted sum.
+
+    Args:
+        images, reconstruction: [B, 3, H, W] float32 in [-1, 1].
+    """
+    difference = reconstruction - images
+    terms = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
+    total = weights.l1_weight * terms["l1"] + weights.l2_weight * terms["l2"]
+    if weights.chroma_weight:
+        terms["chroma"] = chroma_loss(difference)
+        total = total + weights.chroma_weight * terms["chroma"]
+    if weights.laplacian_weight:
+        terms["laplacian"] = laplacian_loss(reconstruction, images)
+        total = total + weights.laplacian_weight * terms["laplacian"]
+    if weights.ssim_weight:
+        terms["ssim_loss"] = ssim_loss((reconstruction + 1) / 2, (images + 1) / 2)
+        total = total + weights.ssim_weight * terms["ssim_loss"]
+    return terms, total
+
+
 @dataclass(frozen=True)
 class VQQuality:
     """Reconstruction quality and codebook use over a set of pictures.
@@ -532,19 +570,7 @@ class VQTrainer:
 
     def _losses(self, images: Tensor, output: VQTrainingOutput) -> dict[str, Tensor]:
         recipe = self.recipe
-        reconstruction = output.reconstruction.float()
-        difference = reconstruction - images
-        terms = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
-        image_loss = recipe.l1_weight * terms["l1"] + recipe.l2_weight * terms["l2"]
-        if recipe.chroma_weight:
-            terms["chroma"] = chroma_loss(difference)
-            image_loss = image_loss + recipe.chroma_weight * terms["chroma"]
-        if recipe.laplacian_weight:
-            terms["laplacian"] = laplacian_loss(reconstruction, images)
-            image_loss = image_loss + recipe.laplacian_weight * terms["laplacian"]
-        if recipe.ssim_weight:
-            terms["ssim_loss"] = ssim_loss((reconstruction + 1) / 2, (images + 1) / 2)
-            image_loss = image_loss + recipe.ssim_weight * terms["ssim_loss"]
+        terms, image_loss = reconstruction_terms(recipe, images, output.reconstruction.float())
         if self.features is not None:
             with self._autocast():
                 terms["feature_loss"] = self.features(output.reconstruction, images)

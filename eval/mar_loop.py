@@ -1,0 +1,117 @@
+"""Our plain MAR decoding against the published loop, said again without our savings: time of transformer and head.
+
+    python eval/mar_loop.py --iterations 64           # mini-mar, shipped weights
+    python eval/mar_loop.py --size base --iterations 64 --device cuda --compile
+
+Sizes have random weights: time does not depend on them. Both draw the same pictures from the same noise and take turns.
+What differs: what follows from the condition once per call, the last decoder layer for the wanted positions alone, what
+the head derives from time and condition worked out for all steps in a few matrix products, tokens of guided halves
+projected once; with --compile one compiled step, and on a GPU one CUDA graph for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--model", default="mini-mar", help="pipeline with weights")
+    parser.add_argument("--size", help="a published size with random weights instead: base, large or huge")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=64)
+    parser.add_argument("--head-steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="also measure ours compiled")
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON here")
+    options = parser.parse_args()
+
+    import torch
+    from tqdm import tqdm
+
+    from varaccel import AutoPipeline, MARTransformer
+    from varaccel.cli import write_text
+    from varaccel.decoding.denoising import HeadSampling, denoising_step
+    from varaccel.decoding.graphed_loop import GraphedLoop
+    from varaccel.decoding.masked_guidance import MaskedGuidance
+    from varaccel.decoding.randomness import picture_generators
+    from varaccel.decoding.token_noise import TokenNoise
+    from varaccel.errors import VaraccelError
+    from varaccel.evaluation.machine import describe_machine
+    from varaccel.evaluation.published_mar import our_shares, published_loop
+
+    try:
+        torch.manual_seed(0)
+        mask = None
+        device = torch.device(options.device)
+        if options.size:
+            model = MARTransformer.from_preset(options.size).eval().to(device)
+            condition = torch.arange(options.batch, device=device) % 1000
+        else:
+            pipe: Any = AutoPipeline.from_pretrained(options.model).to(device)
+            model = pipe.transformer
+            with torch.inference_mode():
+                condition, mask = pipe._condition(["a red sphere"] * options.batch)
+        noise = TokenNoise.draw(
+            picture_generators(options.batch, 0), model.num_tokens, model.channels, device
+        )
+        common: dict[str, Any] = {
+            "guidance": MaskedGuidance(options.guidance_scale),
+            "sampling": HeadSampling(options.head_steps),
+            "iterations": options.iterations,
+        }
+        runs: dict[str, Any] = {
+            "published loop": lambda: published_loop(model, condition, mask, noise, **common)[1],
+            "ours": lambda: our_shares(model, condition, mask, noise, **common)[1],
+        }
+        if options.compile:
+            on_gpu = device.type == "cuda"
+            compiled = {
+                "transform": torch.compile(model.forward, dynamic=True),
+                "step": torch.compile(denoising_step, dynamic=not on_gpu),
+                "loop": GraphedLoop() if on_gpu else None,
+            }
+            runs["ours, compiled"] = lambda: our_shares(
+                model, condition, mask, noise, **common, options=compiled
+            )[1]
+        taken: dict[str, list[Any]] = {name: [] for name in runs}
+        for repeat in tqdm(range(options.repeats + 1), desc="measuring"):
+            for name, run in runs.items():
+                shares = run()
+                if repeat:  # the first round warms up
+                    taken[name].append(shares)
+    except VaraccelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = {}
+    for name, several in taken.items():
+        total = statistics.median(s.total for s in several)
+        rows[name] = {
+            "seconds": total,
+            "transformer": statistics.median(s.transformer for s in several),
+            "head": statistics.median(s.head for s in several),
+            "head_share": statistics.median(s.head_share for s in several),
+            "ratio": statistics.median(s.total for s in taken["published loop"]) / total,
+        }
+    result = {
+        "model": options.size or options.model,
+        **{name: getattr(options, name) for name in ("batch", "iterations", "head_steps", "repeats")},
+        "machine": describe_machine(device),
+        "rows": rows,
+    }
+    print(json.dumps(result, indent=2))
+    if options.out:
+        write_text(json.dumps(result, indent=2) + "\n", options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
