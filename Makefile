@@ -33,6 +33,7 @@ $(VENV)/dev.stamp: $(VENV)/pip.stamp pyproject.toml
 demo: $(VENV)/user.stamp
 	$(RUN) -m varaccel demo --out outputs
 	$(RUN) -m varaccel demo --model mini-var --out outputs/mini-var
+	$(RUN) -m varaccel demo --model mini-mar --out outputs/mini-mar
 
 test: $(VENV)/dev.stamp
 	$(RUN) -m pytest
@@ -42,6 +43,8 @@ bench: $(VENV)/dev.stamp
 	$(RUN) -m varaccel bench --model mini-var --batch 1 --batch 16 -a refiner:refiner=mini-var-small \
 		$(foreach n,6 5 4 3 2 1,-a code:draft_scales=$(n),refiner=mini-var-small) \
 		--out outputs/bench-var.json --plot outputs/bench-var.png --samples outputs/bench-var-samples.png
+	$(RUN) -m varaccel bench --model mini-mar --num-iterations 256 \
+		--out outputs/bench-mar.json --plot outputs/bench-mar.png --samples outputs/bench-mar-samples.png
 
 app: $(VENV)/dev.stamp
 	$(RUN) app/app.py
@@ -50,6 +53,9 @@ train-mini: $(VENV)/dev.stamp
 	$(RUN) pipelines/train_mini_llamagen.py
 	$(RUN) pipelines/train_mini_var.py
 	$(RUN) pipelines/train_mini_var.py --config pipelines/mini_var_small.json --stages transformer pipeline --minutes 25
+	$(RUN) pipelines/train_mini_mar.py
+	$(RUN) pipelines/train_mini_mar.py --config pipelines/mini_mar_small.json --stages transformer pipeline
+	$(RUN) pipelines/train_mini_mar.py --stages pipeline --draft runs/mar-small/export
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

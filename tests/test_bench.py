@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests.tiny import GRID, PROMPTS, pipeline
-from varaccel import InputError, Plain, ZipAR
+from varaccel import CSpD, FeatureCache, FewerSteps, InputError, Plain, ZipAR
 from varaccel.decoding.accelerator import ACCELERATORS, Accelerator, Job, register
 from varaccel.evaluation import bench_figures
 from varaccel.evaluation.adherence import Rate, held_out_captions, held_out_prompts
@@ -28,6 +28,7 @@ from varaccel.evaluation.bench import (
     Quality,
     Row,
     compare,
+    default_grid,
     judge_pictures,
     parse_accelerator,
     parse_grid,
@@ -153,6 +154,32 @@ def test_default_grid() -> None:
     grid = parse_grid(DEFAULT_GRID)
     assert len(set(grid)) == len(grid)
     assert {ZipAR(2), ZipAR(4), ZipAR(8), ZipAR(12)} <= set(grid)
+
+
+def test_grid_of_a_masked_model() -> None:
+    """Iterations are shares of the model's tokens, of which the tiny one has 16."""
+    pipe = pipeline("mar-caption")
+    grid = parse_grid(default_grid(pipe))
+    assert len(set(grid)) == len(grid)
+    assert {FewerSteps(8), FewerSteps(4), FewerSteps(2), FewerSteps(None, 25)} <= set(grid)
+    assert FewerSteps(None, 10, "dpm++") in grid
+    assert {FeatureCache(2), FeatureCache(8), FeatureCache(4, True, 4, 20, "dpm++")} <= set(grid)
+    assert {CSpD(mode, length) for mode in ("reference", "paper", "exact") for length in (2, 4, 8)} <= set(
+        grid
+    )
+    assert CSpD("exact", 4, verification="sequential") in grid
+
+
+def test_grid_of_a_masked_model_without_a_drafter() -> None:
+    class Alone:
+        family = "mar"
+        transformer = pipeline("mar-class").transformer
+        drafters: ClassVar[dict[str, Any]] = {}
+
+    assert not any(text.startswith("cspd") for text in default_grid(Alone()))
+    drafted = [one for one in parse_grid(default_grid(Alone(), "mini-small")) if isinstance(one, CSpD)]
+    assert {one.drafter for one in drafted} == {"mini-small"}
+    assert len(drafted) == 10
 
 
 # -- comparisons ---------------------------------------------------------------------------------------
@@ -293,9 +320,42 @@ def test_interrupted_after_the_first_pictures(detector: SceneDetector) -> None:
     assert all(row.quality is not None and row.speed for row in report.rows)
 
 
+def test_how_many_are_drawn_together(detector: SceneDetector) -> None:
+    options: dict[str, Any] = {"captions": CAPTIONS, "detector": detector, "drawn_together": 5}
+    pipe = Counting()
+    report = bench(pipe, [], **options)
+    assert pipe.calls[2:] == [("plain", 5, 0), ("plain", 5, 5), ("plain", 2, 10)]
+    again = Counting()
+    assert bench(again, [], finished=report, **{**options, "drawn_together": 1}) == report, (
+        "another number will do"
+    )
+    assert again.calls == []
+    with pytest.raises(InputError, match="drawn_together must be at least 1"):
+        bench(pipe, [], **{**options, "drawn_together": 0})
+
+
+def test_the_whole_grid_of_a_masked_model() -> None:
+    """Everything in it runs, and what drafts says so."""
+    pipe = pipeline("mar-caption")
+    grid = parse_grid(default_grid(pipe))
+    report = bench(pipe, grid, prompts=["a red sphere"], num_iterations=16, head_steps=6)
+    assert report.settings.call == {"num_iterations": 16, "head_steps": 6}
+    assert [row.key for row in report.rows] == [Row.of(one).key for one in (Plain(), *grid)]
+    assert report.plain.speed[1].passes == GRID**2
+    for row in report.rows:
+        details = row.speed[1].details
+        assert ("draft_passes" in details) == (row.accelerator == "cspd")
+        if row.accelerator == "cspd":
+            assert details["draft_passes"][0] > 0
+        if iterations := row.options.get("iterations"):
+            assert row.speed[1].passes == iterations
+    assert BenchReport.from_dict(json.loads(json.dumps(report.to_dict()))).markdown() == report.markdown()
+
+
 @pytest.mark.parametrize(
     ("changed", "word"),
     [
+        ({"compiled": True}, "compiled False instead of True"),
         ({"seed": 1}, "seed 0 instead of 1"),
         ({"repeats": 2}, "repeats 1 instead of 2"),
         ({"model": "other"}, "model 'tiny' instead of 'other'"),
@@ -318,7 +378,7 @@ def test_other_weights_are_not_continued() -> None:
 
 
 def test_an_accelerator_that_fails_is_named(wishes: type[_Wishes], detector: SceneDetector) -> None:
-    with pytest.raises(InputError, match=r"test-wishes\(tree=None, k=7\): it grants nothing"):
+    with pytest.raises(InputError, match=r"test-wishes\(k=7\): it grants nothing"):
         bench(pipeline("t2i"), [ZipAR(1), wishes(k=7)])
 
 
@@ -467,6 +527,83 @@ def test_markdown(shown: BenchReport) -> None:
         assert len({line.count("|") for line in lines}) == 1
     assert tables[0][4] == ("| zipar window=2 | approximate | 4.923 | 3.25 | 0.308 | 3.25x (3.00 to 3.50) |")
     assert "not FID" in text
+
+
+def drafting_report() -> BenchReport:
+    """As of the grid of a masked model: two dozen rows, several close to each other."""
+    grid = parse_grid(default_grid(pipeline("mar-caption")))
+    rows = [row(Plain(), 1, quality("1" * 90 + "0" * 10, 9))]
+    for index, accelerator in enumerate(grid):
+        speedup = 1.1 if isinstance(accelerator, CSpD) else 1.0 + index / 2
+        one = row(accelerator, speedup, quality("1" * (90 - index) + "0" * (10 + index), 9 + index % 7))
+        if isinstance(accelerator, CSpD):
+            told = {"draft_passes": [240, 243], "kept": [(0.5, 0.25), (0.5, 0.5)]}
+            one = replace(one, speed={1: replace(one.speed[1], details=told)})
+        rows.append(one)
+    return report_of(*rows, truth=quality("1" * 100, 2))
+
+
+def test_what_drafts_cost_is_shown() -> None:
+    report = drafting_report()
+    table = report.markdown().split("\n\n")[1].splitlines()
+    assert table[0].endswith("| speed-up (spread) | drafter passes | kept |")
+    assert table[2].startswith("| plain |")
+    assert table[2].endswith("| - | - |")
+    assert "| cspd mode=exact, verification=sequential |" in table[-1]
+    assert table[-1].endswith("| 241.5 | 44 % |")
+    narrow = words_of(report)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "…" not in narrow
+    for word in ("sequential", "approximate", "head_sampler=dpm++", "drafter", "kept", "241.5", "44 %"):
+        assert word in narrow
+
+
+def test_no_columns_of_drafts_without_drafts(shown: BenchReport) -> None:
+    assert "drafter passes" not in shown.markdown()
+    assert "kept" not in shown.markdown()
+
+
+def test_the_place_says_how_it_ran(shown: BenchReport) -> None:
+    settings = shown.settings
+    assert settings.place == settings.machine
+    quick = replace(settings, dtype="bfloat16", compiled=True)
+    assert quick.place == f"{settings.machine}, bfloat16, compiled"
+    assert f"{quick.place}:" in replace(shown, settings=quick).markdown()
+
+
+def test_reports_of_before_there_was_compiling(shown: BenchReport) -> None:
+    values = json.loads(json.dumps(shown.to_dict()))
+    del values["settings"]["compiled"]
+    assert BenchReport.from_dict(values) == shown
+
+
+def test_plot_of_many_rows(tmp_path: Path) -> None:
+    """Close points, values that differ a lot, a legend of two dozen lines."""
+    pytest.importorskip("matplotlib")
+    report = drafting_report()
+    bench_figures.plot(report, tmp_path / "near.png")
+    far = replace(report, rows=(*report.rows[:-1], replace(report.rows[-1], quality=quality("0" * 100, 90))))
+    bench_figures.plot(far, tmp_path / "far.png")
+    for path in tmp_path.iterdir():
+        with Image.open(path) as image:
+            assert image.height > 600
+            assert np.asarray(image).std() > 5
+
+
+def test_labels_of_a_masked_model() -> None:
+    rows = drafting_report().rows
+    labels = [bench_figures.telling_options(r, rows) for r in rows]
+    assert len(set(labels[1:])) == len(labels) - 1
+    assert labels[1] == "iterations=8"
+    assert "refresh=4, iterations=4, head_steps=20, head_sampler=dpm++" in labels
+    assert "mode=reference, draft_length=4" in labels, "as good as all others are joint"
+    assert labels[-1] == "mode=exact, draft_length=4, verification=sequential"
+
+
+def test_front() -> None:
+    points = [(1.0, 9.0), (2.0, 9.5), (2.0, 7.0), (3.0, 8.0), (4.0, 3.0), (3.5, 2.0)]
+    assert bench_figures._front(points, more=True) == [(4.0, 3.0), (3.0, 8.0), (2.0, 9.5)]
+    assert bench_figures._front(points, more=False) == [(4.0, 3.0), (3.5, 2.0)]
 
 
 def test_plot(shown: BenchReport, tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import CLASSES, GRID, pipeline
+from tests.tiny import CLASSES, GRID, new_pipeline, pipeline
 from varaccel import Jacobi, ZipAR, cli
 from varaccel.decoding.accelerator import ACCELERATORS
 from varaccel.errors import InputError
 from varaccel.pipelines.catalog import PUBLISHED
 from varaccel.pipelines.llamagen import LlamaGenPipeline
+from varaccel.pipelines.mar import MARPipeline
 
 SIZE = GRID * 2
 """Side of a picture of the tiny models in pixels."""
@@ -72,6 +73,13 @@ def t2i(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def c2i(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "c2i"
     pipeline("c2i").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "mar"
+    pipeline("mar-caption").save_pretrained(folder)
     return folder
 
 
@@ -197,6 +205,17 @@ def test_other_formats(varaccel: Shell, t2i: Path) -> None:
         assert picture(varaccel.folder / name).size == (SIZE, SIZE)
 
 
+def test_options_of_masked_models_arrive(varaccel: Shell, mar: Path) -> None:
+    options = ("--num-iterations", 5, "--head-steps", 3, "--temperature", 0.9, "--guidance-scale", 1.5)
+    run = varaccel("generate", "a red sphere", "--model", mar, *options)
+    assert run.code == 0
+    assert f"{GRID**2} tokens in 5 passes" in run.out
+    expected = pipeline("mar-caption")(
+        "a red sphere", seed=0, num_iterations=5, head_steps=3, temperature=0.9, guidance_scale=1.5
+    ).images[0]
+    assert picture(varaccel.folder / "picture.png").tobytes() == expected.tobytes()
+
+
 # -- generate, refused ---------------------------------------------------------------------------------
 
 
@@ -224,6 +243,11 @@ def test_other_formats(varaccel: Shell, t2i: Path) -> None:
         (["a cube", "--guidance-scale", "nan", "--model", "T2I"], ["guidance_scale", "nan"]),
         (["a cube", "--temperature", "-1", "--model", "T2I"], ["temperature"]),
         (["a cube", "--top-p", "0", "--model", "T2I"], ["top_p"]),
+        (["a cube", "--num-iterations", "8", "--model", "T2I"], ["T2I has no --num-iterations"]),
+        (["a cube", "--head-steps", "8", "--model", "C2I"], ["C2I has no --head-steps"]),
+        (["a cube", "--top-k", "5", "--model", "MAR"], ["MAR has no --top-k"]),
+        (["a cube", "--num-iterations", "17", "--model", "MAR"], ["16"]),
+        (["a cube", "-a", "jacobi", "--model", "MAR"], ["does not work on mar models"]),
         (["goldfisch", "--model", "C2I"], ["unknown class", "did you mean 'goldfish'"]),
         (["a cube", "--out", "x.unknown"], ["x.unknown", ".png"]),
         (["a cube", "--out", "x"], ["x must end", ".png"]),
@@ -232,8 +256,12 @@ def test_other_formats(varaccel: Shell, t2i: Path) -> None:
     ],
     ids=lambda value: " ".join(value)[:60],
 )
-def test_refusals(varaccel: Shell, t2i: Path, c2i: Path, arguments: list[str], words: list[str]) -> None:
-    folders = {"T2I": t2i, "C2I": c2i}
+def test_refusals(
+    varaccel: Shell, t2i: Path, c2i: Path, mar: Path, arguments: list[str], words: list[str]
+) -> None:
+    folders = {"T2I": t2i, "C2I": c2i, "MAR": mar}
+    for name, folder in folders.items():
+        words = [word.replace(name, str(folder)) for word in words]
     assert_sentence(varaccel("generate", *(folders.get(a, a) for a in arguments)), *words)
     assert varaccel.files == []
 
@@ -356,6 +384,19 @@ def test_demo_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None:
     assert varaccel.files == ["side-by-side.png"]
 
 
+def test_demo_of_a_masked_model(varaccel: Shell, mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = ("feature_cache:refresh=4", "fewer_steps:iterations=4,head_steps=2")
+    monkeypatch.setitem(cli.DEMO_ACCELERATORS, "mar", shown)
+    run = varaccel("demo", "--model", mar, "--out", ".", "--prompt", "a red sphere")
+    assert run.code == 0
+    plain, cached, fewer = run.out.splitlines()[-3:]
+    assert f"plain(), lossless: {GRID**2} passes" in plain, (
+        "in as many iterations as the model does by itself"
+    )
+    assert "feature_cache(refresh=4), approximate" in cached
+    assert "fewer_steps(iterations=4, head_steps=2), approximate: 4 passes" in fewer
+
+
 def test_demo_refusals(varaccel: Shell, t2i: Path) -> None:
     assert_sentence(varaccel("demo", "--model", t2i, "-a", "zipar:window=0"), "window")
     (varaccel.folder / "file").write_text("in the way")
@@ -440,6 +481,56 @@ def test_bench_with_pictures(varaccel: Shell, t2i: Path) -> None:
     assert (varaccel.folder / "bench.json").read_text() == written
 
 
+def test_bench_of_a_masked_model(varaccel: Shell, mar: Path) -> None:
+    arguments = (
+        *("bench", "--model", mar, "--pictures", 4, "--scenes", 6, "--repeats", 1, "--out", "bench.json"),
+        *("--num-iterations", 8, "--head-steps", 4, "--drawn-together", 2, "--dtype", "bfloat16"),
+        *("-a", "cspd:draft_length=2", "-a", "feature_cache:refresh=2"),
+    )
+    run = varaccel(*arguments)
+    assert run.code == 0, run.err
+    report = json.loads((varaccel.folder / "bench.json").read_text())
+    settings = report["settings"]
+    assert settings["call"] == {"num_iterations": 8, "head_steps": 4}
+    assert (settings["dtype"], settings["compiled"]) == ("bfloat16", False)
+    plain, drafted, cached = report["rows"]
+    assert plain["speed"][0]["passes"] == cached["speed"][0]["passes"] == 8
+    assert drafted["speed"][0]["details"]["draft_passes"][0] > 0
+    assert all(row["quality"]["adherence"]["total"] == 4 for row in report["rows"])
+    for word in ("kept", "drafter", "bfloat16"):
+        assert word in run.out
+    assert_sentence(
+        varaccel(*arguments, "--resume", "--head-steps", 5), "cannot be continued", "'head_steps': 5"
+    )
+
+
+def test_bench_of_compiled_networks(varaccel: Shell, mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(MARPipeline, "compile", lambda pipe: compiled.append(pipe.transformer.dtype))
+    run = varaccel(
+        *("bench", "--model", mar, "--pictures", 0, "--repeats", 1, "--compile", "--dtype", "bfloat16"),
+        *("--num-iterations", 2, "-a", "fewer_steps:iterations=1", "--out", "bench.json"),
+    )
+    assert run.code == 0
+    assert compiled == [torch.bfloat16], "after the networks are in their precision and place"
+    assert json.loads((varaccel.folder / "bench.json").read_text())["settings"]["compiled"] is True
+
+
+def test_networks_that_decide_tokens_change_precision() -> None:
+    pipe: Any = new_pipeline("mar-caption")
+    cli.move(pipe, "cpu", "bfloat16")
+    assert pipe.transformer.dtype == pipe.draft_transformer.dtype == torch.bfloat16
+    assert pipe.vae.dtype == torch.float32
+    assert next(pipe.text_encoder.parameters()).dtype == torch.float32
+    assert pipe("a red sphere", seed=0, head_steps=2).stats.dtype == "bfloat16"
+
+
+def test_bench_options_of_another_family(varaccel: Shell, t2i: Path) -> None:
+    for option in ("--num-iterations", "--head-steps"):
+        run = varaccel("bench", "--model", t2i, option, 4)
+        assert_sentence(run, f"has no {option} to choose")
+
+
 def test_bench_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None:
     arguments = ("bench", "--model", c2i, "--repeats", 1, "-a", "zipar:window=2")
     assert_sentence(varaccel(*arguments, "--pictures", 5), "--pictures 0")
@@ -454,6 +545,8 @@ def test_bench_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None
         (["-a", "zipar:window=2", "-a", "zippar:window=2"], ["'zippar:window=2'", "did you mean 'zipar'"]),
         (["-a", "zipar:window=0"], ["'zipar:window=0'", ">= 1"]),
         (["-a", "zipar:window=2,4"], ["'zipar:window=2,4'", "key=value"]),
+        (["--device", "cuba"], ["unknown device 'cuba'", "did you mean 'cuda'"]),
+        (["--dtype", "float16"], ["unknown precision 'float16'", "bfloat16"]),
         (["--resume"], ["--resume", "--out"]),
         (["--out", "."], ["is a folder"]),
         (["--plot", "plot.what"], ["plot.what", ".png"]),
@@ -473,8 +566,18 @@ def test_bench_refusals(varaccel: Shell, arguments: list[str], words: list[str])
     assert varaccel.files == ["file", "other.json"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_without_a_gpu(varaccel: Shell) -> None:
+    assert_sentence(varaccel("bench", "--model", "not there", "--device", "cuda"), "no GPU", "--device cuda")
+
+
 @pytest.mark.parametrize(
-    "option", [("--batch", 0), ("--repeats", 0), ("--pictures", -1), ("--scenes", -1)], ids=str
+    "option",
+    [
+        *(("--batch", 0), ("--repeats", 0), ("--pictures", -1), ("--scenes", -1)),
+        *(("--drawn-together", 0), ("--num-iterations", 0), ("--head-steps", 0)),
+    ],
+    ids=str,
 )
 def test_bench_counts(varaccel: Shell, option: tuple[str, int]) -> None:
     run = varaccel("bench", *option)

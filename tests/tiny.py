@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
+from varaccel.models.mar import MARTransformer
 from varaccel.models.var import VARTransformer
 from varaccel.pipelines.base import TokenPipeline
 from varaccel.pipelines.llamagen import LlamaGenPipeline
+from varaccel.pipelines.mar import MARPipeline
 from varaccel.pipelines.var import VARPipeline
+from varaccel.tokenizers.kl import kl_config
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
 from varaccel.tokenizers.vq import VQModel
@@ -74,6 +79,8 @@ def new_pipeline(model_type: str) -> TokenPipeline:
     """A pipeline of its own, for tests that change it."""
     if model_type.startswith("var-"):
         pipe: TokenPipeline = new_var_pipeline(model_type.removeprefix("var-"))
+    elif model_type.startswith("mar-"):
+        pipe = new_mar_pipeline(model_type.removeprefix("mar-"))
     elif model_type == "c2i":
         pipe = LlamaGenPipeline(transformer("c2i"), vq_model(), class_names=CLASSES, guidance_scale=2.0)
     else:
@@ -141,7 +148,8 @@ PROMPTS: dict[str, list[str | int]] = {
     "c2i": [0, "goldfish", 4],
     "t2i": ["a red sphere", "a blue cube left of a red sphere", "sphere"],
 }
-PROMPTS |= {"var-class": PROMPTS["c2i"], "var-caption": PROMPTS["t2i"]}
+PROMPTS |= {f"{family}-class": PROMPTS["c2i"] for family in ("var", "mar")}
+PROMPTS |= {f"{family}-caption": PROMPTS["t2i"] for family in ("var", "mar")}
 
 
 def redraw(model: nn.Module, seed: int, std: float = 0.2) -> None:
@@ -204,4 +212,86 @@ def new_var_pipeline(condition_type: str) -> VARPipeline:
         refiner=var_transformer(condition_type, seed=1, depth=2),
         class_names=CLASSES if condition_type == "class" else None,
         guidance_scale=2.0,
+    )
+
+
+def mar_transformer(condition_type: str, seed: int = 0, **changes: object) -> MARTransformer:
+    """A random masked model with a diffusion head; tokens are about as large as noise is."""
+    sizes: dict[str, object] = {
+        "condition_type": condition_type,
+        "dim": 32,
+        "encoder_depth": 1,
+        "decoder_depth": 2,
+        "num_heads": 4,
+        "grid_size": GRID,
+        "token_channels": 4,
+        "buffer_size": 8,
+        "num_classes": len(CLASSES),
+        "caption_dim": 16,
+        "head_depth": 2,
+        "head_width": 32,
+        "noise_schedule": "linear",
+    }
+    model = MARTransformer(**{**sizes, **changes})
+    redraw(model, seed)
+    head, channels = model.head, model.channels
+    with torch.no_grad():
+        # Steps multiply what a head gets wrong, so a random one must at least see that a noisy token is mostly noise:
+        # a path for the token goes through, beside constants large enough that norms do not undo its size.
+        first, last, width = head.input_proj, head.final_layer.linear, head.width
+        half = (width - 2 * channels) // 2
+        first.weight.mul_(0.2)
+        first.bias[2 * channels :] = 8.0
+        first.bias[2 * channels + half :] = -8.0
+        last.weight.mul_(0.15)
+        for block in head.res_blocks:
+            block.mlp[2].weight.mul_(0.2)
+        for parameter in head.final_layer.adaLN_modulation.parameters():
+            parameter.mul_(0.02)
+        for channel in range(channels):
+            first.weight[channel, channel] += 1
+            first.weight[channels + channel, channel] -= 1
+            last.weight[channel, channel] += 3.5
+            last.weight[channel, channels + channel] -= 3.5
+    return model.eval()
+
+
+def kl_vae(seed: int = 0, **changes: object) -> AutoencoderKL:
+    """An image tokenizer of latents that are not scaled as they are."""
+    sizes = {"layers_per_block": 1, "norm_num_groups": 4, "sample_size": 2 * GRID, "scaling_factor": 0.5}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoencoderKL(**{**kl_config((8, 8), 4, **sizes), **changes}).eval()
+
+
+def mar_drafter(target: MARTransformer, seed: int = 1) -> MARTransformer:
+    """A disturbed copy with one layer less, so that some of its tokens are kept and some are not."""
+    small = mar_transformer(
+        **{**sizes_of(target), "decoder_depth": target.config.decoder_depth - 1, "seed": seed}
+    )
+    theirs = dict(target.named_parameters())
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            parameter.mul_(0.1).add_(theirs[name], alpha=0.9)
+    return small
+
+
+def sizes_of(model: MARTransformer) -> dict[str, Any]:
+    """What a model was made with."""
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}
+
+
+def new_mar_pipeline(condition_type: str) -> MARPipeline:
+    """A pipeline with a smaller model of other weights to draft with."""
+    words = WordTokenizer.from_words(WORDS, max_length=8) if condition_type == "caption" else None
+    network = mar_transformer(condition_type)
+    return MARPipeline(
+        network,
+        kl_vae(),
+        None if words is None else text_encoder(words),
+        words,
+        draft_transformer=mar_drafter(network),
+        class_names=CLASSES if condition_type == "class" else None,
+        guidance_scale=2.0,
+        head_steps=8,
     )

@@ -4,9 +4,12 @@
     python tokenizers/train_kl_scenes.py --data runs/scenes --out runs/mini-kl --minutes 60
 
 Run it again to resume. The averaged model ends up in `OUT/export`, ready for `AutoencoderKL.from_pretrained`, with the
-scaling factor of its latents in the config. On a GPU, two minutes do:
+scaling factor of its latents in the config. On a GPU, minutes do:
 
-    python tokenizers/train_kl_scenes.py --data runs/scenes --out runs/mini-kl --minutes 2 --device cuda --batch-size 128
+    python tokenizers/train_kl_scenes.py --data runs/scenes --out runs/mini-kl --minutes 4 --device cuda \\
+        --batch-size 128 --compile
+
+Large batches take a larger learning rate, unless one is given.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from varaccel.training.allocator import keep_freed_memory
+
+LARGE_BATCH, LARGE_BATCH_RATE = 64, 2e-3
+"""From this batch size on, the learning rate is this one instead of the config's."""
 
 
 def main() -> int:
@@ -31,7 +37,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="training time")
     parser.add_argument("--steps", type=int, help="stop after this many steps, if that comes first")
     parser.add_argument("--batch-size", type=int, help="instead of the config's")
-    parser.add_argument("--learning-rate", type=float, help="instead of the config's")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help=f"instead of the config's, or of {LARGE_BATCH_RATE} from a batch of {LARGE_BATCH} on",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the training step")
     parser.add_argument("--held-out", type=int, default=512, help="held-out scenes of the final evaluation")
     parser.add_argument("--device", default="cpu")
@@ -54,8 +64,13 @@ def main() -> int:
         data = CachedScenes(options.data, allow_partial=True)
         config = json.loads(options.config.read_text())
         recipe = KLRecipe(**config["recipe"])
-        typed = {"batch_size": options.batch_size, "learning_rate": options.learning_rate}
-        recipe = replace(recipe, **{k: v for k, v in typed.items() if v}, compile=options.compile)
+        if options.batch_size is not None:
+            recipe = replace(recipe, batch_size=options.batch_size)
+        if options.learning_rate is not None:
+            recipe = replace(recipe, learning_rate=options.learning_rate)
+        elif recipe.batch_size >= LARGE_BATCH:
+            recipe = replace(recipe, learning_rate=LARGE_BATCH_RATE)
+        recipe = replace(recipe, compile=options.compile or recipe.compile)
         held_out = np.stack(
             [
                 render(sample_scene(HELD_OUT_SEED + i), data.size).image

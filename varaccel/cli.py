@@ -87,6 +87,66 @@ def quiet_loading() -> Iterator[None]:
             switch.enable_progress_bar()
 
 
+NumIterations = Annotated[
+    int | None,
+    typer.Option(min=1, help="Passes that decide the tokens (MAR).", show_default="the model's own"),
+]
+HeadSteps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Denoising steps of a token (MAR).", show_default="the model's own"),
+]
+
+
+def call_options(pipe: Any, model: str, **options: Any) -> dict[str, Any]:
+    """Those options of a call that were typed.
+
+    Raises:
+        InputError: an option that models of this family do not have.
+    """
+    import inspect
+
+    known = inspect.signature(type(pipe).__call__).parameters
+    chosen = given(**options)
+    for name in chosen:
+        if name not in known:
+            raise InputError(f"{model} has no --{name.replace('_', '-')} to choose; leave that option out.")
+    return chosen
+
+
+def check_place(device: str, dtype: str) -> None:
+    """Refuse, before a model is loaded, a device or precision that it cannot run in.
+
+    Raises:
+        InputError: other than what `move` knows; there is no GPU.
+    """
+    import torch
+
+    from varaccel.errors import unknown_name
+
+    if device not in (devices := ("cpu", "cuda")):
+        raise unknown_name("device", device, devices)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no GPU that torch can use; leave --device cuda out.")
+    if dtype not in (precisions := ("float32", "bfloat16")):
+        raise unknown_name("precision", dtype, precisions)
+
+
+def move(pipe: Any, device: str, dtype: str) -> None:
+    """Put all of a pipeline on a device, and the networks that decide tokens into another precision.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: "float32" or "bfloat16"; image tokenizer and text encoder stay as they are, as with published models.
+    """
+    import torch
+    from torch import nn
+
+    pipe.to(device)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name not in ("vae", "vq_model", "text_encoder"):
+            part.to(getattr(torch, dtype))
+
+
 def load_pipeline(model: str, *, quiet: bool = False) -> LoadablePipeline:
     """A model by name; with `quiet` neither loading nor drawing shows a progress bar."""
     from varaccel.pipelines.auto import AutoPipeline
@@ -145,6 +205,8 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Keep the most likely tokens up to this mass; 1 = all.")
     ] = None,
+    num_iterations: NumIterations = None,
+    head_steps: HeadSteps = None,
     accelerator: Annotated[str, typer.Option("-a", "--accelerator", help="See `models`.")] = "plain",
     option: Annotated[
         list[str] | None, typer.Option("-o", "--option", help="Accelerator option key=value; repeatable.")
@@ -165,13 +227,22 @@ def generate(
 
     chosen = make_accelerator(accelerator, parse_options(option or []))
     check_picture_path(out)
-    pipe = load_pipeline(model, quiet=quiet or as_json)
+    pipe: Any = load_pipeline(model, quiet=quiet or as_json)
     output = pipe(
         prompt,
         seed=seed,
         num_images_per_prompt=count,
         accelerator=chosen,
-        **given(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p),
+        **call_options(
+            pipe,
+            model,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            num_iterations=num_iterations,
+            head_steps=head_steps,
+        ),
     )
     images = output.images
     write_sheet(images, out)
@@ -266,6 +337,7 @@ def examples(pipe: LoadablePipeline, descriptions: Sequence[str]) -> list[str]:
 DEMO_ACCELERATORS = {
     "llamagen": ("jacobi", "lantern:k=20,delta=0.4,tree=8", "zipar:window=8"),
     "var": ("code:draft_scales=5", "code:draft_scales=4"),
+    "mar": ("feature_cache:refresh=4", "fewer_steps:iterations=32,head_steps=25"),
 }
 """What the demo shows beside plain decoding of a family, as typed on a command line."""
 
@@ -349,7 +421,20 @@ def bench(
     temperature: Annotated[
         float | None, typer.Option(help="Temperature of every call.", show_default="the model's own")
     ] = None,
+    num_iterations: NumIterations = None,
+    head_steps: HeadSteps = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the networks that decide tokens: float32 or bfloat16.")
+    ] = "float32",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the networks; the first calls then take minutes.")
+    ] = False,
+    drawn_together: Annotated[
+        int,
+        typer.Option(min=1, help="Pictures per call where quality is judged; a GPU is quicker with more."),
+    ] = 10,
     out: Annotated[
         Path | None, typer.Option(help="Also write everything as JSON here, from the first rows on.")
     ] = None,
@@ -386,8 +471,20 @@ def bench(
     typed = None if accelerator is None else measuring.parse_grid(accelerator)
     finished = _earlier_report(out) if resume and out is not None else None
     batches = batch or [1]
-    pipe = load_pipeline(model)
-    grid = measuring.parse_grid(measuring.default_grid(pipe)) if typed is None else typed
+    check_place(device, dtype)
+    pipe: Any = load_pipeline(model)
+    call = call_options(
+        pipe,
+        model,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        num_iterations=num_iterations,
+        head_steps=head_steps,
+    )
+    move(pipe, device, dtype)
+    if compiled:
+        pipe.compile()
+    grid = measuring.parse_grid(measuring.default_grid(pipe, _smaller(model))) if typed is None else typed
     pipe.set_progress_bar_config(disable=True)
     if pictures and pipe.config.get("class_names") is not None:
         raise InputError(f"{model} draws classes, so no prompt can be judged; add --pictures 0.")
@@ -395,8 +492,8 @@ def bench(
     held_out = held_out_prompts(max(pictures + scenes, max(batches) * repeats, len(DEMO_PROMPTS)))
     seeds, captions = list(held_out), list(held_out.values())
     prompts = examples(pipe, [text.text for text in captions[: max(batches) * repeats]])
+    # on the CPU whatever draws the pictures, so that figures of all devices are of the same features
     detector = load_detector() if pictures else None
-    call = given(guidance_scale=guidance_scale, temperature=temperature)
     report = measuring.run_bench(
         pipe,
         grid,
@@ -413,6 +510,8 @@ def bench(
         truth=detector and measuring.true_pictures(seeds[:pictures], detector.config.image_size),
         seed=seed,
         model=model,
+        compiled=compiled,
+        drawn_together=drawn_together,
         finished=finished,
         on_rows=None if out is None else lambda rows: _write_report(rows, out),
         **call,
@@ -431,6 +530,14 @@ def bench(
         shown = examples(pipe, [text.text for text in captions[: len(DEMO_PROMPTS)]])
         write_picture(figures.sample_sheet(pipe, grid, shown, seed=seed, **call), samples)
         typer.echo(f"wrote {samples}")
+
+
+def _smaller(model: str) -> str | None:
+    """The shipped model that is a smaller version of `model`, if there is one."""
+    from varaccel.pipelines.catalog import shipped_models
+
+    name = f"{model}-small"
+    return name if name in shipped_models() else None
 
 
 def _check_writable(path: Path) -> None:

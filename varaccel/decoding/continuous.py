@@ -168,7 +168,8 @@ class ContinuousRule(Protocol):
     ) -> Decision:
         """Judge M tokens of C channels.
 
-        A density that is not a number counts as a rejection. Nothing is asked of `proposals` if no token is rejected.
+        A ratio that is not a finite number counts as a rejection. Nothing is asked of `proposals` if no token is
+        rejected.
 
         Args:
             aligned: the drafted values and the Gaussians of both models.
@@ -210,12 +211,7 @@ def _draw(proposals: Proposals, count: int, like: Tensor) -> tuple[Tensor, Tenso
     return normals.double(), uniforms.double()
 
 
-def _log_ratio(aligned: Aligned, log_factor: Tensor | float, temperature: float) -> Tensor:
-    target = aligned.target.log_prob(aligned.value, temperature)
-    return target - aligned.draft.log_prob(aligned.value, temperature) + log_factor
-
-
-def _residual(draft: Gaussian, target: Gaussian, values: Tensor, log_factor: Tensor | float) -> Tensor:
+def _residual(draft: Gaussian, target: Gaussian, values: Tensor, log_factor: Tensor) -> Tensor:
     """max(0, factor p - q) / (factor p) at proposals [R, K, C] from p: [R, K] float64, 0 where no number."""
     log_ratio = draft.log_prob(values) - target.log_prob(values) - log_factor
     return (-torch.expm1(log_ratio.clamp(max=0))).nan_to_num(nan=0.0)
@@ -227,14 +223,14 @@ _FIRST_BLOCK, _LARGEST_BLOCK = 4, 32
 
 
 def _resample(
-    aligned: Aligned, accepted: Tensor, log_factor: Tensor | None, proposals: Proposals, tries: int
+    aligned: Aligned, accepted: Tensor, log_factor: Tensor, proposals: Proposals, tries: int
 ) -> Decision:
     """Redraw what is not accepted from the residual, and from the target itself where that takes too long.
 
     Args:
         aligned: of M tokens of C channels.
         accepted: [M] bool.
-        log_factor: [M] on the target's density; none if None.
+        log_factor: [M] on the target's density.
         proposals: numbers for all M tokens.
         tries: the most proposals per token.
     """
@@ -247,8 +243,7 @@ def _resample(
         normals, uniforms = _draw(proposals, count, aligned.value)
         draft, target = aligned.draft.at(pending), aligned.target.at(pending)
         candidates = target.sample(normals[pending])  # [R, count, C]
-        factor = 0.0 if log_factor is None else log_factor[pending, None]
-        success = uniforms[pending] < _residual(draft, target, candidates, factor)
+        success = uniforms[pending] < _residual(draft, target, candidates, log_factor[pending, None])
         found, first = success.to(torch.uint8).max(dim=1)  # [R], the first of several
         found = found.bool()
         rows = pending[found]
@@ -270,12 +265,39 @@ def _check_temperature(value: object) -> None:
         raise InputError(f"inner_temperature must be a finite number above 0, got {value!r}.")
 
 
+class _RatioRule:
+    """Compares factor p / q with a uniform number."""
+
+    inner_temperature: float = 1.0
+
+    def _log_factor(self, aligned: Aligned) -> Tensor:
+        """[M] float64, what the target's densities are multiplied by."""
+        raise NotImplementedError
+
+    def log_ratio(self, aligned: Aligned) -> Tensor:
+        """[M] float64, held against the logarithm of a uniform number."""
+        target = aligned.target.log_prob(aligned.value, self.inner_temperature)
+        draft = aligned.draft.log_prob(aligned.value, self.inner_temperature)
+        return target - draft + self._log_factor(aligned)
+
+    def residual(self, aligned: Aligned, values: Tensor) -> Tensor:
+        """Chances [M, K] float64 to take proposals [M, K, C] drawn from the target after a rejection."""
+        rows = torch.arange(len(values), device=values.device)
+        factor = self._log_factor(aligned)[:, None]
+        return _residual(aligned.draft.at(rows), aligned.target.at(rows), values, factor)
+
+    def _accepted(self, aligned: Aligned, uniforms: Tensor, active: Tensor) -> Tensor:
+        ratio = self.log_ratio(aligned)
+        # an infinite ratio is no surprise but a draft without density at its own value: something is broken
+        return ~active | (ratio.isfinite() & (ratio > uniforms.double().log()))
+
+
 # --------------------------------------------------------------------------------------------------------------
 # the rules
 
 
 @dataclass(frozen=True)
-class ReferenceRule:
+class ReferenceRule(_RatioRule):
     """The decisions of the published code of continuous speculative decoding (2411.11925), for comparison.
 
     It draws from no known law. It multiplies the ratio by 1 / Sigma where the paper says Sigma; it divides squared
@@ -302,21 +324,14 @@ class ReferenceRule:
         _check_temperature(self.inner_temperature)
         positive_integer("tries", self.tries)
 
-    def log_ratio(self, aligned: Aligned) -> Tensor:
-        """[M] float64, held against the logarithm of a uniform number."""
-        return _log_ratio(aligned, -aligned.log_sigma.double(), self.inner_temperature)
-
-    def residual(self, aligned: Aligned, values: Tensor) -> Tensor:
-        """Chances [M, K] to take proposals [M, K, C] drawn from the target."""
-        rows = torch.arange(len(values), device=values.device)
-        factor = -aligned.log_sigma.double()[:, None]
-        return _residual(aligned.draft.at(rows), aligned.target.at(rows), values, factor)
+    def _log_factor(self, aligned: Aligned) -> Tensor:
+        return -aligned.log_sigma.double()
 
     def judge(
         self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
     ) -> Decision:
         active = _check(aligned, uniforms, active)
-        accepted = ~active | (self.log_ratio(aligned) > uniforms.double().log())
+        accepted = self._accepted(aligned, uniforms, active)
         drawn = aligned.target.mean.to(aligned.value.dtype)
         found = torch.zeros_like(accepted)
         rounds = 0
@@ -333,7 +348,7 @@ class ReferenceRule:
 
 
 @dataclass(frozen=True)
-class PaperRule:
+class PaperRule(_RatioRule):
     """Continuous speculative decoding as printed (2411.11925, section 3).
 
     A token is kept with the chance min(1, Sigma p / q), and drawn again from max(0, Sigma p - q) otherwise, where
@@ -358,35 +373,27 @@ class PaperRule:
         _check_temperature(self.inner_temperature)
         positive_integer("tries", self.tries)
 
-    def log_ratio(self, aligned: Aligned) -> Tensor:
-        """[M] float64, held against the logarithm of a uniform number."""
-        return _log_ratio(aligned, aligned.log_sigma.double(), self.inner_temperature)
-
-    def residual(self, aligned: Aligned, values: Tensor) -> Tensor:
-        """Chances [M, K] to take proposals [M, K, C] drawn from the target."""
-        rows = torch.arange(len(values), device=values.device)
-        factor = aligned.log_sigma.double()[:, None]
-        return _residual(aligned.draft.at(rows), aligned.target.at(rows), values, factor)
+    def _log_factor(self, aligned: Aligned) -> Tensor:
+        return aligned.log_sigma.double()
 
     def judge(
         self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
     ) -> Decision:
-        active = _check(aligned, uniforms, active)
-        accepted = ~active | (self.log_ratio(aligned) > uniforms.double().log())
-        return _resample(aligned, accepted, aligned.log_sigma.double(), proposals, self.tries)
+        accepted = self._accepted(aligned, uniforms, _check(aligned, uniforms, active))
+        return _resample(aligned, accepted, self._log_factor(aligned), proposals, self.tries)
 
 
 @dataclass(frozen=True)
-class ExactRule:
+class ExactRule(_RatioRule):
     """Keeps the target's law: min(1, p / q), and max(0, p - q) after a rejection (Leviathan et al. 2023).
 
     Given the start and the noise of the steps before, both models' next states are fixed Gaussians p and q. A value
     drawn from q and judged so is distributed as p, whatever the steps before were, hence also on average over
-    them. A factor Sigma for those steps (2411.11925, section 3) would destroy that. It takes a step that has noise: after
-    the last step, which has none, there is no density to compare.
+    them. A factor Sigma for those steps (2411.11925, section 3) would destroy that. The step must have noise: the
+    last of a chain usually has none, and then no density that could be compared.
 
     The residual is drawn from by proposing from p. A token all of whose proposals failed is drawn from p itself.
-    Where a share r of the drafts is rejected, that happens to r (1 - r)^tries of them; so the law is off by at
+    Where a share r of the drafts is rejected, that happens to r (1 - r)^tries of all; so the law is off by at
     most 1 / (e tries) in total variation, 0.0004 for 1000, and by far less unless r is near 1 / tries.
 
     Attributes:
@@ -401,18 +408,11 @@ class ExactRule:
     def __post_init__(self) -> None:
         positive_integer("tries", self.tries)
 
-    def log_ratio(self, aligned: Aligned) -> Tensor:
-        """[M] float64, held against the logarithm of a uniform number."""
-        return _log_ratio(aligned, 0.0, 1.0)
-
-    def residual(self, aligned: Aligned, values: Tensor) -> Tensor:
-        """Chances [M, K] to take proposals [M, K, C] drawn from the target."""
-        rows = torch.arange(len(values), device=values.device)
-        return _residual(aligned.draft.at(rows), aligned.target.at(rows), values, 0.0)
+    def _log_factor(self, aligned: Aligned) -> Tensor:
+        return torch.zeros_like(aligned.log_sigma, dtype=torch.float64)
 
     def judge(
         self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
     ) -> Decision:
-        active = _check(aligned, uniforms, active)
-        accepted = ~active | (self.log_ratio(aligned) > uniforms.double().log())
-        return _resample(aligned, accepted, None, proposals, self.tries)
+        accepted = self._accepted(aligned, uniforms, _check(aligned, uniforms, active))
+        return _resample(aligned, accepted, self._log_factor(aligned), proposals, self.tries)

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import comb, sqrt
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -61,10 +62,12 @@ DEFAULT_GRID = (
 )
 """What is compared with plain decoding of a raster model if nothing is asked for, as typed on a command line."""
 
+_NARROW = 18
+"""Letters of an accelerator's options in a line where there are many columns."""
+
 SIGNIFICANT = 0.05
 """A difference in adherence is noise if chance makes one as large or larger more often than this."""
 
-_DRAWN_TOGETHER = 10
 _REFERENCE_BATCH = 100
 _REFERENCES: dict[tuple[str, tuple[int, ...]], FeatureStatistics] = {}
 
@@ -107,12 +110,51 @@ def parse_grid(texts: Iterable[str]) -> list[Accelerator]:
     return [parse_accelerator(text) for text in texts]
 
 
-def default_grid(pipe: Any) -> tuple[str, ...]:
-    """What is compared on this pipeline if nothing is asked for: for next-scale models CoDe at every hand-over."""
+def default_grid(pipe: Any, drafter: str | None = None) -> tuple[str, ...]:
+    """What is compared on this pipeline if nothing is asked for.
+
+    For next-scale models that is CoDe at every hand-over; for masked ones their accelerators alone and together, and
+    fewer steps, which all of them have to beat.
+
+    Args:
+        drafter: a model to draft for a masked one that came without; without any, nothing that drafts is compared.
+    """
+    if pipe.family == "mar":
+        return _masked_grid(pipe, drafter)
     if pipe.family != "var":
         return DEFAULT_GRID
     scales = len(pipe.transformer.schedule)
     return (*(f"code:draft_scales={n}" for n in range(scales - 1, 0, -1)), "refiner")
+
+
+def _masked_grid(pipe: Any, drafter: str | None) -> tuple[str, ...]:
+    """The grid of a masked model; iterations are shares of its tokens, so that it suits every size."""
+    tokens = pipe.transformer.num_tokens
+    half, quarter, eighth = (max(1, tokens // n) for n in (2, 4, 8))
+    quick = "head_sampler=dpm++,head_steps=20"
+    grid = (
+        *(f"fewer_steps:iterations={n}" for n in (half, quarter, eighth)),
+        *(f"fewer_steps:head_steps={n}" for n in (50, 25)),
+        *(f"fewer_steps:head_sampler=dpm++,head_steps={n}" for n in (20, 10)),
+        *(f"fewer_steps:iterations={n},{quick}" for n in (quarter, eighth)),
+        *(f"feature_cache:refresh={n}" for n in (2, 4, 8)),
+        f"feature_cache:refresh=4,iterations={quarter}",
+        f"feature_cache:refresh=4,{quick}",
+        *(f"feature_cache:refresh={n},iterations={quarter},{quick}" for n in (2, 4)),
+    )
+    if "draft" not in pipe.drafters and drafter is None:
+        return grid
+    named = "" if "draft" in pipe.drafters else f",drafter={drafter}"
+    lengths = [n for n in (2, 4, 8) if n <= tokens]
+    return (
+        *grid,
+        *(
+            f"cspd:mode={mode},draft_length={n}{named}"
+            for mode in ("reference", "paper", "exact")
+            for n in lengths
+        ),
+        f"cspd:mode=exact,draft_length={min(4, lengths[-1])},verification=sequential{named}",
+    )
 
 
 # -- what is found -------------------------------------------------------------------------------------
@@ -292,6 +334,7 @@ class Settings:
         captions: digest of what they were asked to show.
         reference: space, number and digest of the true pictures; None without distances.
         call: further arguments of the pipeline call.
+        compiled: whether the networks were compiled.
     """
 
     model: str
@@ -305,6 +348,13 @@ class Settings:
     captions: str
     reference: str | None
     call: dict[str, Any]
+    compiled: bool = False
+
+    @property
+    def place(self) -> str:
+        """The machine, and how the model ran there unless it ran in float32 as it is."""
+        how = [*([] if self.dtype == "float32" else [self.dtype]), *(["compiled"] if self.compiled else [])]
+        return ", ".join([self.machine, *how])
 
 
 @dataclass(frozen=True)
@@ -371,8 +421,16 @@ class BenchReport:
         """Whether any row hands over between networks: then memory is part of what is traded."""
         return any("stages" in one.details for row in self.rows for one in row.speed.values())
 
+    @property
+    def _drafting(self) -> list[tuple[str, str]]:
+        """Columns of what drafts cost and how many were kept: title and key, where any row has something there."""
+        told = {key for row in self.rows for one in row.speed.values() for key in one.details}
+        columns = (("drafter passes", "draft_passes"), ("kept", "kept"))
+        return [(title, key) for title, key in columns if key in told]
+
     def _speed_header(self) -> list[str]:
         header = ["accelerator", "law", "passes", "tokens per pass", "seconds", "speed-up (spread)"]
+        header += [title for title, _ in self._drafting]
         return [*header, "cache (MB)"] if self._shows_cache else header
 
     def _speed_cells(self, batch: int) -> list[list[str]]:
@@ -388,6 +446,7 @@ class BenchReport:
                 [
                     *(_call(row), row.law, f"{one.passes:.4g}", f"{one.tokens_per_pass:.2f}"),
                     *(f"{one.median_seconds:.3f}", f"{one.speedup:.2f}x{spread}"),
+                    *(_drafted(one, key) for _, key in self._drafting),
                     *([f"{one.cache_bytes / 1e6:.3g}"] if self._shows_cache else []),
                 ]
             )
@@ -428,21 +487,29 @@ class BenchReport:
 
     def table(self) -> Group:
         """Tables for a terminal of 80 columns: speed by batch size, then quality."""
+        from rich import box
         from rich.console import Group
         from rich.table import Column, Table
 
         # as wide as the longest word, so that nothing is cut
         longest = max(len(line) for row in self.rows for line in _call(row).split("\n"))
         widths = {"passes": 6, "tokens per pass": 6, "seconds": 7, "accelerator": max(13, min(longest, 24))}
+        timed = dict(widths)
+        tight: dict[str, Any] = {}
+        if self._drafting or self._shows_cache:  # more columns take their room from lines, margins and names
+            timed |= {"accelerator": min(widths["accelerator"], _NARROW), "law": 11}
+            timed |= {"drafter passes": 7, "kept": 5}
+            tight = {"box": box.SIMPLE_HEAD, "padding": 0, "pad_edge": False}
         parts: list[Any] = []
         for batch in self.batches:
             table = Table(
-                *(Column(name, width=widths.get(name)) for name in self._speed_header()),
+                *(Column(name, width=timed.get(name)) for name in self._speed_header()),
                 title=f"{self.settings.model}, batch {batch}, {self.settings.repeats} rounds\n"
-                f"{self.settings.machine}",
+                f"{self.settings.place}",
+                **tight,
             )
-            for cells in self._speed_cells(batch):
-                table.add_row(*cells)
+            for call, *cells in self._speed_cells(batch):
+                table.add_row(_broken(call, timed["accelerator"]), *cells)
             parts.append(table)
         if lines := self._quality_cells():
             header = [Column(name, width=widths.get(name)) for name in self._quality_header()]
@@ -456,7 +523,7 @@ class BenchReport:
         """The same tables in Markdown."""
         parts = []
         for batch in self.batches:
-            title = f"Batch {batch}, median of {self.settings.repeats} rounds, {self.settings.machine}:"
+            title = f"Batch {batch}, median of {self.settings.repeats} rounds, {self.settings.place}:"
             parts += [title, _markdown(self._speed_header(), self._speed_cells(batch), left=2)]
         if lines := self._quality_cells():
             parts += [_markdown(self._quality_header(), lines, left=1), *self._notes()]
@@ -468,6 +535,22 @@ def _call(row: Row) -> str:
     return "\n".join(
         [row.accelerator, *(f"{k}={v}" for k, v in telling(row.accelerator, row.options).items())]
     )
+
+
+def _broken(call: str, width: int) -> str:
+    """A call whose options go on in a new line if they are wider."""
+    return "\n".join(
+        line if len(line) <= width else line.replace("=", "=\n  ", 1) for line in call.split("\n")
+    )
+
+
+def _drafted(measured: Measurement, key: str) -> str:
+    """The mean of `draft_passes` or `kept` over all rounds (and pictures) of a measurement."""
+    told = measured.details.get(key, [])
+    if key == "kept":
+        shares = [share for pictures in told for share in pictures]
+        return f"{100 * fmean(shares):.0f} %" if shares else "-"
+    return f"{fmean(told):.4g}" if told else "-"
 
 
 def _adherence_verdict(versus: Comparison) -> str:
@@ -561,6 +644,8 @@ def run_bench(
     truth: Sequence[Image.Image] | None = None,
     seed: int = 0,
     model: str = "",
+    compiled: bool = False,
+    drawn_together: int = 10,
     finished: BenchReport | None = None,
     on_rows: Callable[[BenchReport], None] | None = None,
     progress: bool = True,
@@ -582,6 +667,9 @@ def run_bench(
         reference: statistics of true pictures to measure the distance from; none: no distances.
         truth: true pictures of `captions`, to be judged like the others.
         model: name for the report.
+        compiled: whether `pipe.compile()` was called, for the report.
+        drawn_together: pictures per call where quality is judged; a GPU is quicker with more. Which numbers a picture
+            is drawn with does not depend on it.
         finished: an earlier report of the same settings; what it holds is not measured again.
         on_rows: called with the report so far whenever rows have been added, to save it.
         progress: show a bar over the whole.
@@ -599,6 +687,8 @@ def run_bench(
         raise InputError(
             f"batches are 1 to as many pictures as there are prompts ({len(prompts)}), got {list(batches)}."
         )
+    if drawn_together < 1:
+        raise InputError(f"drawn_together must be at least 1, got {drawn_together}.")
     settings = Settings(
         model=model,
         weights=_weights_digest(pipe),
@@ -611,6 +701,7 @@ def run_bench(
         captions=_digest([text.text for text in captions]),
         reference=None if reference is None or not captions else _describe(reference),
         call=call,
+        compiled=compiled,
     )
     candidates = {Row.of(one).key: one for one in (Plain(), *accelerators)}
     rows = {key: Row.of(one) for key, one in candidates.items()}
@@ -664,7 +755,7 @@ def run_bench(
                 seen_truth = judge_pictures(detector, truth, captions, reference)
             for key, accelerator in unjudged:
                 bar.set_description(f"pictures, {accelerator.name}")
-                images = _draw(pipe, captions, accelerator, seed, bar.update, call)
+                images = _draw(pipe, captions, accelerator, seed, drawn_together, bar.update, call)
                 quality = judge_pictures(detector, images, captions, reference)
                 rows[key] = replace(rows[key], quality=quality)
                 added()
@@ -676,13 +767,14 @@ def _draw(
     captions: Sequence[Caption],
     accelerator: Accelerator,
     seed: int,
+    together: int,
     on_pictures: Callable[[int], Any],
     call: Mapping[str, Any],
 ) -> list[Image.Image]:
     """One picture per caption; picture i has seed `seed` + i, whatever is drawn together."""
     images: list[Image.Image] = []
-    for start in range(0, len(captions), _DRAWN_TOGETHER):
-        texts = [text.text for text in captions[start : start + _DRAWN_TOGETHER]]
+    for start in range(0, len(captions), together):
+        texts = [text.text for text in captions[start : start + together]]
         with naming(accelerator):
             output = pipe(texts, accelerator=accelerator, seed=seed + start, **call)
         images += output.images

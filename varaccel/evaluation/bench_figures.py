@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,17 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _TRUTH = "#006644"
 _LABEL_PLACES = tuple(
     (reach * x, reach * y)
-    for reach in (10, 17, 25, 34)
+    for reach in (10, 17, 25, 34, 45, 58)
     for x, y in ((0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8), (0, 1), (0, -1), (1, 0), (-1, 0))
 )
 """Offsets of a number from its point, in points, in order of preference."""
+
+_NEAR = 20
+"""A number further away from its point than this, in points, is tied to it by a line."""
+
+_LOGARITHMIC = 3
+"""The axis of speed is logarithmic if its largest value is more than so many times its smallest; that of distances if
+twice as many times."""
 
 
 def check_matplotlib() -> None:
@@ -41,20 +49,26 @@ def check_matplotlib() -> None:
 
 
 def telling_options(row: Row, rows: Sequence[Row]) -> str:
-    """Those of a row's options that differ among the `rows` of its accelerator, such as `window=4`."""
+    """Those of a row's options that differ among the `rows` of its accelerator, such as `window=4`.
+
+    What is left to the call (None), and what hardly any of them changes, is told only where it is changed.
+    """
     family = [other for other in rows if other.accelerator == row.accelerator]
-    told = (
-        (name, value)
-        for name, value in row.options.items()
-        if any(other.options.get(name, value) != value for other in family)
-    )
-    return ", ".join(f"{name}={value}" for name, value in told)
+    unusual = telling(row.accelerator, row.options)
+    told = []
+    for name, value in row.options.items():
+        alike = sum(other.options.get(name, value) == value for other in family)
+        usual = name not in unusual and alike >= 3 / 4 * len(family)
+        if alike < len(family) and value is not None and not usual:
+            told.append(f"{name}={value}")
+    return ", ".join(told)
 
 
 def plot(report: BenchReport, path: str | Path, batch: int | None = None) -> None:
     """Speed-up against adherence and, where measured, Fréchet distance, with error bars; written whole or not at all.
 
     Bars: smallest and largest ratio of a round, 95 % interval of adherence, one standard deviation of the distance.
+    A line joins the rows that no other one beats in both. Axes are logarithmic where values differ a lot.
 
     Args:
         batch: whose speed; by default the smallest measured.
@@ -75,10 +89,16 @@ def plot(report: BenchReport, path: str | Path, batch: int | None = None) -> Non
     if all(row.quality is not None and row.quality.distance is not None for row in rows):
         kinds.append("distance")
     styles = _styles(rows)
-    figure = Figure(figsize=(5 * len(kinds) + 3, 5), dpi=130, layout="constrained")
+    labels = [
+        f"{number}  {row.accelerator} {telling_options(row, rows)}".rstrip()
+        for number, row in enumerate(rows, start=1)
+    ]
+    # as wide and high as the legend beside the panels needs
+    size = (5 * len(kinds) + 0.6 + 0.062 * max(map(len, labels)), max(5, 1 + 0.17 * len(rows)))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     figure.suptitle(
-        f"{report.settings.model}, batch {batch}, {report.settings.pictures} pictures\n{report.settings.machine}",
+        f"{report.settings.model}, batch {batch}, {report.settings.pictures} pictures\n{report.settings.place}",
         fontsize=9,
     )
     for axes, kind in zip(panels, kinds, strict=True):
@@ -88,16 +108,20 @@ def plot(report: BenchReport, path: str | Path, batch: int | None = None) -> Non
             *([], []),
             linestyle="",
             **styles[row.accelerator],
-            label=f"{number}  {row.accelerator} {telling_options(row, rows)}".rstrip(),
+            label=label,
         )
-        for number, row in enumerate(rows, start=1)
+        for label, row in zip(labels, rows, strict=True)
     ]
     figure.legend(handles=keys, loc="outside right upper", fontsize=8, frameon=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # only a drawn figure knows where its points are
     for axes, kind in zip(panels, kinds, strict=True):
         _number(
-            canvas.get_renderer(), axes, [(row.speed[batch].speedup, _value(row, kind)[0]) for row in rows]
+            canvas.get_renderer(),
+            axes,
+            [row.speed[batch].speedup for row in rows],
+            [_value(row, kind) for row in rows],
+            [styles[row.accelerator]["color"] for row in rows],
         )
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
@@ -126,7 +150,9 @@ def _value(row: Row, kind: str) -> tuple[float, float, float]:
     assert row.quality is not None
     if kind == "adherence":
         rate = row.quality.adherence
-        return 100 * rate.share, 100 * (rate.share - rate.low), 100 * (rate.high - rate.share)
+        # rounding may put an end of the interval of 0 or 100 % a trifle inside
+        reach = (max(0.0, rate.share - rate.low), max(0.0, rate.high - rate.share))
+        return 100 * rate.share, 100 * reach[0], 100 * reach[1]
     assert row.quality.distance is not None
     std = row.quality.distance.spread.std
     return row.quality.distance.value, std, std
@@ -148,19 +174,27 @@ def _panel(
         axes.errorbar(
             *(x, y), ([down], [up]), ([x - low], [high - x]), elinewidth=0.7, capsize=2, alpha=0.9, **style
         )
+    front = _front([(row.speed[batch].speedup, _value(row, kind)[0]) for row in rows], kind == "adherence")
+    axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, alpha=0.7, zorder=1)
     if report.plain in rows:
         axes.axhline(_value(report.plain, kind)[0], color="#333333", linewidth=0.8, linestyle=":", zorder=0)
-    top = 1.1 * max(sum(_value(row, kind)[::2]) for row in rows)
-    axes.set_ylim(0, top or 1)
     truth = report.truth and Row("true", {}, True, {}, report.truth)
-    if truth and (kind == "adherence" or report.truth.distance is not None):  # type: ignore[union-attr]
-        level = _value(truth, kind)[0]
-        inside = level < axes.get_ylim()[1]
+    if truth and kind == "distance" and report.truth.distance is None:  # type: ignore[union-attr]
+        truth = None
+    values = [_value(row, kind) for row in rows]
+    # a goal of distances is to be seen; that of adherence may be far off
+    _scale(axes, [*values, _value(truth, kind)] if truth and kind == "distance" else values, kind)
+    speeds = [row.speed[batch].speedup for row in rows]
+    if max(speeds) > _LOGARITHMIC * min(speeds):
+        _logarithmic(axes, "x")
+    if truth:
+        level, top = _value(truth, kind)[0], axes.get_ylim()[1]
+        inside = level < top
         if inside:
             axes.axhline(level, color=_TRUTH, linewidth=0.8, linestyle="--", zorder=0)
         axes.annotate(
             f"true pictures: {level:.3g}{'' if inside else ' (above)'}",
-            (1, level if inside else axes.get_ylim()[1]),
+            (1, level if inside else top),
             xycoords=axes.get_yaxis_transform(),
             xytext=(-4, 3 if inside else -12),
             textcoords="offset points",
@@ -178,12 +212,76 @@ def _panel(
     axes.margins(x=0.1)
 
 
-def _number(renderer: Any, axes: Any, points: Sequence[tuple[float, float]]) -> None:
-    """Put its number beside every point, where it hides least of the other points and numbers."""
-    centres = [axes.transData.transform(point) for point in points]
+def _front(points: Sequence[tuple[float, float]], more: bool) -> list[tuple[float, float]]:
+    """The points (speed-up, quality) that no other one beats in both, in order of falling speed.
+
+    Args:
+        more: whether more quality is better.
+    """
+    sign = 1 if more else -1
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], sign * point[1]), reverse=True):
+        if not front or sign * y > sign * front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def _scale(axes: Any, values: Sequence[tuple[float, float, float]], kind: str) -> None:
+    """Limits of the axis of quality: from 0, unless that would press all points together at the top.
+
+    Args:
+        values: of `_value`.
+    """
+    lows, highs = ([y - down for y, down, _ in values], [y + up for y, _, up in values])
+    low, high = min(lows), max(highs)
+    heights = [y for y, *_ in values]
+    if kind == "distance" and min(heights) > 0 and max(heights) > 2 * _LOGARITHMIC * min(heights):
+        _logarithmic(axes, "y")
+        axes.set_ylim(0.8 * max(low, min(heights) / 2), 1.2 * high)
+    elif low < high / 3:
+        axes.set_ylim(0, 1.1 * high or 1)
+    else:
+        margin = 0.1 * (high - low) or 1
+        axes.set_ylim(low - margin, high + margin)
+
+
+def _logarithmic(axes: Any, name: str) -> None:
+    """Make the axis `name` logarithmic, with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+    axes.set(**{f"{name}scale": "log"})
+    axis = getattr(axes, f"{name}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _number(
+    renderer: Any,
+    axes: Any,
+    speeds: Sequence[float],
+    values: Sequence[tuple[float, float, float]],
+    colors: Sequence[str],
+) -> None:
+    """Put its number beside every point, where it hides least of the other points, numbers and bars.
+
+    Args:
+        values: of `_value`.
+    """
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    at = axes.transData.transform
     frame = axes.get_window_extent(renderer)
+    points = [(x, y) for x, (y, _, _) in zip(speeds, values, strict=True)]
+    centres = [at(point) for point in points]
+    bars = [
+        Bbox([at((x, max(y - down, axes.get_ylim()[0]))), at((x, y + up))])
+        for x, (y, down, up) in zip(speeds, values, strict=True)
+    ]
     taken: list[Any] = []
-    for number, point in enumerate(points, start=1):
+    for number, (point, color) in enumerate(zip(points, colors, strict=True), start=1):
         notes = [
             axes.annotate(
                 *(str(number), point),
@@ -192,6 +290,9 @@ def _number(renderer: Any, axes: Any, points: Sequence[tuple[float, float]]) -> 
                 ha="center",
                 va="center",
                 fontsize=8,
+                color=color,
+                path_effects=[withStroke(linewidth=2, foreground="white")],
+                zorder=5,
             )
             for place in _LABEL_PLACES
         ]
@@ -199,14 +300,24 @@ def _number(renderer: Any, axes: Any, points: Sequence[tuple[float, float]]) -> 
         for rank, note in enumerate(notes):
             box = note.get_window_extent(renderer)
             around = box.expanded(1.5, 1.3)
-            hits = sum(box.overlaps(other) for other in taken) + sum(around.contains(*at) for at in centres)
+            hits = sum(box.overlaps(other) for other in taken) + sum(
+                around.contains(*centre) for centre in centres
+            )
+            crossed = sum(box.overlaps(bar) for bar in bars)
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-            costs.append((hits + 2 * outside, rank))
+            costs.append((2 * hits + crossed + 4 * outside, rank))
         best = notes[min(costs)[1]]
         taken.append(best.get_window_extent(renderer))
         for note in notes:
             if note is not best:
                 note.remove()
+        if hypot(*best.xyann) > _NEAR:
+            axes.annotate(
+                *("", point),
+                xytext=best.xyann,
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 5, "shrinkB": 3},
+            )
 
 
 # -- what they draw ------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from varaccel.errors import CheckpointError, unknown_name
 from varaccel.pipelines.catalog import PUBLISHED, PublishedModel
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.loading import LoadablePipeline, hub_options, pipeline_class_name, resolve_model
+from varaccel.pipelines.mar import MARPipeline
 from varaccel.pipelines.var import VARPipeline
 
 PIPELINES: dict[str, type[LoadablePipeline]] = {
     "LlamaGenPipeline": LlamaGenPipeline,
+    "MARPipeline": MARPipeline,
     "VARPipeline": VARPipeline,
 }
 """Pipeline classes by the name that a model folder records."""
@@ -33,7 +35,7 @@ class AutoPipeline:
 
         Args:
             name: a shipped model (`mini-llamagen`, `mini-var`), a published one (`llamagen-c2i-xl-384`,
-                `var-d30`: downloaded from its authors), a folder, or a hub repository in diffusers' layout.
+                `var-d30`, `mar-base`: downloaded from the hub), a folder, or a hub repository in diffusers' layout.
                 `varaccel models` lists the names.
             options: of `from_pretrained`, such as `dtype=torch.bfloat16`, or of the hub.
 
@@ -51,7 +53,9 @@ class AutoPipeline:
 
 
 def _from_published(name: str, model: PublishedModel, dtype: Any = None, **hub: Any) -> LoadablePipeline:
-    pipeline = LlamaGenPipeline if model.family == "llamagen" else VARPipeline
+    pipeline: Any = {c.family: c for c in (LlamaGenPipeline, VARPipeline, MARPipeline)}[model.family]
+    if model.revision is not None:
+        hub = {"revision": model.revision, **hub}
     try:
         weights = hf_hub_download(model.repository, model.weights, **hub)
         image_tokenizer = hf_hub_download(
@@ -78,10 +82,11 @@ def _from_published(name: str, model: PublishedModel, dtype: Any = None, **hub: 
         components["grid_size"] = model.grid_size
     elif refiner is not None:
         components["refiner"] = refiner
-    pipe = pipeline.from_single_file(weights, vq_model=image_tokenizer, **components)
+    components["vae" if model.family == "mar" else "vq_model"] = image_tokenizer
+    pipe: LoadablePipeline = pipeline.from_single_file(weights, **components)
     if dtype is not None:
         # the image tokenizer stays in float32, as published
-        for network in (pipe.transformer, getattr(pipe, "refiner", None)):
+        for network in (pipe.components["transformer"], pipe.components.get("refiner")):
             if network is not None:
                 network.to(dtype=dtype)
     return pipe

@@ -17,14 +17,17 @@ class PublishedModel:
     """A model whose weights its authors published as single files on the Hugging Face hub.
 
     Attributes:
+        family: the model family by which accelerators know it.
         repository, weights: hub repository and the file of the transformer.
         tokenizer: file of the image tokenizer, in `tokenizer_repository` or else in the same one.
         settings: the authors' defaults for sampling, as settings of the pipeline.
         text_encoder: hub id of the text encoder, None for class-conditional models.
         grid_size: side of the token grid (LlamaGen, whose files do not tell it).
         refiner: file of the refiner (CoDe pairs), in the same repository.
+        revision: commit of the repositories, if their newest does not have the files any more.
     """
 
+    family: str
     repository: str
     weights: str
     tokenizer: str
@@ -33,15 +36,12 @@ class PublishedModel:
     grid_size: int | None = None
     tokenizer_repository: str | None = None
     refiner: str | None = None
-
-    @property
-    def family(self) -> str:
-        """The family by which accelerators know it."""
-        return "var" if self.grid_size is None else "llamagen"
+    revision: str | None = None
 
 
 def _class_conditional(size: str, resolution: int) -> PublishedModel:
     return PublishedModel(
+        "llamagen",
         "FoundationVision/LlamaGen",
         f"c2i_{size}_{resolution}.pt",
         "vq_ds16_c2i.pt",
@@ -52,6 +52,7 @@ def _class_conditional(size: str, resolution: int) -> PublishedModel:
 
 def _text_conditional(stage: int, resolution: int) -> PublishedModel:
     return PublishedModel(
+        "llamagen",
         "peizesun/llamagen_t2i",
         f"t2i_XL_stage{stage}_{resolution}.pt",
         "vq_ds16_t2i.pt",
@@ -67,12 +68,13 @@ _VAR_SETTINGS = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}
 
 
 def _var(depth: int) -> PublishedModel:
-    return PublishedModel("FoundationVision/var", f"var_d{depth}.pth", _VAR_TOKENIZER, _VAR_SETTINGS)
+    return PublishedModel("var", "FoundationVision/var", f"var_d{depth}.pth", _VAR_TOKENIZER, _VAR_SETTINGS)
 
 
 def _code_pair(draft_scales: int) -> PublishedModel:
     """Weights specialised for one hand-over; sampled with CoDe's own settings."""
     return PublishedModel(
+        "var",
         "Zigeng/VAR_CoDe",
         f"drafter_{draft_scales}.pth",
         _VAR_TOKENIZER,
@@ -81,6 +83,25 @@ def _code_pair(draft_scales: int) -> PublishedModel:
         refiner=f"refiner_{draft_scales}.pth",
     )
 
+
+def _mar(weights: str, tokenizer: str, guidance_scale: float, revision: str | None = None) -> PublishedModel:
+    """MAR with the published settings for figures: one token per iteration, 100 steps of the head.
+
+    The authors offer their files outside of the hub; the repository is a mirror in the same layout.
+    """
+    settings = {
+        "guidance_scale": guidance_scale,
+        "guidance_schedule": "linear",
+        "temperature": 1.0,
+        "num_iterations": None,
+        "head_steps": 100,
+    }
+    return PublishedModel("mar", "jadechoghari/mar", weights, tokenizer, settings, revision=revision)
+
+
+# Of MAR-B the mirror's history has the published checkpoint with averaged weights, which the published results are
+# of; the newest commit only has what it was averaged from.
+_MAR_ORIGINAL = "773c9bdcd98740c7b876ce0d66f684a0e2468990"
 
 PUBLISHED: dict[str, PublishedModel] = {
     "llamagen-c2i-b-256": _class_conditional("B", 256),
@@ -94,6 +115,9 @@ PUBLISHED: dict[str, PublishedModel] = {
     "llamagen-t2i-xl-512": _text_conditional(2, 512),
     **{f"var-d{depth}": _var(depth) for depth in (16, 20, 24, 30, 36)},
     **{f"var-code-{n}": _code_pair(n) for n in (6, 7, 8, 9)},
+    "mar-base": _mar("checkpoint-last.pth", "kl16.ckpt", 2.9, _MAR_ORIGINAL),
+    "mar-large": _mar("mar-large.safetensors", "kl16.safetensors", 3.0),
+    "mar-huge": _mar("mar-huge.safetensors", "kl16.safetensors", 3.2),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from diffusers import AutoencoderKL
@@ -26,10 +27,12 @@ MAR_SCALING_FACTOR = 0.2325
 def patchify(latents: Tensor, patch: int = 1) -> Tensor:
     """Latents [B, c, H, W] as tokens [B, (H / p)(W / p), c p p] in raster order.
 
+    The numbers of a token are ordered by channel, then row in the patch, then column in the patch (published MAR code).
+
     Raises:
-        InputError: sides that are no multiples of the patch.
+        InputError: not of rank 4, or sides that are no multiples of the patch.
     """
-    if latents.shape[-2] % patch or latents.shape[-1] % patch:
+    if latents.ndim != 4 or patch < 1 or latents.shape[-2] % patch or latents.shape[-1] % patch:
         raise InputError(f"latents {list(latents.shape)} cannot be cut into patches of side {patch}.")
     return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
 
@@ -39,8 +42,16 @@ def unpatchify(tokens: Tensor, patch: int, height: int) -> Tensor:
 
     Args:
         height: H.
+
+    Raises:
+        InputError: not of rank 3, or tokens that do not fill whole patches of latents of that height.
     """
-    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", p=patch, q=patch, h=height // patch)
+    rows = height // patch if patch > 0 and height % patch == 0 else 0
+    if tokens.ndim != 3 or rows < 1 or tokens.shape[1] % rows or tokens.shape[2] % (patch * patch):
+        raise InputError(
+            f"tokens {list(tokens.shape)} are no latents of height {height} cut into patches of side {patch}."
+        )
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", p=patch, q=patch, h=rows)
 
 
 def kl_config(
@@ -73,11 +84,20 @@ def kl_config(
     }
 
 
+KL16: Mapping[str, Any] = MappingProxyType(kl_config((128, 128, 256, 256, 512), 16))
+"""Arguments of `AutoencoderKL` for `kl16.ckpt`: 16 pixels per latent along each side, 66.5 million parameters."""
+
+
 def load_kl(path: str | os.PathLike[str], **changes: Any) -> AutoencoderKL:
     """Load a published tokenizer, `kl16.ckpt`. Sizes are read off the tensors.
 
     Args:
+        path: the file; weights bare or under "model".
         changes: config entries that the tensors do not tell, such as `scaling_factor` or `sample_size`.
+
+    Returns:
+        the model in float32 and eval mode: pictures [B, 3, H, W] in [-1, 1] to latents [B, c, H / f, W / f] that are
+        not scaled, and back.
 
     Raises:
         CheckpointError: the file cannot be read or does not fit the layout.
@@ -99,13 +119,14 @@ def _published_config(state: Mapping[str, Tensor], *, source: str) -> dict[str, 
         blocks = sum(
             bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", name)) for name in state
         )
-        attention = sum(f"encoder.down.{level}.attn.0.norm.weight" in state for level in range(levels))
+        attention = [f"encoder.down.{level}.attn.0.norm.weight" in state for level in range(levels)]
         latents = state["post_quant_conv.weight"].shape[1]
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{source} holds no KL tokenizer of the published layout ({error}); choose kl16.ckpt."
         ) from error
-    return kl_config(widths, latents, layers_per_block=blocks, attention_levels=attention)
+    down = ("AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in attention)
+    return {**kl_config(widths, latents, layers_per_block=blocks), "down_block_types": tuple(down)}
 
 
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}

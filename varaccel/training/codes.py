@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from varaccel.errors import CheckpointError, InputError, VaraccelError
@@ -31,10 +31,11 @@ from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 from varaccel.tokenizers.vq import VQModel
 from varaccel.training.vq import ImageTokenizer, to_images
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
+"""Name of the file that says what a folder of codes or latents was made from."""
 # Below this share of equal indices the half-precision encoder is not a stand-in for the float32 one.
 MIN_AGREEMENT = 0.97
-# The parts of a tokenizer that decide which codes a picture gets.
+# The parts of a tokenizer that decide which codes or latents a picture gets.
 CODE_PARTS = ("encoder.", "quant_conv.", "quantize.")
 
 
@@ -67,14 +68,14 @@ class CodesManifest:
         return sum(p * p for p in self.scales) or self.grid[0] * self.grid[1]
 
 
-def fingerprint(vq: ImageTokenizer) -> str:
-    """A hash of what decides the codes of a picture, the same on every machine; 16 hex digits.
+def fingerprint(tokenizer: nn.Module) -> str:
+    """A hash of what decides the codes or latents of a picture, the same on every machine; 16 hex digits.
 
-    It covers the encoder and the codebook. A decoder that was trained further leaves it, and codes made
-    before, valid.
+    It covers the encoder and the codebook, if there is one. A decoder that was trained further leaves it, and codes
+    made before, valid.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(vq.state_dict().items()):
+    for name, tensor in sorted(tokenizer.state_dict().items()):
         if not name.startswith(CODE_PARTS):
             continue
         digest.update(f"{name}{list(tensor.shape)}".encode())
@@ -148,24 +149,16 @@ def encode_cache(
         shard_size=data.manifest.shard_size,
         scales=vq.schedule.sides if isinstance(vq, MultiScaleVQModel) else (),
     )
-    _claim(target, manifest)
-    shards = -(-len(data) // manifest.shard_size)
-    with tqdm(total=len(data), unit="picture", desc=f"codes, {precision}", disable=not progress) as bar:
-        for shard in range(shards):
-            start = shard * manifest.shard_size
-            stop = min(start + manifest.shard_size, len(data))
-            path = codes_path(target, shard)
-            if not path.is_file():
-                codes = np.empty((stop - start, manifest.num_tokens), dtype=np.uint16)
-                for first in range(start, stop, batch_size):
-                    indices = range(first, min(first + batch_size, stop))
-                    part = encode_pixels(vq, data.batch_pixels(indices), precision)
-                    codes[first - start : first - start + len(part)] = part
-                    bar.update(len(part))
-                with atomic_path(path) as temporary:
-                    np.save(temporary, codes)
-            else:
-                bar.update(stop - start)
+    existing = asdict(read_manifest(target)) if (target / MANIFEST).exists() else None
+    claim_folder(target, asdict(manifest), existing, kind="codes")
+    encode_shards(
+        data,
+        lambda shard: codes_path(target, shard),
+        lambda pixels: encode_pixels(vq, pixels, precision),
+        batch_size=batch_size,
+        description=f"codes, {precision}",
+        progress=progress,
+    )
     return manifest
 
 
@@ -180,20 +173,103 @@ def read_codes(folder: str | os.PathLike[str]) -> tuple[Tensor, str]:
     """
     target = Path(folder)
     manifest = read_manifest(target)
-    parts: list[NDArray[np.int32]] = []
-    while (path := codes_path(target, len(parts))).is_file():
-        try:
-            part = np.load(path)
-        except (ValueError, EOFError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); delete it and encode again.") from error
+
+    def read(path: Path) -> NDArray[np.int32]:
+        part = load_shard(path)
         if part.shape[1:] != (manifest.num_tokens,) or part.max() >= manifest.codebook_size:
             raise CheckpointError(f"{path} does not match its manifest; delete it and encode again.")
-        parts.append(part.astype(np.int32))
-        if len(part) < manifest.shard_size:
-            break
+        return part.astype(np.int32)
+
+    parts = read_shards(lambda shard: codes_path(target, shard), read, manifest.shard_size)
     if not parts:
         raise InputError(f"{folder} holds no finished shard of codes yet; run varaccel.training.codes on it.")
     return torch.from_numpy(np.concatenate(parts)), manifest.tokenizer
+
+
+def encode_shards(
+    data: CachedScenes,
+    shard_path: Callable[[int], Path],
+    encode: Callable[[NDArray[np.uint8]], NDArray[Any]],
+    *,
+    batch_size: int,
+    description: str,
+    progress: bool,
+) -> None:
+    """Write what `encode` makes of the pictures of every finished shard; shards already there are kept.
+
+    Args:
+        data: the pictures.
+        shard_path: file of a shard.
+        encode: makes an array [n, ...] of pixels uint8 [n, H, W, 3].
+        batch_size: pictures per call of `encode`.
+        description: of the progress bar.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: a batch size below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+    size = data.manifest.shard_size
+    with tqdm(total=len(data), unit="picture", desc=description, disable=not progress) as bar:
+        for shard, start in enumerate(range(0, len(data), size)):
+            stop = min(start + size, len(data))
+            path = shard_path(shard)
+            if path.is_file():
+                bar.update(stop - start)
+                continue
+            parts = []
+            for first in range(start, stop, batch_size):
+                parts.append(encode(data.batch_pixels(range(first, min(first + batch_size, stop)))))
+                bar.update(len(parts[-1]))
+            with atomic_path(path) as temporary:
+                np.save(temporary, np.concatenate(parts))
+
+
+def load_shard(path: Path) -> NDArray[Any]:
+    """The array in a shard.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        array: NDArray[Any] = np.load(path)
+    except (ValueError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it and encode again.") from error
+    return array
+
+
+def read_shards(
+    shard_path: Callable[[int], Path], read: Callable[[Path], NDArray[Any]], shard_size: int
+) -> list[NDArray[Any]]:
+    """What `read` makes of the leading finished shards; the first short one is the last."""
+    parts: list[NDArray[Any]] = []
+    while (path := shard_path(len(parts))).is_file():
+        parts.append(read(path))
+        if len(parts[-1]) < shard_size:
+            break
+    return parts
+
+
+def claim_folder(
+    folder: Path, manifest: Mapping[str, Any], present: Mapping[str, Any] | None, *, kind: str
+) -> None:
+    """Write `manifest` into `folder`, or make sure that the one that is `present` says the same.
+
+    Args:
+        kind: what the error message calls the content.
+
+    Raises:
+        CheckpointError: the folder was made from something else.
+    """
+    if present is not None:
+        if changed := sorted(k for k, v in manifest.items() if present[k] != v):
+            raise CheckpointError(
+                f"{folder} holds {kind} made with another {', '.join(changed)}; choose another folder."
+            )
+        return
+    with atomic_path(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def codes_path(folder: Path, shard: int) -> Path:
@@ -206,7 +282,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> CodesManifest:
     Raises:
         InputError: the folder holds no readable manifest.
     """
-    path = Path(folder) / _MANIFEST
+    path = Path(folder) / MANIFEST
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         # manifests from before there were multi-scale tokenizers have no scales
@@ -214,11 +290,26 @@ def read_manifest(folder: str | os.PathLike[str]) -> CodesManifest:
         return CodesManifest(**{**fields, **shape})
     except FileNotFoundError:
         raise InputError(
-            f"{folder} holds no codes: it has no {_MANIFEST}; write them with "
+            f"{folder} holds no codes: it has no {MANIFEST}; write them with "
             "`python -m varaccel.training.codes --tokenizer FOLDER --scenes FOLDER --out FOLDER`."
         ) from None
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise InputError(f"{path} cannot be read ({error}); delete the folder and encode again.") from error
+
+
+def tokenizer_class(folder: str | os.PathLike[str]) -> str:
+    """The name of the class of the tokenizer saved in `folder`.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise InputError(f"there is no tokenizer in {folder}; train one first.")
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["_class_name"])
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not the config of a tokenizer ({error}).") from error
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> ImageTokenizer:
@@ -227,35 +318,15 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ImageTokenizer:
     Raises:
         InputError: there is none, or it is something else.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise InputError(f"there is no tokenizer in {folder}; train one first.")
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is not the config of a tokenizer ({error}).") from error
+    name = tokenizer_class(folder)
     for kind in (VQModel, MultiScaleVQModel):
         if name == kind.__name__:
             return kind.from_pretrained(folder)
     raise InputError(f"{folder} holds a {name}, which is no image tokenizer that makes codes.")
 
 
-def _claim(folder: Path, manifest: CodesManifest) -> None:
-    path = folder / _MANIFEST
-    if path.exists():
-        present = asdict(read_manifest(folder))
-        changed = sorted(k for k, v in asdict(manifest).items() if present[k] != v)
-        if changed:
-            raise CheckpointError(
-                f"{folder} holds codes made with another {', '.join(changed)}; choose another folder."
-            )
-        return
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-
-
 def _present_precision(folder: Path) -> str | None:
-    return read_manifest(folder).precision if (folder / _MANIFEST).exists() else None
+    return read_manifest(folder).precision if (folder / MANIFEST).exists() else None
 
 
 def _choose_precision(vq: ImageTokenizer, data: CachedScenes) -> str:

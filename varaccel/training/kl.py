@@ -36,8 +36,9 @@ class KLRecipe:
     """How a KL tokenizer is trained.
 
     Attributes:
-        batch_size, learning_rate, warmup_steps, betas, clip_norm, average_decay, flip, bfloat16, compile, seed: as in
-            `VQRecipe`.
+        batch_size, learning_rate, warmup_steps, betas, clip_norm, average_decay, flip, seed: as in `VQRecipe`.
+        bfloat16: run convolutions under bfloat16 autocast, where the device computes in it.
+        compile: run the forward pass and the losses through `torch.compile`.
         l1_weight, l2_weight, chroma_weight, laplacian_weight, ssim_weight: of the terms that compare pictures.
         kl_weight: of the divergence of the posterior from a standard normal law, in nats per latent number. Small, so
             that latents stay informative; they are scaled to unit variance afterwards.
@@ -69,37 +70,60 @@ class KLRecipe:
         object.__setattr__(self, "betas", tuple(self.betas))
 
 
+def quick_bfloat16(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16; CPUs that only emulate it take ten times as long as in float32."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
 @contextmanager
 def pixel_batches(
-    data: PixelSource, recipe: KLRecipe, start: int, ahead: int = 4
-) -> Iterator[Iterator[NDArray[np.uint8]]]:
-    """Batches [B, H, W, 3] of the steps from `start` on, read by a thread of its own some steps ahead.
+    data: PixelSource, recipe: KLRecipe, start: int, ahead: int = 4, *, pinned: bool = False
+) -> Iterator[Iterator[Tensor]]:
+    """Batches uint8 [B, H, W, 3] of the steps from `start` on, read by a thread of its own some steps ahead.
 
-    Which pictures a step sees, and which of them mirrored, is a function of seed and step.
+    Which pictures a step sees, and which of them mirrored, is a function of seed and step. What goes wrong in the
+    thread is raised where the batch is asked for.
+
+    Args:
+        pinned: in page-locked memory; a copy from any other memory makes the host wait for the accelerator.
     """
-    ready: queue.Queue[NDArray[np.uint8]] = queue.Queue(ahead)
+    ready: queue.Queue[Tensor | BaseException] = queue.Queue(ahead)
     ended = threading.Event()
+
+    def batch(step: int) -> Tensor:
+        generator = np.random.default_rng([recipe.seed, step])
+        indices = generator.integers(len(data), size=recipe.batch_size)
+        pixels = data.batch_pixels(np.sort(indices).tolist())
+        if recipe.flip:
+            mirrored = generator.random(len(pixels)) < 0.5
+            pixels[mirrored] = pixels[mirrored, :, ::-1]
+        read = torch.from_numpy(pixels)
+        return read.pin_memory() if pinned else read
 
     def read() -> None:
         step = start
         while not ended.is_set():
-            generator = np.random.default_rng([recipe.seed, step])
-            indices = generator.integers(len(data), size=recipe.batch_size)
-            pixels = data.batch_pixels(np.sort(indices).tolist())
-            if recipe.flip:
-                mirrored = generator.random(len(pixels)) < 0.5
-                pixels[mirrored] = pixels[mirrored, :, ::-1]
+            item: Tensor | BaseException
+            try:
+                item = batch(step)
+            except BaseException as error:
+                item = error
             while not ended.is_set():
                 try:
-                    ready.put(pixels, timeout=0.1)
+                    ready.put(item, timeout=0.1)
                     break
                 except queue.Full:
                     continue
+            if isinstance(item, BaseException):
+                return
             step += 1
 
-    def batches() -> Iterator[NDArray[np.uint8]]:
+    def batches() -> Iterator[Tensor]:
         while True:
-            yield ready.get()
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
@@ -110,12 +134,15 @@ def pixel_batches(
         reader.join()
 
 
-def on_device(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Pixels [B, H, W, 3] as images [B, 3, H, W] in [-1, 1], converted where they are used."""
-    if device.type == "cpu":
-        return to_images(pixels)
-    raw = torch.from_numpy(pixels).to(device, non_blocking=True)
+def on_device(pixels: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
+    """Pixels uint8 [B, H, W, 3] as images [B, 3, H, W] in [-1, 1], copied as bytes and converted on the device."""
+    raw = torch.as_tensor(pixels).to(device, non_blocking=True)
     return raw.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def downsample_factor(model: AutoencoderKL) -> int:
+    """Image pixels per latent along each side."""
+    return int(2 ** (len(model.config.block_out_channels) - 1))
 
 
 def _forward(model: AutoencoderKL, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +187,12 @@ def evaluate(model: AutoencoderKL, pixels: NDArray[np.uint8], batch_size: int = 
 
 @torch.no_grad()
 def latent_scale(model: AutoencoderKL, data: PixelSource, batch_size: int = 32) -> float:
-    """One over the standard deviation of sampled latents: what makes them tokens of unit variance."""
+    """One over the standard deviation of sampled latents: what makes them tokens of unit variance.
+
+    Measured on the first `SCALE_PICTURES` pictures.
+
+    Source: Rombach et al. 2022, appendix G.
+    """
     count = min(SCALE_PICTURES, len(data))
     total = squares = numbers = 0.0
     generator = torch.Generator(model.device).manual_seed(0)
@@ -193,7 +225,7 @@ class KLTrainer:
         evaluate_every: steps between measurements on `held_out`.
 
     Raises:
-        InputError: no data.
+        InputError: no data, or pictures that the tokenizer cannot take.
         CheckpointError: the folder holds a run with other settings.
     """
 
@@ -212,10 +244,16 @@ class KLTrainer:
     ) -> None:
         if len(data) == 0 or len(held_out) == 0:
             raise InputError("training a tokenizer needs at least one training and one held-out picture.")
+        factor = downsample_factor(model)
+        height, width = held_out.shape[1:3]
+        if height % factor or width % factor:
+            raise InputError(f"image sides must be multiples of {factor}, got {height}x{width}.")
+        self.latent_shape = (model.config.latent_channels, height // factor, width // factor)
         self.recipe, self.data, self.held_out = recipe or KLRecipe(), data, held_out
         self.device = torch.device(device)
         self.log_every, self.evaluate_every = log_every, evaluate_every
         self.model = model.to(device=self.device, memory_format=torch.channels_last).train()
+        self._generator = torch.Generator(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=self.recipe.learning_rate,
@@ -232,23 +270,25 @@ class KLTrainer:
         }
         settings = {"model": model_settings(model.config), "recipe": asdict(self.recipe)}
         self.run = TrainingRun(folder, budget, settings, state)
+        self._bfloat16 = self.recipe.bfloat16 and quick_bfloat16(self.device)
         self._losses = torch.compile(self._eager) if self.recipe.compile else self._eager
 
     def train(self) -> AutoencoderKL:
         """Train until the budget is spent; returns a model with the averaged weights, also in `export`."""
         last: dict[str, float] = {}
         first = self.run.step
-        generator = torch.Generator(self.device).manual_seed(self.recipe.seed + first)
         with (
-            pixel_batches(self.data, self.recipe, first) as batches,
+            pixel_batches(self.data, self.recipe, first, pinned=self.device.type == "cuda") as batches,
             tqdm(unit="step", initial=first, total=self.run.budget.steps) as bar,
         ):
             for step in self.run.steps():
-                terms = self._step(step, next(batches), generator)
+                terms = self._step(step, next(batches))
+                # reading a number makes the host wait for the accelerator, so only now and then
                 if (step + 1) % self.log_every == 0:
-                    last |= {k: float(v) for k, v in terms.items()}
-                    self.run.log(**last)
-                    bar.set_postfix({k: f"{v:.4f}" for k, v in last.items() if k in ("loss", "psnr")})
+                    row = {k: float(v) for k, v in terms.items()}
+                    self.run.log(**row)
+                    last["loss"] = row["loss"]
+                    bar.set_postfix({k: f"{v:.4f}" for k, v in last.items()})
                 if (step + 1) % self.evaluate_every == 0:
                     quality = evaluate(self.averaged(), self.held_out)
                     self.run.log(**{f"held_out_{k}": v for k, v in asdict(quality).items()})
@@ -267,28 +307,22 @@ class KLTrainer:
         return result.eval()
 
     def _eager(self, images: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
             reconstruction, mean, log_variance = _forward(self.model, images, noise)
         terms, total = reconstruction_terms(self.recipe, images, reconstruction.float())
         mean, log_variance = mean.float(), log_variance.float()
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return total + self.recipe.kl_weight * divergence, {**terms, "kl": divergence}
 
-    def _step(
-        self, step: int, pixels: NDArray[np.uint8], generator: torch.Generator
-    ) -> dict[str, Tensor | float]:
+    def _step(self, step: int, pixels: Tensor) -> dict[str, Tensor | float]:
         rate = self.schedule(step, self.run.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         images = on_device(pixels, self.device)
-        factor = 2 ** (len(self.model.config.block_out_channels) - 1)
-        shape = (
-            len(images),
-            self.model.config.latent_channels,
-            images.shape[2] // factor,
-            images.shape[3] // factor,
-        )
-        noise = torch.randn(shape, generator=generator, device=self.device)
+        # drawn afresh for every step, so that a resumed run goes on as if it had never stopped
+        self._generator.manual_seed(self.recipe.seed * 1_000_003 + step)
+        shape = (len(images), *self.latent_shape)
+        noise = torch.randn(shape, generator=self._generator, device=self.device)
         loss, terms = self._losses(images, noise)
         self.optimizer.zero_grad()
         loss.backward()

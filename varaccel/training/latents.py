@@ -9,28 +9,33 @@ resume or to add shards that have been rendered since.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from varaccel.errors import CheckpointError, InputError, VaraccelError
-from varaccel.files import atomic_path
 from varaccel.scenes.cache import CachedScenes
 from varaccel.tokenizers.kl import patchify
-from varaccel.training.kl import on_device
-
-_MANIFEST = "manifest.json"
+from varaccel.training.codes import (
+    MANIFEST,
+    claim_folder,
+    encode_shards,
+    fingerprint,
+    load_shard,
+    read_shards,
+    tokenizer_class,
+)
+from varaccel.training.kl import downsample_factor, on_device
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,15 @@ class LatentsManifest:
     Attributes:
         tokenizer: fingerprint of the encoder.
         scaling_factor: what latents are to be multiplied by; they are stored as they are.
-        tokens, channels: N and C of a picture.
+        grid: rows and columns of the tokens of a picture.
+        channels: numbers C of a token.
         patch: side of the patches that are one token.
         world, first_seed, size, shard_size: of the picture cache.
     """
 
     tokenizer: str
     scaling_factor: float
-    tokens: int
+    grid: tuple[int, int]
     channels: int
     patch: int
     world: str
@@ -55,18 +61,20 @@ class LatentsManifest:
     size: int
     shard_size: int
 
-
-def fingerprint(vae: AutoencoderKL) -> str:
-    """A hash of what decides the latents of a picture, the same on every machine; 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(f"{name}{list(tensor.shape)}".encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    @property
+    def num_tokens(self) -> int:
+        """Number N of tokens of one picture."""
+        return self.grid[0] * self.grid[1]
 
 
 @torch.no_grad()
+def encode_pixels(vae: AutoencoderKL, pixels: NDArray[np.uint8], patch: int) -> NDArray[np.float16]:
+    """Latents of `pixels` uint8 [n, H, W, 3]: float16 [n, 2, N, C] as in a folder of latents."""
+    posterior = vae.encode(on_device(pixels, vae.device)).latent_dist
+    pair = [patchify(posterior.mean, patch), patchify(posterior.std, patch)]
+    return torch.stack(pair, 1).half().cpu().numpy()
+
+
 def encode_cache(
     vae: AutoencoderKL,
     scenes: str | os.PathLike[str],
@@ -91,12 +99,17 @@ def encode_cache(
         CheckpointError: `out` holds latents of another tokenizer or cache.
     """
     data = CachedScenes(scenes, allow_partial=True)
+    cell = downsample_factor(vae) * patch
+    if patch < 1 or data.size % cell:
+        raise InputError(
+            f"pictures of {data.size} pixels are no whole number of tokens of {cell} pixels; choose another patch."
+        )
+    side = data.size // cell
     vae.eval().to(memory_format=torch.channels_last)
-    side = data.size // 2 ** (len(vae.config.block_out_channels) - 1)
     manifest = LatentsManifest(
         tokenizer=fingerprint(vae),
         scaling_factor=vae.config.scaling_factor,
-        tokens=(side // patch) ** 2,
+        grid=(side, side),
         channels=vae.config.latent_channels * patch * patch,
         patch=patch,
         world=data.manifest.version,
@@ -105,25 +118,28 @@ def encode_cache(
         shard_size=data.manifest.shard_size,
     )
     target = Path(out)
-    _claim(target, manifest)
-    with tqdm(total=len(data), unit="picture", desc="latents", disable=not progress) as bar:
-        for shard in range(-(-len(data) // manifest.shard_size)):
-            start = shard * manifest.shard_size
-            stop = min(start + manifest.shard_size, len(data))
-            path = _path(target, shard)
-            if not path.is_file():
-                parts = []
-                for first in range(start, stop, batch_size):
-                    pixels = data.batch_pixels(range(first, min(first + batch_size, stop)))
-                    posterior = vae.encode(on_device(pixels, vae.device)).latent_dist
-                    pair = [patchify(posterior.mean, patch), patchify(posterior.std, patch)]
-                    parts.append(torch.stack(pair, 1).half().cpu().numpy())
-                    bar.update(len(pixels))
-                with atomic_path(path) as temporary:
-                    np.save(temporary, np.concatenate(parts))
-            else:
-                bar.update(stop - start)
+    present = asdict(read_manifest(target)) if (target / MANIFEST).exists() else None
+    claim_folder(target, asdict(manifest), present, kind="latents")
+    encode_shards(
+        data,
+        lambda shard: latents_path(target, shard),
+        lambda pixels: encode_pixels(vae, pixels, patch),
+        batch_size=batch_size,
+        description="latents",
+        progress=progress,
+    )
     return manifest
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> AutoencoderKL:
+    """The KL tokenizer saved in `folder`, in float32.
+
+    Raises:
+        InputError: there is none, or it is something else.
+    """
+    if (name := tokenizer_class(folder)) != AutoencoderKL.__name__:
+        raise InputError(f"{folder} holds a {name}, which is no image tokenizer that makes latents.")
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
 
 
 def read_latents(folder: str | os.PathLike[str]) -> tuple[Tensor, LatentsManifest]:
@@ -137,17 +153,14 @@ def read_latents(folder: str | os.PathLike[str]) -> tuple[Tensor, LatentsManifes
     """
     target = Path(folder)
     manifest = read_manifest(target)
-    parts: list[NDArray[np.float16]] = []
-    while (path := _path(target, len(parts))).is_file():
-        try:
-            part = np.load(path)
-        except (ValueError, EOFError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); delete it and encode again.") from error
-        if part.shape[1:] != (2, manifest.tokens, manifest.channels) or part.dtype != np.float16:
+
+    def read(path: Path) -> NDArray[np.float16]:
+        part = load_shard(path)
+        if part.shape[1:] != (2, manifest.num_tokens, manifest.channels) or part.dtype != np.float16:
             raise CheckpointError(f"{path} does not match its manifest; delete it and encode again.")
-        parts.append(part)
-        if len(part) < manifest.shard_size:
-            break
+        return part
+
+    parts = read_shards(lambda shard: latents_path(target, shard), read, manifest.shard_size)
     if not parts:
         raise InputError(
             f"{folder} holds no finished shard of latents yet; run varaccel.training.latents on it."
@@ -161,34 +174,21 @@ def read_manifest(folder: str | os.PathLike[str]) -> LatentsManifest:
     Raises:
         InputError: the folder holds no readable manifest.
     """
-    path = Path(folder) / _MANIFEST
+    path = Path(folder) / MANIFEST
     try:
-        return LatentsManifest(**json.loads(path.read_text(encoding="utf-8")))
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return LatentsManifest(**{**fields, "grid": tuple(fields["grid"])})
     except FileNotFoundError:
         raise InputError(
-            f"{folder} holds no latents: it has no {_MANIFEST}; write them with "
+            f"{folder} holds no latents: it has no {MANIFEST}; write them with "
             "`python -m varaccel.training.latents --tokenizer FOLDER --scenes FOLDER --out FOLDER`."
         ) from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise InputError(f"{path} cannot be read ({error}); delete the folder and encode again.") from error
 
 
-def _path(folder: Path, shard: int) -> Path:
+def latents_path(folder: Path, shard: int) -> Path:
     return folder / f"latents-{shard:05d}.npy"
-
-
-def _claim(folder: Path, manifest: LatentsManifest) -> None:
-    path = folder / _MANIFEST
-    if path.exists():
-        present = asdict(read_manifest(folder))
-        changed = sorted(k for k, v in asdict(manifest).items() if present[k] != v)
-        if changed:
-            raise CheckpointError(
-                f"{folder} holds latents made with another {', '.join(changed)}; choose another folder."
-            )
-        return
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -204,9 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     try:
-        if not (Path(options.tokenizer) / "config.json").is_file():
-            raise InputError(f"there is no tokenizer in {options.tokenizer}; train one first.")
-        vae = AutoencoderKL.from_pretrained(options.tokenizer, torch_dtype=torch.float32).to(options.device)
+        vae = load_tokenizer(options.tokenizer).to(options.device)
         encode_cache(vae, options.scenes, options.out, patch=options.patch, batch_size=options.batch_size)
     except VaraccelError as error:
         print(f"error: {error}", file=sys.stderr)
