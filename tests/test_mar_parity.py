@@ -160,7 +160,7 @@ def test_trajectory(steps: int, case: str) -> None:
     whole = process.run(golden["z"], start, noise, scale)
     close(whole.value, golden["final"], 1e-3)
     close(whole.value, golden["final_f64"], 1e-3)
-    close(process.draw(golden["z"], start, noise, scale), golden["final"], 1e-3)
+    close(process.run(golden["z"], start, noise, scale).value, golden["final"], 1e-3)
 
     # the same path from record to record
     x, first = start, steps - 1

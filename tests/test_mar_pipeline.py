@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_every_iteration_decides_its_share(host: str, iterations: int) -> None:
     assert out.written.shape == (3, GRID, GRID)
     for picture in out.written.flatten(1):
         counts = torch.bincount(picture, minlength=iterations + 1)[1:]
-        assert counts.tolist() == [a - b for a, b in zip(borders, borders[1:], strict=False)]
+        assert counts.tolist() == [a - b for a, b in pairwise(borders)]
     if iterations > 1:
         assert not torch.equal(out.written[0], out.written[1]), "each picture has its own order"
 
@@ -143,7 +144,7 @@ def test_callback_sees_every_pass(host: str, accelerator: Any) -> None:
     assert [step for step, _, _ in seen] == list(range(out.stats.passes))
     written = [0, *(count for _, _, count in seen)]
     assert written[-1] == 3 * TOKENS
-    assert all(before < after for before, after in zip(written, written[1:], strict=False))
+    assert all(before < after for before, after in pairwise(written))
     if accelerator is None:
         assert seen == [(i, 1, 3 * (i + 1)) for i in range(TOKENS)]
     assert all([p.size for p in pictures] == [(SIZE, SIZE)] * 3 for pictures in previews)
@@ -194,7 +195,7 @@ def test_compiled_networks_draw_the_same(host: str) -> None:
 
 @on_hosts
 def test_half_precision(host: str) -> None:
-    """The transformer is converted, the head is not; tokens stay close."""
+    """Tokens stay what they are: single precision, and finite."""
     pipe = new_pipeline(host).to(torch.bfloat16)
     for accelerator in (None, "cspd", "feature_cache"):
         out = pipe(PROMPTS[host], seed=3, accelerator=accelerator, output_type="latent")
@@ -298,7 +299,6 @@ def refused(message: str, error: type[Exception] = InputError) -> Any:
         ({"head_steps": 1001}, "at most 1000"),
         ({"head_sampler": "euler"}, "head_sampler"),
         ({"head_sampler": "ddim", "temperature": 0.5}, "adds no noise"),
-        ({"head_sampler": "dpm\\+\\+"}, "head_sampler"),
         ({"head_sampler": "ddim", "final_noise": True}, "adds no noise"),
         ({"head_sampler": "ddim", "accelerator": "cspd"}, "adds no noise"),
         ({"seed": -1}, "seed"),

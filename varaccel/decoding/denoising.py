@@ -123,8 +123,8 @@ def denoising_step(
 
 
 Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
-Loop = Callable[["Process", Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
-"""Process, conditions, start, noise and scale, as in `Process.run`, to tokens."""
+Loop = Callable[["Process", Tensor, Tensor, "Tensor | None", "Tensor | None", int, int, bool], "Denoised"]
+"""The arguments of `Process.run_eagerly`, its process first."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Process:
         times: [n, 1, width], embedded time steps.
         table: [n, 7] float32, see `step_table`.
         step: `denoising_step`, or a compiled version of it.
-        loop: replaces the whole loop of `draw`, such as a `GraphedLoop`.
+        loop: replaces `run_eagerly`, such as a `GraphedLoop`.
     """
 
     head: DiffusionHead
@@ -182,14 +182,6 @@ class Process:
     def steps(self) -> int:
         return self.sampling.steps
 
-    def draw(
-        self, conditions: Tensor, x: Tensor, noise: Tensor | None, scale: Tensor | None = None
-    ) -> Tensor:
-        """Tokens [M, C] after all steps; see `run`."""
-        if self.loop is not None:
-            return self.loop(self, conditions, x, noise, scale)
-        return self.run(conditions, x, noise, scale).value
-
     def run(
         self,
         conditions: Tensor,
@@ -201,7 +193,7 @@ class Process:
         last: int = 0,
         record: bool = False,
     ) -> Denoised:
-        """Run the steps k = first ... last on M tokens.
+        """Run the steps k = first ... last on M tokens, in the `loop` of the process if it has one.
 
         Nothing waits for the device, and nothing is drawn.
 
@@ -214,7 +206,22 @@ class Process:
             last: at least 0.
             record: keep `log_std_sum`.
         """
-        first = self.steps - 1 if first is None else first
+        path = (self.steps - 1 if first is None else first, last, record)
+        if self.loop is not None:
+            return self.loop(self, conditions, x, noise, scale, *path)
+        return self.run_eagerly(conditions, x, noise, scale, *path)
+
+    def run_eagerly(
+        self,
+        conditions: Tensor,
+        x: Tensor,
+        noise: Tensor | None,
+        scale: Tensor | None,
+        first: int,
+        last: int,
+        record: bool,
+    ) -> Denoised:
+        """`run`, step by step: what every other loop must equal."""
         embedded = self.head.cond_embed(conditions.to(self.head.cond_embed.weight.dtype))
         x = x.float()
         total = torch.zeros_like(x)

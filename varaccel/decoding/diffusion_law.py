@@ -38,8 +38,7 @@ class DiffusionLaw:
 
     def sample(self, start: Tensor, noise: Tensor | None) -> Tensor:
         """Tokens [B, P, C] from noise: [B * P, C] to start from, and [n, B * P, C] of the steps."""
-        value = self.process.draw(self.conditions.flatten(0, 1), start, noise, self.scale)
-        return value.unflatten(0, self.shape)
+        return self.run(start, noise).value.unflatten(0, self.shape)
 
     def run(
         self,

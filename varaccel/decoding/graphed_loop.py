@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from varaccel.decoding.denoising import Process
+from varaccel.decoding.denoising import Denoised, Process
 
 
 @dataclass
@@ -18,7 +18,7 @@ class _Captured:
     process: Process  # its tables must live as long as the graph that reads them
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor | None, ...]
-    output: Tensor
+    output: Denoised
 
 
 class GraphedLoop:
@@ -32,9 +32,17 @@ class GraphedLoop:
         self._graphs: dict[tuple[object, ...], _Captured] = {}
 
     def __call__(
-        self, process: Process, conditions: Tensor, x: Tensor, noise: Tensor | None, scale: Tensor | None
-    ) -> Tensor:
-        """As `Process.run`: tokens [M, C]."""
+        self,
+        process: Process,
+        conditions: Tensor,
+        x: Tensor,
+        noise: Tensor | None,
+        scale: Tensor | None,
+        first: int,
+        last: int,
+        record: bool,
+    ) -> Denoised:
+        """As `Process.run_eagerly`."""
         count = x.shape[0]
         rows = 1 << (count - 1).bit_length()
         halves = conditions.unflatten(0, (-1, count))  # [1 or 2, M, D]
@@ -44,29 +52,33 @@ class GraphedLoop:
             None if noise is None else F.pad(noise, (0, 0, 0, rows - count)),
             None if scale is None else F.pad(scale, (0, 0, 0, rows - count), value=1.0),
         )
-        key = (id(process.head), process.sampling, rows, scale is None, conditions.dtype)
+        path = (first, last, record)
+        kinds = (conditions.dtype, x.dtype, None if noise is None else noise.dtype)
+        key = (id(process.head), process.sampling, rows, scale is None, kinds, path)
         captured = self._graphs.get(key)
         if captured is None:
-            captured = self._graphs[key] = self._capture(process, inputs)
+            captured = self._graphs[key] = self._capture(process, inputs, path)
         for place, value in zip(captured.inputs, inputs, strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
         captured.graph.replay()
-        return captured.output[:count].clone()
+        out = captured.output
+        parts = (out.value, out.mean, out.log_std, out.log_std_sum)
+        return Denoised(*(part[:count].clone() for part in parts))
 
     @staticmethod
-    def _capture(process: Process, inputs: tuple[Tensor | None, ...]) -> _Captured:
-        static = tuple(None if value is None else value.clone() for value in inputs)
-        conditions, x, noise, scale = static
+    def _capture(
+        process: Process, inputs: tuple[Tensor | None, ...], path: tuple[int, int, bool]
+    ) -> _Captured:
+        conditions, x, noise, scale = static = tuple(None if v is None else v.clone() for v in inputs)
         assert conditions is not None
         assert x is not None
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compilation and allocations happen before the recording
-            for _ in range(2):
-                process.run(conditions, x, noise, scale)
+            process.run_eagerly(conditions, x, noise, scale, *path)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            output = process.run(conditions, x, noise, scale).value
+            output = process.run_eagerly(conditions, x, noise, scale, *path)
         return _Captured(process, graph, static, output)
