@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from varaccel.errors import InputError
 from varaccel.files import atomic_path
+from varaccel.training.precision import quick_bfloat16
 from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
 from varaccel.training.vq import PixelSource, reconstruction_terms, to_images
 
@@ -68,11 +69,6 @@ class KLRecipe:
         if self.batch_size < 1 or self.learning_rate <= 0 or self.kl_weight < 0:
             raise InputError("a KL recipe needs batch_size >= 1, learning_rate > 0 and kl_weight >= 0.")
         object.__setattr__(self, "betas", tuple(self.betas))
-
-
-def quick_bfloat16(device: torch.device) -> bool:
-    """Whether `device` computes in bfloat16; CPUs that only emulate it take ten times as long as in float32."""
-    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 
 @contextmanager

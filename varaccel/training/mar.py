@@ -20,6 +20,7 @@ from varaccel.errors import InputError
 from varaccel.models.diffusion_head import DiffusionHead
 from varaccel.models.mar import MARTransformer
 from varaccel.training import tokens
+from varaccel.training.precision import quick_bfloat16
 from varaccel.training.run import Budget, TrainingRun, model_settings
 from varaccel.training.tokens import Condition, Scheduled, TokenRecipe, train_tokens
 
@@ -243,7 +244,8 @@ class MARObjective:
         self, features: Tensor, mask: Tensor, dropped: Tensor, masked: Masked
     ) -> tuple[Tensor, Tensor]:
         model = self.model
-        with torch.autocast(features.device.type, torch.bfloat16):
+        quick = quick_bfloat16(features.device)
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=quick):
             slots = model.embed_condition(features, mask if mask.numel() else None)
             slots = torch.where(dropped[:, None, None], model.null_condition().to(slots.dtype), slots)
             shown = masked.tokens.gather(1, _wide(masked.known.clamp(min=0), masked.tokens))
