@@ -560,7 +560,6 @@ def test_p_values_of_the_measure_are_even() -> None:
         assert sum(v < level for v in values) / 300 == pytest.approx(level, abs=0.07)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("friendly_schedule")
 @pytest.mark.parametrize(
     ("iterations", "draft_length"), [(4, 2), (4, 3), (3, 1), (2, 2)], ids=lambda v: str(v)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tests.tiny import mar_transformer
 from varaccel.decoding import denoising
 from varaccel.decoding.canvas import Canvas
-from varaccel.decoding.denoising import HeadSampling, Process, denoising_step, step_table
+from varaccel.decoding.denoising import Denoised, HeadSampling, Process, denoising_step, step_table
 from varaccel.decoding.diffusion_schedule import DiffusionSchedule
 from varaccel.decoding.loop import decode
 from varaccel.decoding.masked_guidance import MaskedGuidance
@@ -798,11 +798,9 @@ def test_a_session_for_each_call_of_the_network() -> None:
         calls["step"] += 1
         return denoising_step(*arguments)
 
-    def loop(
-        process: Process, told: Tensor, x: Tensor, numbers: Tensor | None, scale: Tensor | None
-    ) -> Tensor:
+    def loop(process: Process, *arguments: Any) -> Denoised:
         calls["loop"] += 1
-        return process.run(told, x, numbers, scale).value
+        return process.run_eagerly(*arguments)
 
     expected = drawn(session(guidance=GUIDED), 5)
     replaced = session(guidance=GUIDED, transform=transform, step=step, loop=loop)

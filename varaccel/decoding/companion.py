@@ -34,5 +34,6 @@ def _named(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The transformer of a pipeline, kept for the next call."""
     from varaccel.pipelines.auto import AutoPipeline  # pipelines import accelerators
 
-    network: Any = getattr(AutoPipeline.from_pretrained(name), "transformer", None)
-    return None if network is None else network.to(device=device, dtype=dtype)
+    # loaded in that type, not cast to it: parts of some networks stay in float32
+    network: Any = getattr(AutoPipeline.from_pretrained(name, dtype=dtype), "transformer", None)
+    return None if network is None else network.to(device)

@@ -130,6 +130,8 @@ class SeededProposals:
         InputError: no seeds, or a size that is no positive integer.
     """
 
+    AHEAD = 16
+
     def __init__(
         self,
         seeds: Sequence[int],
@@ -149,15 +151,31 @@ class SeededProposals:
         """Go on to the numbers of the next verification, however many of this one's were used."""
         seeds = [int(torch.randint(2**62, (), generator=g)) for g in self._pictures]
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._normals = self._uniforms = torch.empty(0)
+        self._left = 0  # numbers of every token that are drawn but not used
 
     def next(self, count: int) -> tuple[Tensor, Tensor]:
         """Normal [M, count, C] and uniform [M, count] numbers, float64."""
-        shape = (self.rows, count)
+        while self._left < count:
+            self._refill()
+        self._left -= count
+        normals, self._normals = self._normals[:, :count], self._normals[:, count:]
+        uniforms, self._uniforms = self._uniforms[:, :count], self._uniforms[:, count:]
+        return normals, uniforms
+
+    def _refill(self) -> None:
+        """Draw ahead: rules that ask round by round would otherwise wait for the generators in each."""
+        shape = (self.rows, self.AHEAD)
         normals, uniforms = [], []
         for g in self._generators:
             normals.append(torch.randn(*shape, self.channels, dtype=torch.float64, generator=g))
             uniforms.append(torch.rand(shape, dtype=torch.float64, generator=g))
-        return torch.cat(normals).to(self.device), torch.cat(uniforms).to(self.device)
+        more = torch.cat(normals).to(self.device), torch.cat(uniforms).to(self.device)
+        self._normals, self._uniforms = (
+            new if self._left == 0 else torch.cat([old, new], 1)
+            for old, new in zip((self._normals, self._uniforms), more, strict=True)
+        )
+        self._left += self.AHEAD
 
 
 class ContinuousRule(Protocol):

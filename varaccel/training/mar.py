@@ -186,7 +186,7 @@ class MARObjective:
         self.criterion = DiffusionLoss(DiffusionSchedule.trained(model.config.noise_schedule)).to(
             model.device
         )
-        self.generator = torch.Generator(model.device).manual_seed(recipe.seed)
+        self.generator = torch.Generator(model.device)
         self._losses = torch.compile(self._eager, dynamic=False) if compile else self._eager
 
     @property
@@ -194,6 +194,9 @@ class MARObjective:
         return len(self.latents)
 
     def loss(self, indices: Tensor, dropped: Tensor) -> Tensor:
+        # from the batch alone, so that a resumed run hides what an uninterrupted one would
+        weights = torch.arange(1, len(indices) + 1)
+        self.generator.manual_seed(self.recipe.seed * 1_000_003 + int((indices * weights).sum()))
         error, divergence = self._pass(self._losses, indices, dropped, self.generator)
         return error + divergence
 
