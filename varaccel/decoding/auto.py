@@ -9,8 +9,11 @@ from torch import nn
 
 from varaccel.decoding.accelerator import Accelerator, Job, register
 from varaccel.decoding.balance import measure_balance
+from varaccel.decoding.feature_cache import FeatureCache
 from varaccel.decoding.jacobi import Jacobi
+from varaccel.decoding.masked_order import CosineGroups
 from varaccel.decoding.options import check_choice
+from varaccel.decoding.plain import Plain
 from varaccel.decoding.speculative import Speculative
 from varaccel.decoding.statistics import Counts
 from varaccel.decoding.zipar import ZipAR
@@ -44,6 +47,10 @@ class Auto(Accelerator):
     give the same picture for the same seed, on any machine and in any batch.
     "approximate": ZipAR with the window that keeps f rows in flight, but no less than half the row.
 
+    Masked models with a diffusion head: no exact method is faster than plain decoding, so "lossless" is that, in as
+    many iterations as the call says; "approximate" is what measured best (docs/bench-mar.md), a quarter as many
+    iterations as tokens, three of four of them partial, and 20 steps of a solver.
+
     The statistics of a call name what was chosen.
 
     Attributes:
@@ -55,7 +62,7 @@ class Auto(Accelerator):
 
     name: ClassVar[str] = "auto"
     lossless: ClassVar[bool] = True
-    hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
+    hosts: ClassVar[tuple[str, ...]] = ("llamagen", "mar")
     summary: ClassVar[str] = "chosen by hardware and batch size"
 
     quality: Quality = "lossless"
@@ -68,6 +75,8 @@ class Auto(Accelerator):
         return self.quality == "lossless"
 
     def resolve(self, job: Job) -> Accelerator:
+        if isinstance(job.order, CosineGroups):
+            return self._masked(job.order)
         free = max(1, int(measure_balance(job.device, job.dtype).free_tokens / job.rows))
         if self.quality == "approximate":
             width = job.grid_width
@@ -79,6 +88,14 @@ class Auto(Accelerator):
                     tree = min(LONGEST_CHAIN, free - 1)
                     return Speculative(drafter=name, tree=tree, verification="gumbel")
         return Jacobi(window=min(WIDEST_WINDOW, free), coupling="gumbel")
+
+    def _masked(self, order: CosineGroups) -> Accelerator:
+        if self.quality == "lossless":
+            return Plain()
+        quarter = max(1, order.permutation.shape[1] // 4)
+        return FeatureCache(
+            refresh=4, iterations=min(order.iterations, quarter), head_steps=20, head_sampler="dpm++"
+        )
 
     def run(self, job: Job) -> Counts:
         return self.resolve(job).run(job)
