@@ -43,7 +43,9 @@ bench: $(VENV)/dev.stamp
 	$(RUN) -m varaccel bench --model mini-var --batch 1 --batch 16 -a refiner:refiner=mini-var-small \
 		$(foreach n,6 5 4 3 2 1,-a code:draft_scales=$(n),refiner=mini-var-small) \
 		--out outputs/bench-var.json --plot outputs/bench-var.png --samples outputs/bench-var-samples.png
-	$(RUN) -m varaccel bench --model mini-mar --num-iterations 256 \
+	$(RUN) -m varaccel bench --model mini-mar --num-iterations 64 --pictures 40 --scenes 400 --repeats 1 \
+		-a fewer_steps:iterations=32 -a fewer_steps:head_steps=20,head_sampler=dpm++ \
+		-a feature_cache:refresh=4 -a cspd:mode=reference -a cspd:mode=exact \
 		--out outputs/bench-mar.json --plot outputs/bench-mar.png --samples outputs/bench-mar-samples.png
 
 app: $(VENV)/dev.stamp

@@ -337,7 +337,7 @@ def examples(pipe: LoadablePipeline, descriptions: Sequence[str]) -> list[str]:
 DEMO_ACCELERATORS = {
     "llamagen": ("jacobi", "lantern:k=20,delta=0.4,tree=8", "zipar:window=8"),
     "var": ("code:draft_scales=5", "code:draft_scales=4"),
-    "mar": ("feature_cache:refresh=4", "fewer_steps:iterations=32,head_steps=25"),
+    "mar": ("fewer_steps:iterations=32", "fewer_steps:iterations=32,head_steps=20,head_sampler=dpm++"),
 }
 """What the demo shows beside plain decoding of a family, as typed on a command line."""
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from varaccel.decoding.accelerator import Accelerator, Job, register
 from varaccel.decoding.balance import measure_balance
-from varaccel.decoding.feature_cache import FeatureCache
+from varaccel.decoding.fewer_steps import FewerSteps
 from varaccel.decoding.jacobi import Jacobi
 from varaccel.decoding.masked_order import CosineGroups
 from varaccel.decoding.options import check_choice
@@ -48,8 +48,8 @@ class Auto(Accelerator):
     "approximate": ZipAR with the window that keeps f rows in flight, but no less than half the row.
 
     Masked models with a diffusion head: no exact method is faster than plain decoding, so "lossless" is that, in as
-    many iterations as the call says; "approximate" is what measured best (docs/bench-mar.md), a quarter as many
-    iterations as tokens, three of four of them partial, and 20 steps of a solver.
+    many iterations as the call says; "approximate" is what measured best at unchanged quality (docs/bench-mar.md), an
+    eighth as many iterations as tokens.
 
     The statistics of a call name what was chosen.
 
@@ -92,10 +92,7 @@ class Auto(Accelerator):
     def _masked(self, order: CosineGroups) -> Accelerator:
         if self.quality == "lossless":
             return Plain()
-        quarter = max(1, order.permutation.shape[1] // 4)
-        return FeatureCache(
-            refresh=4, iterations=min(order.iterations, quarter), head_steps=20, head_sampler="dpm++"
-        )
+        return FewerSteps(iterations=min(order.iterations, max(1, order.permutation.shape[1] // 8)))
 
     def run(self, job: Job) -> Counts:
         return self.resolve(job).run(job)

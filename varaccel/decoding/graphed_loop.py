@@ -25,7 +25,8 @@ class GraphedLoop:
     """Records the loop once per number of tokens, rounded up to a power of two, and replays it.
 
     A hundred steps of a few tiny kernels wait for their launches, not for the device. Replaying a CUDA graph launches
-    all of them at once. Belongs to one set of weights: make a new one when they change or move.
+    all of them at once. A graph reads the weights where they were when it was recorded: they may change there, and
+    where they have moved the loop is recorded anew.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,8 @@ class GraphedLoop:
         )
         path = (first, last, record)
         kinds = (conditions.dtype, x.dtype, None if noise is None else noise.dtype)
-        key = (id(process.head), process.sampling, rows, scale is None, kinds, path)
+        places = tuple(parameter.data_ptr() for parameter in process.head.parameters())
+        key = (places, process.step, process.sampling, rows, scale is None, kinds, path)
         captured = self._graphs.get(key)
         if captured is None:
             captured = self._graphs[key] = self._capture(process, inputs, path)

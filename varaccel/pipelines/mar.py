@@ -108,7 +108,7 @@ class MARPipeline(TokenPipeline):
         )
         self._transforms: dict[int, Callable[..., Tensor]] = {}  # compiled networks, by identity
         self._step: Step = denoising_step
-        self._loop: Loop | None = None
+        self._graphs = GraphedLoop()
 
     @property
     def image_size(self) -> int:
@@ -154,9 +154,9 @@ class MARPipeline(TokenPipeline):
         return cls(transformer, image_tokenizer, draft_transformer=small, **settings)
 
     def compile(self, **options: Any) -> None:
-        """Compile the networks and the step loop of the head; the first call after it takes minutes, later ones less.
+        """Compile the networks and the step of the head; the first call after it takes minutes, later ones less.
 
-        On a GPU the whole loop of the head is recorded as one CUDA graph.
+        Compiled or not, on a GPU the whole loop of the head is recorded as one CUDA graph.
 
         Args:
             options: of `torch.compile`.
@@ -169,7 +169,12 @@ class MARPipeline(TokenPipeline):
         # the graph is recorded for few numbers of tokens, so versions of their own pay
         own: Any = {**options, "dynamic": False} if on_gpu else options
         self._step = torch.compile(denoising_step, **own)
-        self._loop = GraphedLoop() if on_gpu else None
+
+    @property
+    def _loop(self) -> Loop | None:
+        """What runs the step loop of the head; None for step by step, where weights come and go or there is no GPU."""
+        offloaded = hasattr(self.transformer, "_hf_hook")
+        return self._graphs if self.transformer.device.type == "cuda" and not offloaded else None
 
     # -- the call --------------------------------------------------------------------------------------
 
