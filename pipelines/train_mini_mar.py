@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from varaccel.training.allocator import keep_freed_memory
+from varaccel.training.stages import adopt_text, recipe_parser, render_scenes, run, write_pipeline
 
 if TYPE_CHECKING:
     from varaccel.models.mar import MARTransformer
@@ -32,27 +32,9 @@ STAGES = ("scenes", "tokenizer", "latents", "transformer", "pipeline")
 
 
 def parse() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all stages")
-    parser.add_argument("--config", type=Path, default=HERE / "mini_mar.json")
-    parser.add_argument("--scenes", type=Path, help="folder of the pictures, OUT/scenes by default")
-    parser.add_argument("--pictures", type=int, default=60_000, help="training pictures")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
-    parser.add_argument("--tokenizer-minutes", type=float, default=40.0)
-    parser.add_argument("--minutes", type=float, default=120.0, help="training time of the transformer")
+    parser = recipe_parser(__doc__, HERE / "mini_mar.json", STAGES)
     parser.add_argument("--batch-size", type=int, help="of the transformer, instead of the config's")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--draft", type=Path, help="exported small transformer to put into the pipeline")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-compile", action="store_true", help="train uncompiled")
-    parser.add_argument(
-        "--borrow",
-        nargs="+",
-        metavar="COMPONENT=PATH",
-        help="components of --install that a sibling folder has, such as text_encoder=../mini-llamagen/text_encoder",
-    )
-    parser.add_argument("--install", type=Path, help="also write the pipeline here, in half precision")
     return parser.parse_args()
 
 
@@ -104,12 +86,10 @@ def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> No
 
 
 def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
-    import torch
     from diffusers import AutoencoderKL
 
     from varaccel.pipelines.mar import MARPipeline
     from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
-    from varaccel.training.stages import borrow
 
     text = options.out / "mini-text"
     names = ("guidance_scale", "guidance_schedule", "temperature", "num_iterations", "head_steps")
@@ -121,11 +101,7 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
         draft_transformer=load_transformer(options.draft) if options.draft else None,
         **{name: config[name] for name in names},
     )
-    pipe.save_pretrained(options.out / f"mini-{config['name']}")
-    if options.install:
-        pipe.to(torch.float16).save_pretrained(options.install)
-        if options.borrow:
-            borrow(options.install, dict(pair.split("=", 1) for pair in options.borrow))
+    write_pipeline(pipe, options.out / f"mini-{config['name']}", options)
 
 
 def main() -> int:
@@ -134,13 +110,11 @@ def main() -> int:
     config = json.loads(options.config.read_text())
     out = options.out
     from varaccel.errors import VaraccelError
-    from varaccel.training.stages import adopt_text, run
 
     try:
         adopt_text(SHIPPED, out / "mini-text")
         if "scenes" in options.stages:
-            command = ["-m", "varaccel.scenes.cache", "--out", options.scenes]
-            run(*command, "--count", options.pictures, "--workers", options.workers)
+            render_scenes(options)
         if "tokenizer" in options.stages:
             recipes = HERE.parent / "tokenizers"
             command = [recipes / "train_kl_scenes.py", "--config", recipes / "kl_scenes.json"]

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from varaccel.training.allocator import keep_freed_memory
+from varaccel.training.stages import adopt_text, recipe_parser, render_scenes, run, write_pipeline
 
 if TYPE_CHECKING:
     from varaccel.models.var import VARTransformer
@@ -37,34 +37,11 @@ STAGES = ("scenes", "tokenizer", "codes", "transformer", "refiner", "pipeline")
 
 
 def parse() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all stages")
-    parser.add_argument("--config", type=Path, default=HERE / "mini_var.json")
-    parser.add_argument("--scenes", type=Path, help="folder of the pictures, OUT/scenes by default")
-    parser.add_argument("--pictures", type=int, default=60_000, help="training pictures")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
-    parser.add_argument("--tokenizer-minutes", type=float, default=40.0)
-    parser.add_argument("--minutes", type=float, default=120.0, help="training time of the transformer")
-    parser.add_argument(
-        "--stages",
-        nargs="+",
-        choices=STAGES,
-        default=[stage for stage in STAGES if stage != "refiner"],
-        help="all but refiner by default",
-    )
+    usual = [stage for stage in STAGES if stage != "refiner"]
+    parser = recipe_parser(__doc__, HERE / "mini_var.json", STAGES, usual)
     parser.add_argument("--teacher", type=Path, help="exported transformer that teaches the refiner")
     parser.add_argument("--draft-scales", type=int, default=4, help="scales that the refiner leaves to it")
     parser.add_argument("--refiner", type=Path, help="exported refiner to put into the pipeline")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-compile", action="store_true", help="train uncompiled")
-    parser.add_argument(
-        "--borrow",
-        nargs="+",
-        metavar="COMPONENT=PATH",
-        help="components of --install that a sibling folder has, such as text_encoder=../mini-llamagen/text_encoder",
-    )
-    parser.add_argument("--install", type=Path, help="also write the pipeline here, in half precision")
     return parser.parse_args()
 
 
@@ -149,12 +126,9 @@ def train_refiner(options: argparse.Namespace, config: dict[str, Any]) -> None:
 
 
 def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
-    import torch
-
     from varaccel.pipelines.var import VARPipeline
     from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
     from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
-    from varaccel.training.stages import borrow
 
     text = options.out / "mini-text"
     pipe = VARPipeline(
@@ -168,11 +142,7 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
         top_p=config["top_p"],
         temperature=config["temperature"],
     )
-    pipe.save_pretrained(options.out / f"mini-{config['name']}")
-    if options.install:
-        pipe.to(torch.float16).save_pretrained(options.install)
-        if options.borrow:
-            borrow(options.install, dict(pair.split("=", 1) for pair in options.borrow))
+    write_pipeline(pipe, options.out / f"mini-{config['name']}", options)
 
 
 def main() -> int:
@@ -181,13 +151,11 @@ def main() -> int:
     config = json.loads(options.config.read_text())
     out = options.out
     from varaccel.errors import VaraccelError
-    from varaccel.training.stages import adopt_text, run
 
     try:
         adopt_text(SHIPPED, out / "mini-text")
         if "scenes" in options.stages:
-            command = ["-m", "varaccel.scenes.cache", "--out", options.scenes]
-            run(*command, "--count", options.pictures, "--workers", options.workers)
+            render_scenes(options)
         if "tokenizer" in options.stages:
             recipes = HERE.parent / "tokenizers"
             command = [recipes / "train_vq_scenes.py", "--config", recipes / "msvq_scenes.json"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny import CLASSES, GRID, PROMPTS, kl_vae, mar_transformer, new_pipeline, pipeline, sizes_of
-from varaccel import AutoPipeline, CSpD, FeatureCache, FewerSteps, MARPipeline
+from varaccel import Auto, AutoPipeline, CSpD, FeatureCache, FewerSteps, MARPipeline
 from varaccel.decoding.accelerator import ACCELERATORS, Accelerator
 from varaccel.decoding.masked_order import CosineGroups
 from varaccel.errors import CheckpointError, InputError
@@ -451,3 +451,15 @@ def test_from_single_files(tmp_path: Path) -> None:
     assert small.draft_transformer is networks[1]
     with refused("not MAR-large", CheckpointError):
         MARPipeline.from_single_file(tmp_path / "0.pth", vae=kl_vae(), size="large")
+
+
+def test_auto_is_plain_or_what_measured_best() -> None:
+    pipe = pipeline("mar-caption")
+    exact = pipe("a red sphere", seed=1, accelerator="auto", output_type="latent")
+    assert exact.stats.accelerator == "plain"
+    assert exact.stats.lossless
+    fast = pipe("a red sphere", seed=1, accelerator=Auto(quality="approximate"), output_type="latent")
+    assert fast.stats.label == f"fewer_steps(iterations={pipe.transformer.num_tokens // 8})"
+    assert not fast.stats.lossless
+    few = pipe("a red sphere", seed=1, num_iterations=1, accelerator=Auto(quality="approximate"))
+    assert few.stats.passes == 1, "never more than the call asks for"

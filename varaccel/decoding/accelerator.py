@@ -30,7 +30,7 @@ class Job:
             `CausalSession` for networks that decide one token after the other.
         network: the host model.
         grid_width: columns of the token grid.
-        codes: size of the vocabulary.
+        codes: size of the vocabulary, 0 where tokens are continuous.
         canvas: to be filled.
         rows: rows that a pass reads per token: pictures, times two while guided.
         randomness: the draws of each picture and position. A family may offer another source of draws; then only

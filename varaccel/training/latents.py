@@ -139,7 +139,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> AutoencoderKL:
     """
     if (name := tokenizer_class(folder)) != AutoencoderKL.__name__:
         raise InputError(f"{folder} holds a {name}, which is no image tokenizer that makes latents.")
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    return AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
 
 
 def read_latents(folder: str | os.PathLike[str]) -> tuple[Tensor, LatentsManifest]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,6 +31,54 @@ def run(*command: object) -> None:
         subprocess.CalledProcessError: it failed; its failure is ours.
     """
     subprocess.run([sys.executable, *map(str, command)], check=True)
+
+
+def recipe_parser(
+    description: str | None, config: Path, stages: Sequence[str], usual: Sequence[str] | None = None
+) -> argparse.ArgumentParser:
+    """A command line with the options that recipes of text-to-image models share.
+
+    Args:
+        config: of the model that is trained if nothing else is said.
+        stages: that can be asked for.
+        usual: those that run by default; all if None.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all stages")
+    parser.add_argument("--config", type=Path, default=config)
+    parser.add_argument("--scenes", type=Path, help="folder of the pictures, OUT/scenes by default")
+    parser.add_argument("--pictures", type=int, default=60_000, help="training pictures")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
+    parser.add_argument("--tokenizer-minutes", type=float, default=40.0)
+    parser.add_argument("--minutes", type=float, default=120.0, help="training time of the transformer")
+    shown = "all by default" if usual is None else f"{', '.join(usual)} by default"
+    parser.add_argument("--stages", nargs="+", choices=stages, default=list(usual or stages), help=shown)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-compile", action="store_true", help="train uncompiled")
+    parser.add_argument(
+        "--borrow",
+        nargs="+",
+        metavar="COMPONENT=PATH",
+        help="components of --install that a sibling folder has, such as text_encoder=../mini-llamagen/text_encoder",
+    )
+    parser.add_argument("--install", type=Path, help="also write the pipeline here, in half precision")
+    return parser
+
+
+def render_scenes(options: argparse.Namespace) -> None:
+    """The stage that renders the pictures, with the options of `recipe_parser`."""
+    command = ["-m", "varaccel.scenes.cache", "--out", options.scenes]
+    run(*command, "--count", options.pictures, "--workers", options.workers)
+
+
+def write_pipeline(pipe: Any, folder: Path, options: argparse.Namespace) -> None:
+    """Save a finished pipeline in `folder`, and where `--install` says, in half precision and with its `--borrow`."""
+    pipe.save_pretrained(folder)
+    if options.install:
+        pipe.to(torch.float16).save_pretrained(options.install)
+        if options.borrow:
+            borrow(options.install, dict(pair.split("=", 1) for pair in options.borrow))
 
 
 def adopt_text(pipeline: Path, target: Path) -> None:
