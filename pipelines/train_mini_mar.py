@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from varaccel.training.allocator import keep_freed_memory
-from varaccel.training.stages import adopt_text, recipe_parser, render_scenes, run, write_pipeline
 
 if TYPE_CHECKING:
     from varaccel.models.mar import MARTransformer
@@ -32,6 +31,8 @@ STAGES = ("scenes", "tokenizer", "latents", "transformer", "pipeline")
 
 
 def parse() -> argparse.Namespace:
+    from varaccel.training.stages import recipe_parser
+
     parser = recipe_parser(__doc__, HERE / "mini_mar.json", STAGES)
     parser.add_argument("--batch-size", type=int, help="of the transformer, instead of the config's")
     parser.add_argument("--draft", type=Path, help="exported small transformer to put into the pipeline")
@@ -90,6 +91,7 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
 
     from varaccel.pipelines.mar import MARPipeline
     from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
+    from varaccel.training.stages import write_pipeline
 
     text = options.out / "mini-text"
     names = ("guidance_scale", "guidance_schedule", "temperature", "num_iterations", "head_steps")
@@ -110,6 +112,7 @@ def main() -> int:
     config = json.loads(options.config.read_text())
     out = options.out
     from varaccel.errors import VaraccelError
+    from varaccel.training.stages import adopt_text, render_scenes, run
 
     try:
         adopt_text(SHIPPED, out / "mini-text")

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from varaccel.training.allocator import keep_freed_memory
-from varaccel.training.stages import adopt_text, recipe_parser, render_scenes, run, write_pipeline
 
 if TYPE_CHECKING:
     from varaccel.models.var import VARTransformer
@@ -37,6 +36,8 @@ STAGES = ("scenes", "tokenizer", "codes", "transformer", "refiner", "pipeline")
 
 
 def parse() -> argparse.Namespace:
+    from varaccel.training.stages import recipe_parser
+
     usual = [stage for stage in STAGES if stage != "refiner"]
     parser = recipe_parser(__doc__, HERE / "mini_var.json", STAGES, usual)
     parser.add_argument("--teacher", type=Path, help="exported transformer that teaches the refiner")
@@ -129,6 +130,7 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
     from varaccel.pipelines.var import VARPipeline
     from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
     from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
+    from varaccel.training.stages import write_pipeline
 
     text = options.out / "mini-text"
     pipe = VARPipeline(
@@ -151,6 +153,7 @@ def main() -> int:
     config = json.loads(options.config.read_text())
     out = options.out
     from varaccel.errors import VaraccelError
+    from varaccel.training.stages import adopt_text, render_scenes, run
 
     try:
         adopt_text(SHIPPED, out / "mini-text")
