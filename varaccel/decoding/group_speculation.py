@@ -6,6 +6,7 @@ from one pass. A masked network has neither; what it says about a group changes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,44 +97,37 @@ def speculate_jointly(
     last iteration.
     """
     feeds = order.feeds(canvas)
-    tally = Tally.start(canvas.batch, canvas.written.device)
-    tally.judged = torch.zeros_like(tally.passes)
+    tally, number = _prefill(target, canvas, feeds, comparison, prefill, on_step)
+    judged = torch.zeros_like(tally.passes)
     block: list[MaskedFeed] = []
     paths: list[Denoised] = []
-    number = 0
-    for step, feed in enumerate(feeds):
-        decided = feed
-        if step <= prefill * len(feeds):
-            number += 1
-            law = target.predict(canvas, feed)
-            canvas.write(feed.positions, comparison.target_noise.sample(law, feed.positions), number)
-        else:
-            tokens, path = comparison.draft(draft.predict(canvas, feed), feed.positions)
-            canvas.write(feed.positions, tokens, number + 1)
-            block.append(feed)
-            paths.append(path)
-            if step % draft_length and step < len(feeds) - 1:
-                continue
-            number += 1
-            decided = MaskedFeed(
-                torch.cat([f.positions for f in block], 1), block[0].known, feed.remaining, block[0].number
-            )
-            law = target.predict(canvas, decided)
-            tokens, decision = comparison.judge(
-                law,
-                _beside(paths, canvas.batch),
-                decided.positions,
-                _proposals(comparison.target_noise, number, decided.positions.shape[1]),
-            )
-            canvas.write(decided.positions, tokens, number)
-            tally.attempts += 1
-            tally.judged += decided.positions.shape[1]
-            tally.accepted += decision.accepted.view(canvas.batch, -1).sum(1)
-            block, paths = [], []
+    for step in range(number, len(feeds)):
+        feed = feeds[step]
+        tokens, path = comparison.draft(draft.predict(canvas, feed), feed.positions)
+        canvas.write(feed.positions, tokens, number + 1)
+        block.append(feed)
+        paths.append(path)
+        if step % draft_length and step < len(feeds) - 1:
+            continue
+        number += 1
+        decided = MaskedFeed(
+            torch.cat([f.positions for f in block], 1), block[0].known, feed.remaining, block[0].number
+        )
+        tokens, decision = comparison.judge(
+            target.predict(canvas, decided),
+            _beside(paths, canvas.batch),
+            decided.positions,
+            _proposals(comparison.target_noise, number, decided.positions.shape[1]),
+        )
+        canvas.write(decided.positions, tokens, number)
         tally.passes += 1
+        tally.attempts += 1
+        judged += decided.positions.shape[1]
+        tally.accepted += decision.accepted.view(canvas.batch, -1).sum(1)
+        block, paths = [], []
         if on_step is not None:
             on_step(Step(number, (step + 1) / len(feeds), decided.positions, canvas))
-    tally.draft_passes = draft.reads
+    tally.draft_passes, tally.judged = draft.reads, judged
     return tally
 
 
@@ -165,18 +159,8 @@ def speculate_in_turn(
     """
     feeds = order.feeds(canvas)
     batch, device = canvas.batch, canvas.written.device
-    tally = Tally.start(batch, device)
-    tally.judged = torch.zeros_like(tally.passes)
-    number = 0
-    for step, feed in enumerate(feeds):
-        if step > prefill * len(feeds):
-            break
-        number += 1
-        law = target.predict(canvas, feed)
-        canvas.write(feed.positions, comparison.target_noise.sample(law, feed.positions), number)
-        tally.passes += 1
-        if on_step is not None:
-            on_step(Step(number, (step + 1) / len(feeds), feed.positions, canvas))
+    tally, number = _prefill(target, canvas, feeds, comparison, prefill, on_step)
+    judged = torch.zeros_like(tally.passes)
     steps = [number] * batch
     while min(steps) < len(feeds):
         number += 1
@@ -200,15 +184,35 @@ def speculate_in_turn(
         _erase(canvas, torch.where(kept, -1, positions).flatten(1))
         tally.passes += (positions >= 0).any(2).any(1)
         tally.attempts += (positions >= 0).any(2).any(1)
-        tally.judged += kept.sum((1, 2))
+        judged += kept.sum((1, 2))
         tally.accepted += (kept & accepted).sum((1, 2))
         advanced = (before == 0).sum(1).tolist()
         steps = [min(len(feeds), s + n) for s, n in zip(steps, advanced, strict=True)]
         if on_step is not None:
             progress = sum(steps) / (batch * len(feeds))
             on_step(Step(number, progress, torch.where(kept, positions, -1).flatten(1), canvas))
-    tally.draft_passes = draft.reads
+    tally.draft_passes, tally.judged = draft.reads, judged
     return tally
+
+
+def _prefill(
+    target: MaskedSession,
+    canvas: Canvas,
+    feeds: Sequence[MaskedFeed],
+    comparison: Comparison,
+    share: float,
+    on_step: OnStep | None,
+) -> tuple[Tally, int]:
+    """Let the target decide the iterations up to `share` times their number, the first always; how many these are."""
+    tally = Tally.start(canvas.batch, canvas.written.device)
+    count = min(len(feeds), int(share * len(feeds)) + 1)
+    for number, feed in enumerate(feeds[:count], start=1):
+        law = target.predict(canvas, feed)
+        canvas.write(feed.positions, comparison.target_noise.sample(law, feed.positions), number)
+        tally.passes += 1
+        if on_step is not None:
+            on_step(Step(number, number / len(feeds), feed.positions, canvas))
+    return tally, count
 
 
 def _beside(paths: list[Denoised], batch: int, width: int = 0) -> Denoised:
