@@ -15,9 +15,12 @@ from PIL import Image
 from varaccel import (
     AutoPipeline,
     CoDe,
+    CSpD,
     DynamicTree,
+    FeatureCache,
     Jacobi,
     LlamaGenPipeline,
+    MARPipeline,
     Speculative,
     VARPipeline,
     ZipAR,
@@ -29,7 +32,8 @@ from varaccel.scenes import HELD_OUT_SEED, render, sample_scene
 from varaccel.scenes.grammar import Caption
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(p for pattern in ("llamagen_*.py", "var_*.py") for p in (ROOT / "pipelines").glob(pattern))
+PATTERNS = ("llamagen_*.py", "var_*.py", "mar_*.py")
+RECIPES = sorted(p for pattern in PATTERNS for p in (ROOT / "pipelines").glob(pattern))
 
 
 @cache
@@ -197,6 +201,60 @@ def test_multiscale_tokenizer_reconstructs() -> None:
     psnr = 10 * torch.log10(4 / (decoded - images).square().mean((1, 2, 3))).mean()
     assert psnr > 28
     assert encoding.indices.unique().numel() > 150
+
+
+# -- the masked model ----------------------------------------------------------------------------------
+
+
+@cache
+def shipped_mar() -> MARPipeline:
+    pipe = AutoPipeline.from_pretrained("mini-mar")
+    assert isinstance(pipe, MARPipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_masked_model_brings_its_drafter() -> None:
+    pipe = shipped_mar()
+    small = AutoPipeline.from_pretrained("mini-mar-small").transformer
+    drafter = pipe.draft_transformer
+    assert drafter is not None
+    assert all(torch.equal(v, small.state_dict()[k]) for k, v in drafter.state_dict().items())
+    assert pipe.image_size == 128
+
+
+@pytest.mark.slow
+def test_mar_pictures_follow_prompts_plainly_and_accelerated() -> None:
+    """Far above what pictures score with another prompt's caption; the card has the measured figures."""
+    captions = one_object(12)
+    prompts = [c.text for c in captions]
+    quick = {"num_iterations": 32, "head_steps": 20, "head_sampler": "dpm++"}
+    noisy = {"num_iterations": 16, "head_steps": 25}
+    runs = ((None, quick), (FeatureCache(refresh=2), quick), (CSpD("exact", draft_length=2), noisy))
+    for accelerator, call in runs:
+        images = shipped_mar()(prompts, seed=0, accelerator=accelerator, **call).images
+        assert adherence(images, captions) >= 0.6
+        assert adherence(images, captions[1:] + captions[:1]) <= 0.25
+
+
+def test_continuous_speculation_keeps_some_guesses_of_the_shipped_pair() -> None:
+    call = {"seed": 0, "num_iterations": 16, "head_steps": 25, "output_type": "latent"}
+    stats = shipped_mar()(["a red sphere", "a blue cube"], accelerator=CSpD(draft_length=3), **call).stats
+    assert 0.05 < sum(stats.kept) / 2 < 0.9
+    assert stats.passes == 6
+    assert stats.draft_passes == 15
+
+
+def test_kl_tokenizer_reconstructs() -> None:
+    scenes = np.stack([render(sample_scene(HELD_OUT_SEED + i)).image for i in range(8)])
+    images = torch.from_numpy(scenes).permute(0, 3, 1, 2).float() / 127.5 - 1
+    vae = shipped_mar().vae
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mean
+        decoded = vae.decode(latents).sample
+    psnr = 10 * torch.log10(4 / (decoded - images).square().mean((1, 2, 3))).mean()
+    assert psnr > 33
+    assert (latents * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
