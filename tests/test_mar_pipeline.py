@@ -322,7 +322,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_a_coupled_step_counts_in_the_mode_that_uses_it() -> None:
-    assert latents("mar-class", 0, accelerator=CSpD(coupling_step=8)).isfinite().all()
+    assert latents("mar-class", 0, accelerator=CSpD(mode="reference", coupling_step=8)).isfinite().all()
 
 
 @pytest.mark.parametrize("prompt", [3, "", "  ", ["a cube", 1]])

@@ -239,7 +239,9 @@ def test_mar_pictures_follow_prompts_plainly_and_accelerated() -> None:
 
 def test_continuous_speculation_keeps_some_guesses_of_the_shipped_pair() -> None:
     call = {"seed": 0, "num_iterations": 16, "head_steps": 25, "output_type": "latent"}
-    stats = shipped_mar()(["a red sphere", "a blue cube"], accelerator=CSpD(draft_length=3), **call).stats
+    stats = shipped_mar()(
+        ["a red sphere", "a blue cube"], accelerator=CSpD("reference", draft_length=3), **call
+    ).stats
     assert 0.05 < sum(stats.kept) / 2 < 0.9
     assert stats.passes == 6
     assert stats.draft_passes == 15

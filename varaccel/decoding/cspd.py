@@ -31,7 +31,7 @@ class CSpD(MaskedAccelerator):
     Modes:
 
     - "reference" is the published code (`ReferenceRule`). In effect it keeps a drafted token if it is close enough to
-      the target's own one, and takes the target's otherwise.
+      the target's own one, and takes the target's otherwise. What is redrawn depends on the batch, as published.
     - "paper" is what is printed (`PaperRule`); tokens then carry the noise of their last step, without which they have
       no density. Real models accept next to nothing.
     - "exact" compares one denoising step that has noise (`ExactRule`, no factor for the steps before) and runs the
@@ -66,7 +66,7 @@ class CSpD(MaskedAccelerator):
     lossless: ClassVar[bool] = False
     summary: ClassVar[str] = "a smaller model drafts continuous tokens, the model keeps or replaces them"
 
-    mode: Mode = "reference"
+    mode: Mode = "exact"
     draft_length: int = 4
     prefill: float = 0.05
     verification: Verification = "joint"
