@@ -18,6 +18,7 @@ from varaccel.decoding.accelerator import ACCELERATORS, Accelerator
 from varaccel.decoding.masked_order import CosineGroups
 from varaccel.errors import CheckpointError, InputError
 from varaccel.models.mar import MARTransformer
+from varaccel.models.precision import cast
 
 HOSTS = ("mar-class", "mar-caption")
 TOKENS, CHANNELS, SIZE = GRID * GRID, 4, 2 * GRID
@@ -420,7 +421,7 @@ def test_save_and_load(host: str, tmp_path: Path) -> None:
 
 def test_the_head_is_loaded_in_full_precision(tmp_path: Path) -> None:
     pipeline("mar-class").save_pretrained(tmp_path / "model")
-    loaded = MARPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16)
+    loaded = MARPipeline.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     for network in (loaded.transformer, loaded.draft_transformer):
         assert network.dtype == torch.bfloat16
         assert {p.dtype for p in network.head.parameters()} == {torch.float32}
@@ -463,3 +464,18 @@ def test_auto_is_plain_or_what_measured_best() -> None:
     assert not fast.stats.lossless
     few = pipe("a red sphere", seed=1, num_iterations=1, accelerator=Auto(quality="approximate"))
     assert few.stats.passes == 1, "never more than the call asks for"
+
+
+def test_casting_leaves_the_head_alone() -> None:
+    """From the command line too, where a loaded pipeline is put into another precision."""
+    network = mar_transformer("class")
+    head = {name: value.clone() for name, value in network.head.state_dict().items()}
+    cast(network, torch.bfloat16)
+    assert network.dtype == torch.bfloat16
+    assert all(torch.equal(value, head[name]) for name, value in network.head.state_dict().items())
+    assert {p.dtype for n, p in network.named_parameters() if not n.startswith("diffloss.")} == {
+        torch.bfloat16
+    }
+    pipe = MARPipeline(network, kl_vae(), head_steps=4)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe([0, 1], seed=0, output_type="latent").images.isfinite().all()

@@ -141,10 +141,12 @@ def move(pipe: Any, device: str, dtype: str) -> None:
     import torch
     from torch import nn
 
+    from varaccel.models.precision import cast
+
     pipe.to(device)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name not in ("vae", "vq_model", "text_encoder"):
-            part.to(getattr(torch, dtype))
+            cast(part, getattr(torch, dtype))
 
 
 def load_pipeline(model: str, *, quiet: bool = False) -> LoadablePipeline:

@@ -9,6 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from varaccel.errors import CheckpointError, unknown_name
+from varaccel.models.precision import cast
 from varaccel.pipelines.catalog import PUBLISHED, PublishedModel
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.loading import LoadablePipeline, hub_options, pipeline_class_name, resolve_model
@@ -88,5 +89,5 @@ def _from_published(name: str, model: PublishedModel, dtype: Any = None, **hub: 
         # the image tokenizer stays in float32, as published
         for network in (pipe.components["transformer"], pipe.components.get("refiner")):
             if network is not None:
-                network.to(dtype=dtype)
+                cast(network, dtype)
     return pipe
