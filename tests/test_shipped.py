@@ -226,7 +226,7 @@ def test_the_masked_model_brings_its_drafter() -> None:
 @pytest.mark.slow
 def test_mar_pictures_follow_prompts_plainly_and_accelerated() -> None:
     """Far above what pictures score with another prompt's caption; the card has the measured figures."""
-    captions = one_object(12)
+    captions = one_object(8)
     prompts = [c.text for c in captions]
     quick = {"num_iterations": 32, "head_steps": 20, "head_sampler": "dpm++"}
     noisy = {"num_iterations": 16, "head_steps": 25}
