@@ -95,10 +95,7 @@ class CSpD(MaskedAccelerator):
         if self.mode == "exact" and self.inner_temperature is not None:
             raise InputError("mode 'exact' has no inner_temperature: any but 1 would change the law.")
         if self.head_sampler not in (None, "ddpm"):
-            raise InputError(
-                f"head_sampler {self.head_sampler!r} adds no noise, so draft and target have no densities to compare; "
-                "use ddpm."
-            )
+            raise _no_densities(self.head_sampler)
         if not isinstance(self.aligned, bool):
             raise InputError(f"aligned must be true or false, got {self.aligned!r}.")
         self.rule()  # its options are checked where it is made
@@ -125,10 +122,7 @@ class CSpD(MaskedAccelerator):
         target = job.open_session(**options)
         draft = job.open_session(drafter, **options)
         if not target.sampling.noisy:
-            raise InputError(
-                f"head_sampler {target.sampling.sampler!r} adds no noise, so draft and target have no densities to "
-                "compare; use ddpm."
-            )
+            raise _no_densities(target.sampling.sampler)
         if self.compared_step >= target.sampling.steps:
             raise InputError(
                 f"coupling_step must be below the {target.sampling.steps} steps of the head, got {self.compared_step}."
@@ -147,6 +141,12 @@ class CSpD(MaskedAccelerator):
             return speculate_jointly(target, draft, job.canvas, order, comparison, **common)
         verifier = job.open_session(contexts=self.draft_length, **options)
         return speculate_in_turn(target, verifier, draft, job.canvas, order, comparison, **common)
+
+
+def _no_densities(sampler: str | None) -> InputError:
+    return InputError(
+        f"head_sampler {sampler!r} adds no noise, so draft and target have no densities to compare; use ddpm."
+    )
 
 
 def check_drafter(drafter: Any, job: Job) -> MARTransformer:

@@ -228,8 +228,9 @@ class Process:
         mean, log_variance = x, total
         start: Tensor | None = None
         keep = self.sampling.sampler == "dpm++"
-        for top in range(first, last - 1, -self._together(embedded)):
-            bottom = max(last, top - self._together(embedded) + 1)
+        together = self._together(embedded)
+        for top in range(first, last - 1, -together):
+            bottom = max(last, top - together + 1)
             modulations = self.head.modulations(self.times[bottom : top + 1], embedded)
             for k in range(top, bottom - 1, -1):
                 here = [part[k - bottom] for part in modulations]

@@ -181,7 +181,8 @@ def speculate_in_turn(
         before = broken.cumsum(1) - broken
         kept = (before == 0).unsqueeze(2) & (positions >= 0)
         canvas.write(torch.where(kept, positions, -1).flatten(1), tokens, number)
-        _erase(canvas, torch.where(kept, -1, positions).flatten(1))
+        # what was drafted after them is taken back
+        canvas.write(torch.where(kept, -1, positions).flatten(1), torch.zeros_like(tokens), 0)
         tally.passes += (positions >= 0).any(2).any(1)
         tally.attempts += (positions >= 0).any(2).any(1)
         judged += kept.sum((1, 2))
@@ -245,16 +246,6 @@ def _verify(
     law = verifier.predict(many, feed)
     conditions = law.conditions.unflatten(0, (-1, groups)).flatten(1, 2)  # [R, G * P, D]
     return DiffusionLaw(law.process, conditions, law.scale)
-
-
-def _erase(canvas: Canvas, positions: Tensor) -> None:
-    """Take back what was drafted at `positions` [B, P]; -1 is padding."""
-    used = positions >= 0
-    spare = torch.where(used, positions, canvas.num_positions)
-    gone = torch.zeros(canvas.batch, canvas.num_positions + 1, dtype=torch.bool, device=positions.device)
-    gone.scatter_(1, spare, True)
-    canvas.written.masked_fill_(gone[:, :-1], 0)
-    canvas.tokens.masked_fill_(gone[:, :-1].unsqueeze(-1), 0)
 
 
 def _proposals(noise: TokenNoise, verification: int, rows: int) -> SeededProposals:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -78,10 +79,11 @@ class CosineGroups:
     iterations: int
 
     def __post_init__(self) -> None:
-        cosine_borders(self.permutation.shape[1], self.iterations)
+        _ = self.borders  # refuses what cannot be
 
-    @property
+    @cached_property
     def borders(self) -> list[int]:
+        """See `cosine_borders`."""
         return cosine_borders(self.permutation.shape[1], self.iterations)
 
     @property
@@ -107,14 +109,13 @@ class CosineGroups:
         Args:
             device: of the result.
         """
-        borders = [*self.borders, 0]
-        before = torch.tensor([borders[min(s, self.iterations)] for s in steps], device=device).unsqueeze(1)
-        after = torch.tensor([borders[min(s, self.iterations) + 1] for s in steps], device=device).unsqueeze(
-            1
-        )
+        borders = [*self.borders, 0]  # one iteration past the end, which decides nothing
+        starts = [borders[min(s, self.iterations)] for s in steps]
+        stops = [borders[min(s, self.iterations) + 1] for s in steps]
+        before, after = (torch.tensor(b, device=device).unsqueeze(1) for b in (starts, stops))
         order = self.permutation.to(device)
-        most = max(borders[min(s, self.iterations)] - borders[min(s, self.iterations) + 1] for s in steps)
-        known = max(order.shape[1] - borders[min(s, self.iterations)] for s in steps)
+        most = max(start - stop for start, stop in zip(starts, stops, strict=True))
+        known = order.shape[1] - min(starts)
         # the order from its end: what is known first
         known_index = order.shape[1] - 1 - torch.arange(known, device=device)
         asked_index = before - 1 - torch.arange(max(1, most), device=device)

@@ -15,6 +15,7 @@ from varaccel.decoding.diffusion_law import DiffusionLaw
 from varaccel.decoding.masked_guidance import MaskedGuidance
 from varaccel.decoding.masked_order import MaskedFeed
 from varaccel.decoding.reading import Reading
+from varaccel.decoding.rows import rows_of
 
 if TYPE_CHECKING:  # models import decoding
     from varaccel.models.mar import MARTransformer
@@ -97,7 +98,7 @@ class MaskedSession:
         self.reads += 1
         times = self.rows_per_pass // self.batch
         known, asked = (index.repeat(times, 1) for index in (feed.known, feed.positions))
-        tokens = tokens_at(canvas, feed.known).repeat(times, 1, 1)
+        tokens = rows_of(canvas.tokens, feed.known).repeat(times, 1, 1)
         return self._transform(self._slots, tokens, known, asked, embedded=True, padded=feed.padded)
 
 
@@ -171,7 +172,7 @@ class StaleSession(MaskedSession):
         network, times = self.network, self.rows_per_pass // self.batch
         encoder, decoder = self._caches
         known = feed.known.repeat(times, 1)
-        tokens = network.embed_tokens(tokens_at(canvas, feed.known).repeat(times, 1, 1), known)
+        tokens = network.embed_tokens(rows_of(canvas.tokens, feed.known).repeat(times, 1, 1), known)
         front = torch.arange(network.buffer, device=known.device).expand(len(known), -1)
         slots = torch.cat([front, known + network.buffer], 1)
         self._usable[:] = False
@@ -187,9 +188,8 @@ class StaleSession(MaskedSession):
         features = network.decode(x, reading)[:, network.buffer :]
         conditional, unconditional = features.chunk(2)
         self._difference = unconditional - conditional
-        wide = feed.positions.unsqueeze(-1).expand(-1, -1, features.shape[-1])
-        both = torch.cat([conditional.gather(1, wide), unconditional.gather(1, wide)])
-        return network.conditions(both, feed.positions.repeat(times, 1))
+        asked = feed.positions.repeat(times, 1)
+        return network.conditions(rows_of(features, asked), asked)
 
     def _partial(self, canvas: Canvas, feed: MaskedFeed) -> Tensor:
         """Read what was decided since the last pass, and what is asked for."""
@@ -202,7 +202,7 @@ class StaleSession(MaskedSession):
         new, asked = (index.repeat(times, 1) for index in (fresh, feed.positions))
         slots = new + network.buffer
         self._usable.scatter_(1, (fresh + network.buffer).repeat(len(self._usable) // self.batch, 1), True)
-        tokens = network.embed_tokens(tokens_at(canvas, fresh).repeat(times, 1, 1), new)
+        tokens = network.embed_tokens(rows_of(canvas.tokens, fresh).repeat(times, 1, 1), new)
         encoded = network.encode(tokens, self._reading(encoder, slots, len(new)))
         places = asked + network.buffer
         x = torch.cat([network.decoder_inputs(encoded, slots), network.decoder_inputs(None, places)], 1)
@@ -214,16 +214,9 @@ class StaleSession(MaskedSession):
         index = torch.arange(new.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
         features = network.decode(x, reading, index)
         if self._difference is not None:
-            wide = feed.positions.unsqueeze(-1).expand(-1, -1, features.shape[-1])
-            features = torch.cat([features, features + self._difference.gather(1, wide)])
+            features = torch.cat([features, features + rows_of(self._difference, feed.positions)])
             asked = asked.repeat(2, 1)
         return network.conditions(features, asked)
 
     def _reading(self, cache: KVCache, slots: Tensor, rows: int) -> Reading:
         return Reading(cache=cache, slots=slots, mask=self._usable[:rows, None, None, :])
-
-
-def tokens_at(canvas: Canvas, positions: Tensor) -> Tensor:
-    """Tokens [B, K, C] of a canvas at `positions` [B, K]; -1 is padding."""
-    index = positions.clamp(min=0).unsqueeze(-1).expand(-1, -1, canvas.tokens.shape[2])
-    return canvas.tokens.gather(1, index)

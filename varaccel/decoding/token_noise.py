@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varaccel.decoding.diffusion_law import DiffusionLaw
+from varaccel.decoding.rows import rows_of
 
 
 @dataclass
@@ -70,17 +71,14 @@ class TokenNoise:
         Args:
             count: denoising steps, None for samplers that add no noise.
         """
-        index = positions.clamp(min=0).unsqueeze(-1)  # [B, P, 1]
-        start = self.start.gather(1, index.expand(-1, -1, self.start.shape[2])).flatten(0, 1)
+        start = rows_of(self.start, positions).flatten(0, 1)
         if count is None:
             return start, None
-        steps = self.steps(count)
-        wide = index.unsqueeze(-1).expand(-1, -1, *steps.shape[2:])
-        return start, steps.gather(1, wide).flatten(0, 1).transpose(0, 1)
+        return start, rows_of(self.steps(count), positions).flatten(0, 1).transpose(0, 1)
 
     def accepting(self, positions: Tensor) -> Tensor:
         """Uniform numbers of `positions` [B, P]: [B * P]."""
-        return self.uniforms.gather(1, positions.clamp(min=0)).flatten()
+        return rows_of(self.uniforms, positions).flatten()
 
     def sample(self, law: DiffusionLaw, positions: Tensor) -> Tensor:
         """Tokens [B, P, C] of `positions` [B, P] drawn from their law."""

@@ -17,6 +17,7 @@ from varaccel.decoding.denoising import HeadSampling, step_table
 from varaccel.decoding.diffusion_schedule import DiffusionSchedule
 from varaccel.decoding.masked_guidance import MaskedGuidance
 from varaccel.decoding.masked_order import CosineGroups
+from varaccel.decoding.rows import rows_of
 from varaccel.decoding.stopwatch import Stopwatch
 from varaccel.decoding.token_noise import TokenNoise
 from varaccel.models.mar import MARTransformer
@@ -92,23 +93,22 @@ def published_loop(
     batch, count, channels = noise.start.shape
     tokens = torch.zeros_like(noise.start)
     order = CosineGroups(noise.permutation, iterations)
-    steps = noise.steps(sampling.steps)
+    noise.steps(sampling.steps)  # drawn before the watch runs, as ours are
     seconds = {"transformer": 0.0, "head": 0.0}
     for before, after in pairwise(order.borders):
         clock = Stopwatch(tokens.device)
         known, asked = order.permutation[:, before:].sort(1).values, order.permutation[:, after:before]
         slots = model.embed_condition(condition, condition_mask)
         slots = torch.cat([slots, model.null_condition().expand(batch, model.buffer, -1)])
-        seen = tokens.gather(1, known.unsqueeze(-1).expand(-1, -1, channels)).repeat(2, 1, 1)
+        seen = rows_of(tokens, known).repeat(2, 1, 1)
         z = model(slots, seen, known.repeat(2, 1))  # [2 B, N, D], of all positions
-        index = asked.unsqueeze(-1)
-        z = z.gather(1, index.repeat(2, 1, 1).expand(-1, -1, z.shape[-1])).flatten(0, 1)
+        z = rows_of(z, asked.repeat(2, 1)).flatten(0, 1)
         clock.lap("transformer")
-        path = steps.gather(1, index.unsqueeze(-1).expand(-1, -1, *steps.shape[2:])).flatten(0, 1)
-        start = noise.start.gather(1, index.expand(-1, -1, channels)).flatten(0, 1)
+        start, path = noise.paths(asked, sampling.steps)
+        assert path is not None
         scale = float(guidance.at((count - max(1, after)) / count))
-        drawn = _steps(model, sampling, z, start, path.transpose(0, 1), scale)
-        tokens.scatter_(1, index.expand(-1, -1, channels), drawn.unflatten(0, (batch, -1)))
+        drawn = _steps(model, sampling, z, start, path, scale)
+        tokens.scatter_(1, asked.unsqueeze(-1).expand(-1, -1, channels), drawn.unflatten(0, (batch, -1)))
         clock.lap("head")
         for name, value in clock.laps.items():
             seconds[name] += value

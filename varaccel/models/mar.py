@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from varaccel.decoding.cache import KVCache
 from varaccel.decoding.diffusion_schedule import NoiseSchedule
 from varaccel.decoding.reading import Reading
+from varaccel.decoding.rows import rows_of
 from varaccel.errors import CheckpointError, InputError, unknown_name
 from varaccel.models.checkpoints import load_strict, read_published_weights
 from varaccel.models.diffusion_head import DiffusionHead
@@ -97,11 +98,6 @@ class Block(nn.Module):
         mixed = self.attn(self.norm1(x), reading, layer, asked)
         x = (x if asked is None else rows_of(x, asked)) + mixed
         return x + self.mlp(self.norm2(x))
-
-
-def rows_of(x: Tensor, index: Tensor) -> Tensor:
-    """Entries `index` [R, A] of x [R, P, C]: [R, A, C]."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 class CaptionEmbedding(nn.Module):

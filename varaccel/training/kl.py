@@ -26,7 +26,7 @@ from varaccel.errors import InputError
 from varaccel.files import atomic_path
 from varaccel.training.precision import quick_bfloat16
 from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
-from varaccel.training.vq import PixelSource, reconstruction_terms, to_images
+from varaccel.training.vq import PixelSource, reconstruction_terms, summed_likeness, to_images
 
 SCALE_PICTURES = 2048
 """From how many pictures the scaling factor of latents is measured."""
@@ -164,20 +164,12 @@ class KLQuality:
 @torch.no_grad()
 def evaluate(model: AutoencoderKL, pixels: NDArray[np.uint8], batch_size: int = 32) -> KLQuality:
     """Reconstruct `pixels` uint8 [n, H, W, 3] in float32; needs the `train` extra (torchmetrics)."""
-    from torchmetrics.functional.image import (
-        peak_signal_noise_ratio,
-        structural_similarity_index_measure,
-    )
-
     psnr = ssim = 0.0
     for start in range(0, len(pixels), batch_size):
         images = to_images(pixels[start : start + batch_size]).to(model.device)
         decoded = model.decode(model.encode(images).latent_dist.mean).sample
-        decoded, target = ((decoded + 1) / 2).clamp(0, 1), (images + 1) / 2
-        psnr += float(
-            peak_signal_noise_ratio(decoded, target, data_range=1.0, dim=(1, 2, 3), reduction="sum")
-        )
-        ssim += float(structural_similarity_index_measure(decoded, target, data_range=1.0, reduction="sum"))
+        likeness = summed_likeness(decoded, images)
+        psnr, ssim = psnr + likeness[0], ssim + likeness[1]
     return KLQuality(psnr / len(pixels), ssim / len(pixels))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from varaccel.decoding.diffusion_schedule import TRAINING_STEPS, DiffusionSchedule
+from varaccel.decoding.rows import rows_of
 from varaccel.errors import InputError
 from varaccel.models.diffusion_head import DiffusionHead
 from varaccel.models.mar import MARTransformer
@@ -212,8 +213,6 @@ class MARObjective:
         self, losses: Any, indices: Tensor, dropped: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         features, mask = self.condition(indices)
-        if mask is None:
-            mask = torch.ones(0, device=features.device)
         masked = self.hide(indices, generator)
         device = self.model.device
         return losses(features, mask, dropped.to(device, non_blocking=True), masked)
@@ -244,16 +243,16 @@ class MARObjective:
         )
 
     def _eager(
-        self, features: Tensor, mask: Tensor, dropped: Tensor, masked: Masked
+        self, features: Tensor, mask: Tensor | None, dropped: Tensor, masked: Masked
     ) -> tuple[Tensor, Tensor]:
         model = self.model
         quick = quick_bfloat16(features.device)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=quick):
-            slots = model.embed_condition(features, mask if mask.numel() else None)
+            slots = model.embed_condition(features, mask)
             slots = torch.where(dropped[:, None, None], model.null_condition().to(slots.dtype), slots)
-            shown = masked.tokens.gather(1, _wide(masked.known.clamp(min=0), masked.tokens))
+            shown = rows_of(masked.tokens, masked.known)
             conditions = model(slots, shown, masked.known, masked.asked)
-            values = masked.tokens.gather(1, _wide(masked.asked, masked.tokens))
+            values = rows_of(masked.tokens, masked.asked)
             repeats = self.recipe.repeats
             error, divergence = self.criterion(
                 model.head,
@@ -263,10 +262,6 @@ class MARObjective:
                 masked.noise,
             )
         return error.mean(), divergence.mean()
-
-
-def _wide(index: Tensor, like: Tensor) -> Tensor:
-    return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])
 
 
 def train_mar(

@@ -287,14 +287,26 @@ class VQQuality:
     perplexity: float
 
 
-@torch.no_grad()
-def evaluate(model: ImageTokenizer, pixels: NDArray[np.uint8], batch_size: int = 32) -> VQQuality:
-    """Reconstruct `pixels` uint8 [n, H, W, 3] in float32 and compare; needs the `train` extra (torchmetrics)."""
+def summed_likeness(decoded: Tensor, images: Tensor) -> tuple[float, float]:
+    """PSNR in dB and SSIM (11x11 Gaussian window) of reconstructions, summed over pictures.
+
+    Args:
+        decoded, images: [n, 3, H, W] in [-1, 1]; what is decoded beyond that is cut.
+    """
     from torchmetrics.functional.image import (
         peak_signal_noise_ratio,
         structural_similarity_index_measure,
     )
 
+    decoded, target = ((decoded + 1) / 2).clamp(0, 1), (images + 1) / 2
+    psnr = peak_signal_noise_ratio(decoded, target, data_range=1.0, dim=(1, 2, 3), reduction="sum")
+    ssim = structural_similarity_index_measure(decoded, target, data_range=1.0, reduction="sum")
+    return float(psnr), float(ssim)
+
+
+@torch.no_grad()
+def evaluate(model: ImageTokenizer, pixels: NDArray[np.uint8], batch_size: int = 32) -> VQQuality:
+    """Reconstruct `pixels` uint8 [n, H, W, 3] in float32 and compare; needs the `train` extra (torchmetrics)."""
     counts = torch.zeros(model.codebook_size, dtype=torch.int64)
     psnr = ssim = 0.0
     training = model.training
@@ -302,13 +314,9 @@ def evaluate(model: ImageTokenizer, pixels: NDArray[np.uint8], batch_size: int =
     for start in range(0, len(pixels), batch_size):
         images = to_images(pixels[start : start + batch_size]).to(model.device)
         encoding = model.encode(images)
-        decoded = ((model.decode(encoding.quantized) + 1) / 2).clamp(0, 1)
-        target = (images + 1) / 2
+        likeness = summed_likeness(model.decode(encoding.quantized), images)
+        psnr, ssim = psnr + likeness[0], ssim + likeness[1]
         counts += torch.bincount(encoding.indices.flatten().cpu(), minlength=len(counts))
-        psnr += float(
-            peak_signal_noise_ratio(decoded, target, data_range=1.0, dim=(1, 2, 3), reduction="sum")
-        )
-        ssim += float(structural_similarity_index_measure(decoded, target, data_range=1.0, reduction="sum"))
     model.train(training)
     used = float((counts > 0).double().mean())
     return VQQuality(psnr / len(pixels), ssim / len(pixels), used, perplexity(counts))
