@@ -107,6 +107,9 @@ class Statistics:
         rows: network rows per pass, 2 per picture while guided.
         cache_bytes: size of the key-value cache.
         seconds: wall-clock time by phase: text, tokens (prefill and steps), decode (tokens to pixels).
+        first_pass_seconds: the part of seconds["tokens"] until the first pass has decided its tokens: the prefill of a
+            raster model, the first scale of a next-scale one, the first iteration of a masked one. 0 if the call was
+            stopped before.
         picture_passes: passes that each picture needed, empty if all need the same.
         accepted: of each picture, tokens gained by guesses per pass and chain or tree; empty without guesses.
         draft_passes: forward passes of the drafter.
@@ -124,6 +127,7 @@ class Statistics:
     rows: int
     cache_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
+    first_pass_seconds: float = 0.0
     picture_passes: tuple[int, ...] = ()
     accepted: tuple[float, ...] = ()
     draft_passes: int = 0

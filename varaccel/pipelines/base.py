@@ -212,8 +212,9 @@ class TokenPipeline(LoadablePipeline):
         clock.lap("text")
 
         run = Run(call, settings, condition, mask, device)
+        first = Stopwatch(device)
         run.canvas = self._new_canvas(run)
-        accelerator, passes, counts = self._decode(run)
+        accelerator, passes, counts = self._decode(run, first)
         clock.lap("tokens")
 
         pictures = self._pictures(run)
@@ -230,6 +231,7 @@ class TokenPipeline(LoadablePipeline):
             rows=rows,
             cache_bytes=cache_bytes,
             seconds=clock.laps,
+            first_pass_seconds=first.laps.get("pass", 0.0),
             **_of_counts(counts),
             device=str(device),
             dtype=str(self.transformer.dtype).removeprefix("torch."),
@@ -238,8 +240,11 @@ class TokenPipeline(LoadablePipeline):
             return pictures, stats
         return ImageOutput(images=pictures, stats=stats, written=self._written(run))
 
-    def _decode(self, run: Run) -> tuple[Accelerator, int, Counts | None]:
-        """Fill `run.canvas`; what did it, in how many passes, and what it tells, None if it was stopped."""
+    def _decode(self, run: Run, first: Stopwatch) -> tuple[Accelerator, int, Counts | None]:
+        """Fill `run.canvas`; what did it, in how many passes, and what it tells, None if it was stopped.
+
+        `first` gets a lap called "pass" after the first one.
+        """
         self._interrupt = False
         passes = 0
         counts: Counts | None = None
@@ -253,6 +258,8 @@ class TokenPipeline(LoadablePipeline):
             def on_step(step: Step) -> None:
                 nonlocal passes
                 passes = step.number
+                if not first.laps:  # waits for the device, this once
+                    first.lap("pass")
                 bar.update(int(100 * step.progress) - bar.n)
                 if run.call.callback is not None:
                     run.call.callback(self, step.number - 1, step.decided, self._shown(run, step))

@@ -198,7 +198,7 @@ class LlamaGenPipeline(TokenPipeline):
             generator: instead of a seed: one generator, or one per picture.
             temperature, top_k, top_p: see `Sampling`; the model's own defaults if None.
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
-            output_type: "pil", "np", "pt", or "latent" for the token codes.
+            output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token codes.
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every pass as (pipe, step from 0, tokens decided per picture in
                 this pass, {"canvas": canvas}); set `pipe._interrupt = True` in it to stop. Empty places of a

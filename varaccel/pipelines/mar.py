@@ -210,7 +210,7 @@ class MARPipeline(TokenPipeline):
             seed: picture i uses seed + i and can be made again alone with it.
             generator: instead of a seed: one generator, or one per picture.
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
-            output_type: "pil", "np", "pt", or "latent" for scaled latents [B, c, H, W].
+            output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for scaled latents [B, c, H, W].
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every pass as (pipe, pass from 0, tokens decided in it, {"canvas":
                 canvas, "preview": function}); `preview()` decodes what there is to pictures of `output_type`

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OUTPUT_TYPES = ("pil", "np", "pt", "raw", "latent")
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] float [B, 3, H, W] -> uint8 [B, H, W, 3], rounded as the published samplers do.
+Rounding = Literal["nearest", "down"]
 
-    That is 127.5 y + 128, clamped and truncated; measured figures depend on it.
+
+def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> Tensor:
+    """[-1, 1] float [B, 3, H, W] -> uint8 [B, H, W, 3]; measured figures depend on the rounding.
+
+    Args:
+        rounding: "nearest" as LlamaGen's and MAR's published samplers do it (127.5 y + 128, clamped and truncated), or
+            "down" as VAR's and CoDe's do (truncated from 255 (y + 1) / 2).
     """
-    pixels = (images.float() * 127.5 + 128).clamp(0, 255)
+    pixels = (images.float() * 127.5 + (128 if rounding == "nearest" else 127.5)).clamp(0, 255)
     return pixels.permute(0, 2, 3, 1).to(torch.uint8)
 
 
 def to_output(images: Tensor, output_type: str) -> Any:
-    """[-1, 1] float [B, 3, H, W] to "pil", "np" ([B, H, W, 3] in [0, 1]) or "pt" ([B, 3, H, W] in [0, 1])."""
+    """[-1, 1] float [B, 3, H, W] to "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W] in [0, 1]) or "raw": float
+    [B, 3, H, W] as the image tokenizer gives it, a little beyond [-1, 1] here and there."""
+    if output_type == "raw":
+        return images.float()
     if output_type == "pil":
         return [Image.fromarray(np.asarray(picture)) for picture in to_uint8(images).cpu()]
     unit = (images.float() / 2 + 0.5).clamp(0, 1)

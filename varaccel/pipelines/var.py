@@ -212,7 +212,7 @@ class VARPipeline(TokenPipeline):
                 device, but a picture then depends on its batch.
             cache_dtype: number type of stored keys and values, such as `torch.bfloat16`; the network's if None.
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
-            output_type: "pil", "np", "pt", or "latent" for the token codes [B, L].
+            output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token codes [B, L].
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every scale as (pipe, scale from 0, its tokens, {"canvas": canvas,
                 "preview": function}); `preview()` decodes what there is to pictures of `output_type` (arrays if

@@ -1,0 +1,123 @@
+"""Speed of accelerators by batch size and phase, eager and compiled, beside the least time that the device allows.
+
+    python eval/speed.py --model mini-llamagen -a zipar:window=4 -a jacobi --batch 1 --batch 8
+    python eval/speed.py --model mini-var --batch 1 --batch 16 --compile both --device cuda --dtype bfloat16
+
+Every speed-up is a ratio to plain decoding in the same rounds. Without -a these are compared: jacobi and
+zipar:window=4 (LlamaGen); CoDe that hands over after half and after 80 % of the scales (VAR, if there is a refiner);
+half of the iterations, feature_cache:refresh=4 and, if there is a drafter, cspd:mode=reference (MAR). Numbers on what
+the device can do are measured at the start, so nothing else should run beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def usual(pipe: Any, model: str) -> list[str]:
+    """What is compared if nothing is asked for, as typed on a command line."""
+    from varaccel.pipelines.catalog import shipped_models
+
+    small = f"{model}-small" if f"{model}-small" in shipped_models() else None
+    if pipe.family == "var":
+        own = "refiner" in pipe.drafters
+        if not own and small is None:
+            return []
+        half = max(1, len(pipe.transformer.schedule) // 2)
+        return [f"code{at}" + ("" if own else f",refiner={small}") for at in (f":draft_scales={half}", ":")]
+    if pipe.family == "mar":
+        half = max(1, pipe.transformer.num_tokens // 2)
+        drafting = ["cspd:mode=reference"] if "draft" in pipe.drafters else []
+        return [f"fewer_steps:iterations={half}", "feature_cache:refresh=4", *drafting]
+    return ["jacobi", "zipar:window=4"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="mini-llamagen")
+    parser.add_argument("-a", "--accelerator", action="append", help="name:key=value,...; repeatable")
+    parser.add_argument("--batch", type=int, action="append", help="pictures per call; repeatable")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    parser.add_argument("--compile", default="off", choices=["off", "on", "both"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--guidance-scale", type=float, help="the model's own if left out")
+    parser.add_argument("--num-iterations", type=int, help="passes that decide the tokens (MAR)")
+    parser.add_argument("--head-steps", type=int, help="denoising steps of a token (MAR)")
+    parser.add_argument("--tokens-only", action="store_true", help="leave out the decoding to pixels")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture")
+    parser.add_argument(
+        "--out", type=Path, help="also write everything as JSON here, from the first batch on"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    options = parser.parse_args()
+
+    from rich.console import Console
+
+    from varaccel.cli import (
+        call_options,
+        check_place,
+        examples,
+        load_pipeline,
+        move,
+        quiet_loading,
+        write_text,
+    )
+    from varaccel.errors import InputError, VaraccelError
+    from varaccel.evaluation.adherence import held_out_prompts
+    from varaccel.evaluation.bench import parse_grid
+    from varaccel.evaluation.speed_sweep import SweepReport, sweep
+
+    def save(report: SweepReport) -> None:
+        if options.out:
+            write_text(json.dumps(report.to_dict(), indent=2, default=str) + "\n", options.out)
+
+    try:
+        batches = options.batch or [1]
+        if min(batches) < 1 or options.repeats < 1:
+            raise InputError("--batch and --repeats must be at least 1.")
+        typed = None if options.accelerator is None else parse_grid(options.accelerator)
+        check_place(options.device, options.dtype)
+        pipe: Any = load_pipeline(options.model, quiet=True)
+        call = call_options(
+            pipe,
+            options.model,
+            guidance_scale=options.guidance_scale,
+            num_iterations=options.num_iterations,
+            head_steps=options.head_steps,
+        )
+        move(pipe, options.device, options.dtype)
+        captions = held_out_prompts(max(batches) * options.repeats).values()
+        with quiet_loading():  # networks that accelerators name are loaded on the way
+            report = sweep(
+                pipe,
+                parse_grid(usual(pipe, options.model)) if typed is None else typed,
+                examples(pipe, [caption.text for caption in captions]),
+                batches,
+                options.repeats,
+                compiled={"off": (False,), "on": (True,), "both": (False, True)}[options.compile],
+                seed=options.seed,
+                decode=not options.tokens_only,
+                model=options.model,
+                on_entries=save,
+                **call,
+            )
+        if options.markdown:
+            print(report.markdown(), end="")
+        else:
+            Console().print(report.table())
+        save(report)
+    except VaraccelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
