@@ -10,7 +10,7 @@ RUN := OMP_WAIT_POLICY=passive $(BIN)/python
 help:
 	@echo "make demo        pictures from prompts with the shipped model, plain and accelerated side by side"
 	@echo "make test        the test suite"
-	@echo "make bench       speed, passes and quality of every accelerator on the shipped model, with pictures"
+	@echo "make bench       outputs/report/index.html: speed and quality of accelerators on the shipped models (half an hour)"
 	@echo "make app         the demo in the browser"
 	@echo "make train-mini  train the shipped models from nothing (hours on two cores; resumable)"
 	@echo "make lint        ruff and mypy"
@@ -39,14 +39,7 @@ test: $(VENV)/dev.stamp
 	$(RUN) -m pytest
 
 bench: $(VENV)/dev.stamp
-	$(RUN) -m varaccel bench --out outputs/bench.json --plot outputs/bench.png --samples outputs/bench-samples.png
-	$(RUN) -m varaccel bench --model mini-var --batch 1 --batch 16 -a refiner:refiner=mini-var-small \
-		$(foreach n,6 5 4 3 2 1,-a code:draft_scales=$(n),refiner=mini-var-small) \
-		--out outputs/bench-var.json --plot outputs/bench-var.png --samples outputs/bench-var-samples.png
-	$(RUN) -m varaccel bench --model mini-mar --num-iterations 64 --pictures 40 --scenes 400 --repeats 1 \
-		-a fewer_steps:iterations=32 -a fewer_steps:head_steps=20,head_sampler=dpm++ \
-		-a feature_cache:refresh=4 -a cspd:mode=reference -a cspd:mode=exact \
-		--out outputs/bench-mar.json --plot outputs/bench-mar.png --samples outputs/bench-mar-samples.png
+	OMP_NUM_THREADS=1 $(RUN) eval/pareto.py --model mini-llamagen --model mini-var --model mini-mar --out outputs/report
 
 app: $(VENV)/dev.stamp
 	$(RUN) app/app.py

@@ -454,25 +454,23 @@ def bench(
 
     from varaccel.evaluation import bench as measuring
     from varaccel.evaluation import bench_figures as figures
-    from varaccel.evaluation.adherence import held_out_prompts
-    from varaccel.evaluation.detector import load_detector
+    from varaccel.evaluation.held_out import bench_held_out, held_out_examples
 
     if out is not None:
-        _check_writable(out)
+        check_writable(out)
     if resume and out is None:
         raise InputError("--resume continues the report of --out; name that file.")
     if plot is not None:
         check_picture_path(plot)
-        _check_writable(plot)
+        check_writable(plot)
         figures.check_matplotlib()
         if not pictures:
             raise InputError("--plot shows quality, so it needs pictures to be judged; raise --pictures.")
     if samples is not None:
         check_picture_path(samples)
-        _check_writable(samples)
+        check_writable(samples)
     typed = None if accelerator is None else measuring.parse_grid(accelerator)
-    finished = _earlier_report(out) if resume and out is not None else None
-    batches = batch or [1]
+    finished = earlier_report(out) if resume and out is not None else None
     check_place(device, dtype)
     pipe: Any = load_pipeline(model)
     call = call_options(
@@ -486,36 +484,23 @@ def bench(
     move(pipe, device, dtype)
     if compiled:
         pipe.compile()
-    grid = measuring.parse_grid(measuring.default_grid(pipe, _smaller(model))) if typed is None else typed
+    grid = (
+        measuring.parse_grid(measuring.default_grid(pipe, smaller_model(model))) if typed is None else typed
+    )
     pipe.set_progress_bar_config(disable=True)
-    if pictures and pipe.config.get("class_names") is not None:
-        raise InputError(f"{model} draws classes, so no prompt can be judged; add --pictures 0.")
-    scenes = scenes if pictures > 1 else 0
-    held_out = held_out_prompts(max(pictures + scenes, max(batches) * repeats, len(DEMO_PROMPTS)))
-    seeds, captions = list(held_out), list(held_out.values())
-    prompts = examples(pipe, [text.text for text in captions[: max(batches) * repeats]])
-    # on the CPU whatever draws the pictures, so that figures of all devices are of the same features
-    detector = load_detector() if pictures else None
-    report = measuring.run_bench(
+    report = bench_held_out(
         pipe,
         grid,
-        prompts=prompts,
-        captions=captions[:pictures],
-        batches=batches,
-        repeats=repeats,
-        detector=detector,
-        # other scenes than those of the captions, which every accelerator would be close to
-        reference=detector
-        and (
-            measuring.reference_statistics(detector, seeds[pictures : pictures + scenes]) if scenes else None
-        ),
-        truth=detector and measuring.true_pictures(seeds[:pictures], detector.config.image_size),
-        seed=seed,
         model=model,
+        pictures=pictures,
+        scenes=scenes,
+        batches=batch or [1],
+        repeats=repeats,
+        seed=seed,
         compiled=compiled,
         drawn_together=drawn_together,
         finished=finished,
-        on_rows=None if out is None else lambda rows: _write_report(rows, out),
+        on_rows=None if out is None else lambda rows: write_report(rows, out),
         **call,
     )
     if markdown:
@@ -523,18 +508,18 @@ def bench(
     else:
         Console().print(report.table())
     if out is not None:
-        _write_report(report, out)
+        write_report(report, out)
         typer.echo(f"wrote {out}")
     if plot is not None:
         figures.plot(report, plot)
         typer.echo(f"wrote {plot}")
     if samples is not None:
-        shown = examples(pipe, [text.text for text in captions[: len(DEMO_PROMPTS)]])
+        shown = held_out_examples(pipe)
         write_picture(figures.sample_sheet(pipe, grid, shown, seed=seed, **call), samples)
         typer.echo(f"wrote {samples}")
 
 
-def _smaller(model: str) -> str | None:
+def smaller_model(model: str) -> str | None:
     """The shipped model that is a smaller version of `model`, if there is one."""
     from varaccel.pipelines.catalog import shipped_models
 
@@ -542,7 +527,7 @@ def _smaller(model: str) -> str | None:
     return name if name in shipped_models() else None
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Refuse, before hours of work, a path that no file can be written to."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file in it.")
@@ -552,8 +537,12 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"nothing could be written to {path}: {error}") from error
 
 
-def _earlier_report(path: Path) -> BenchReport | None:
-    """The report in a file, None if there is no such file yet."""
+def earlier_report(path: Path) -> BenchReport | None:
+    """The report in a file, None if there is no such file yet.
+
+    Raises:
+        InputError: the file holds no report.
+    """
     from varaccel.evaluation.bench import BenchReport
 
     if not path.exists():
@@ -564,7 +553,8 @@ def _earlier_report(path: Path) -> BenchReport | None:
         raise InputError(f"{path} cannot be continued, so leave out --resume: {error}") from error
 
 
-def _write_report(report: BenchReport, path: Path) -> None:
+def write_report(report: BenchReport, path: Path) -> None:
+    """Write a report as JSON, whole or not at all."""
     write_text(json.dumps(report.to_dict(), indent=2, default=str) + "\n", path)
 
 

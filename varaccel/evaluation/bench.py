@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 from varaccel import Plain
@@ -28,6 +27,7 @@ from varaccel.decoding.statistics import call_label, telling
 from varaccel.errors import InputError
 from varaccel.evaluation.adherence import Rate, score_adherence
 from varaccel.evaluation.detector import SceneDetector
+from varaccel.evaluation.digests import text_digest, weights_digest
 from varaccel.evaluation.frechet import (
     FeatureStatistics,
     FrechetSpread,
@@ -61,6 +61,30 @@ DEFAULT_GRID = (
     "lantern:k=10,delta=0.2,tree=5,order=8",
 )
 """What is compared with plain decoding of a raster model if nothing is asked for, as typed on a command line."""
+
+_QUICK_HEAD = "head_steps=20,head_sampler=dpm++"
+
+RELEASE_GRIDS: Mapping[str, tuple[str, ...]] = {
+    "llamagen": (
+        "jacobi:window=16",
+        "speculative:drafter=auto,tree=3",
+        "lantern:k=50,delta=0.4,tree=8",
+        *(f"zipar:window={n}" for n in (8, 4, 2)),
+    ),
+    "var": (
+        *(f"code:draft_scales={n},refiner=mini-var-small" for n in (6, 5, 4, 3)),
+        "refiner:refiner=mini-var-small",
+    ),
+    "mar": (
+        "fewer_steps:iterations=32",
+        f"fewer_steps:{_QUICK_HEAD}",
+        f"fewer_steps:iterations=32,{_QUICK_HEAD}",
+        "feature_cache:refresh=4",
+        "cspd:mode=exact",
+    ),
+}
+"""What the report of a release compares with plain decoding of the shipped model of a family, as typed on a command
+line: few enough for half an hour on a CPU core."""
 
 _NARROW = 18
 """Letters of an accelerator's options in a line where there are many columns."""
@@ -310,8 +334,7 @@ class Row:
         speed = {}
         for one in values["speed"]:
             kept = {k: v for k, v in one.items() if k not in ("batch", "median_seconds")}
-            kept |= {name: tuple(kept[name]) for name in ("seconds", "speedup_spread")}
-            speed[int(one["batch"])] = Measurement(**own, **kept)
+            speed[int(one["batch"])] = Measurement.from_dict({**own, **kept})
         quality = values["quality"]
         return cls(**own, speed=speed, quality=quality and Quality.from_dict(quality))
 
@@ -387,6 +410,24 @@ class BenchReport:
             return None
         return compare(row.quality, self.plain.quality)
 
+    def best(self, batch: int, *, lossless: bool) -> Row | None:
+        """The fastest row of its kind at this batch that is faster than plain decoding and as good up to noise.
+
+        A row that was not judged against plain decoding is never the best; neither is one whose adherence or
+        distance differs by more than noise, for better or worse.
+
+        Args:
+            lossless: among the lossless ones, or else among the approximate ones.
+        """
+        good = []
+        for row in self.rows:
+            versus = self.against_plain(row)
+            if row.lossless is not lossless or batch not in row.speed or versus is None:
+                continue
+            if row.speed[batch].speedup > 1 and versus.same_adherence and versus.same_distance is not False:
+                good.append(row)
+        return max(good, key=lambda row: row.speed[batch].speedup, default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, for JSON. `against_plain` repeats what follows from the rest."""
         rows = []
@@ -428,13 +469,14 @@ class BenchReport:
         columns = (("drafter passes", "draft_passes"), ("kept", "kept"))
         return [(title, key) for title, key in columns if key in told]
 
-    def _speed_header(self) -> list[str]:
+    def speed_header(self) -> list[str]:
+        """Titles of the columns of `speed_cells`."""
         header = ["accelerator", "law", "passes", "tokens per pass", "seconds", "speed-up (spread)"]
         header += [title for title, _ in self._drafting]
         return [*header, "cache (MB)"] if self._shows_cache else header
 
-    def _speed_cells(self, batch: int) -> list[list[str]]:
-        """A line per row that was measured on this batch, for `_speed_header`."""
+    def speed_cells(self, batch: int) -> list[list[str]]:
+        """A line per row that was measured on this batch, under `speed_header`; the first cell may have lines."""
         lines = []
         for row in self.rows:
             if batch not in row.speed:
@@ -452,12 +494,13 @@ class BenchReport:
             )
         return lines
 
-    def _quality_header(self) -> list[str]:
+    def quality_header(self) -> list[str]:
+        """Titles of the columns of `quality_cells`."""
         header = ["accelerator", "adherence (95 %)", "against plain"]
         return header if self.settings.reference is None else [*header, "distance (sd)", "against plain"]
 
-    def _quality_cells(self) -> list[list[str]]:
-        """A line per judged row, for `_quality_header`."""
+    def quality_cells(self) -> list[list[str]]:
+        """A line per judged row, then one of the true pictures if they were judged, under `quality_header`."""
         judged = [(_call(row), row.quality, self.against_plain(row)) for row in self.rows]
         lines = []
         for call, quality, versus in [*judged, ("true pictures", self.truth, None)]:
@@ -469,10 +512,10 @@ class BenchReport:
             if quality.distance is not None:
                 cells.append(f"{quality.distance.value:.3g} ({quality.distance.spread.std:.2g})")
                 cells.append("-" if versus is None else _distance_verdict(versus))
-            lines.append(cells + ["-"] * (len(self._quality_header()) - len(cells)))
+            lines.append(cells + ["-"] * (len(self.quality_header()) - len(cells)))
         return lines
 
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What the columns of quality mean."""
         notes = [
             f"Adherence: share of {self.settings.pictures} pictures that show all of their captions; +a -b: prompts "
@@ -503,20 +546,20 @@ class BenchReport:
         parts: list[Any] = []
         for batch in self.batches:
             table = Table(
-                *(Column(name, width=timed.get(name)) for name in self._speed_header()),
+                *(Column(name, width=timed.get(name)) for name in self.speed_header()),
                 title=f"{self.settings.model}, batch {batch}, {self.settings.repeats} rounds\n"
                 f"{self.settings.place}",
                 **tight,
             )
-            for call, *cells in self._speed_cells(batch):
+            for call, *cells in self.speed_cells(batch):
                 table.add_row(_broken(call, timed["accelerator"]), *cells)
             parts.append(table)
-        if lines := self._quality_cells():
-            header = [Column(name, width=widths.get(name)) for name in self._quality_header()]
+        if lines := self.quality_cells():
+            header = [Column(name, width=widths.get(name)) for name in self.quality_header()]
             table = Table(*header, title=f"quality of {self.settings.pictures} pictures")
             for cells in lines:
                 table.add_row(*cells)
-            parts += [table, *self._notes()]
+            parts += [table, *self.notes()]
         return Group(*parts)
 
     def markdown(self) -> str:
@@ -524,9 +567,9 @@ class BenchReport:
         parts = []
         for batch in self.batches:
             title = f"Batch {batch}, median of {self.settings.repeats} rounds, {self.settings.place}:"
-            parts += [title, _markdown(self._speed_header(), self._speed_cells(batch), left=2)]
-        if lines := self._quality_cells():
-            parts += [_markdown(self._quality_header(), lines, left=1), *self._notes()]
+            parts += [title, _markdown(self.speed_header(), self.speed_cells(batch), left=2)]
+        if lines := self.quality_cells():
+            parts += [_markdown(self.quality_header(), lines, left=1), *self.notes()]
         return "\n\n".join(parts) + "\n"
 
 
@@ -691,14 +734,14 @@ def run_bench(
         raise InputError(f"drawn_together must be at least 1, got {drawn_together}.")
     settings = Settings(
         model=model,
-        weights=_weights_digest(pipe),
+        weights=weights_digest(pipe),
         dtype=str(pipe.transformer.dtype).removeprefix("torch."),
         machine=describe_machine(pipe.transformer.device),
         seed=seed,
         repeats=repeats,
-        prompts=_digest([str(prompt) for prompt in prompts]),
+        prompts=text_digest([str(prompt) for prompt in prompts]),
         pictures=len(captions),
-        captions=_digest([text.text for text in captions]),
+        captions=text_digest([text.text for text in captions]),
         reference=None if reference is None or not captions else _describe(reference),
         call=call,
         compiled=compiled,
@@ -790,21 +833,6 @@ def _check_settings(earlier: Settings, now: Settings) -> None:
         raise InputError(f"the earlier report is of other settings, so it cannot be continued: {named}.")
 
 
-def _digest(values: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:8]
-
-
 def _describe(reference: FeatureStatistics) -> str:
     digest = hashlib.sha256(reference.mean.numpy().tobytes()).hexdigest()[:8]
     return f"{reference.space} of {reference.count} true pictures ({digest})"
-
-
-def _weights_digest(pipe: Any) -> str:
-    """Names, shapes and the first numbers of all weights: training changes them, and a large model is read quickly."""
-    digest = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
-        if isinstance(part, nn.Module):
-            for key, value in sorted(part.state_dict().items()):
-                first = value.detach().flatten()[:16].to("cpu", torch.float64)
-                digest.update(f"{name}.{key}{list(value.shape)}".encode() + first.numpy().tobytes())
-    return digest.hexdigest()[:8]

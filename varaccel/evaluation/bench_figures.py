@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from math import hypot
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from varaccel import Plain
@@ -18,11 +20,18 @@ from varaccel.errors import InputError
 from varaccel.evaluation.bench import BenchReport, Row
 from varaccel.evaluation.speed import naming
 from varaccel.files import atomic_path
+from varaccel.pipelines.acceptance_map import pass_colors
+from varaccel.pipelines.output import ImageOutput
 
 # Okabe and Ito's colours, which are told apart without full colour vision
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _TRUTH = "#006644"
+_MARGIN = 6
+_LEFT = 190
+"""Width of what stands beside a row of a sheet, in pixels."""
+_LEGEND = 30
+"""Height of the legend below a sheet of maps, in pixels."""
 _LABEL_PLACES = tuple(
     (reach * x, reach * y)
     for reach in (10, 17, 25, 34, 45, 58)
@@ -36,6 +45,9 @@ _NEAR = 20
 _LOGARITHMIC = 3
 """The axis of speed is logarithmic if its largest value is more than so many times its smallest; that of distances if
 twice as many times."""
+
+
+Kind = Literal["adherence", "distance"]
 
 
 def check_matplotlib() -> None:
@@ -64,6 +76,31 @@ def telling_options(row: Row, rows: Sequence[Row]) -> str:
     return ", ".join(told)
 
 
+def _shown(report: BenchReport, batch: int | None) -> list[Row]:
+    """The rows that were judged, and timed at this batch."""
+    return [row for row in report.rows if row.quality is not None and batch in row.speed]
+
+
+def _kinds(rows: Sequence[Row]) -> list[Kind]:
+    """The kinds of quality that all of these rows have."""
+    measured = all(row.quality is not None and row.quality.distance is not None for row in rows)
+    return ["adherence", "distance"] if measured else ["adherence"]
+
+
+def fronts(report: BenchReport, batch: int) -> dict[Kind, list[Row]]:
+    """The rows that the lines of `plot` join: by kind of quality those that no other row beats in both it and speed.
+
+    Nothing if no row was both timed at this batch and judged. Noise is not considered.
+    """
+    rows = _shown(report, batch)
+    found: dict[Kind, list[Row]] = {}
+    for kind in _kinds(rows) if rows else []:
+        points = [(row.speed[batch].speedup, _value(row, kind)[0]) for row in rows]
+        front = _front(points, kind == "adherence")
+        found[kind] = [row for row, point in zip(rows, points, strict=True) if point in front]
+    return found
+
+
 def plot(report: BenchReport, path: str | Path, batch: int | None = None) -> None:
     """Speed-up against adherence and, where measured, Fréchet distance, with error bars; written whole or not at all.
 
@@ -82,12 +119,10 @@ def plot(report: BenchReport, path: str | Path, batch: int | None = None) -> Non
     from matplotlib.lines import Line2D
 
     batch = report.batches[0] if batch is None and report.batches else batch
-    rows = [row for row in report.rows if row.quality is not None and batch in row.speed]
+    rows = _shown(report, batch)
     if not rows or batch is None:
         raise InputError("a plot of quality against speed needs pictures to be judged; ask for some.")
-    kinds = ["adherence"]
-    if all(row.quality is not None and row.quality.distance is not None for row in rows):
-        kinds.append("distance")
+    kinds = _kinds(rows)
     styles = _styles(rows)
     labels = [
         f"{number}  {row.accelerator} {telling_options(row, rows)}".rstrip()
@@ -323,6 +358,115 @@ def _number(
 # -- what they draw ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What accelerators draw of the same prompts and seeds.
+
+    Attributes:
+        prompts: of the pictures, in order.
+        outputs: an accelerator and its call of all `prompts`, with PIL pictures, a pair per accelerator.
+    """
+
+    prompts: tuple[str | int, ...]
+    outputs: tuple[tuple[Accelerator, ImageOutput], ...]
+
+    def sheet(self, side: int = 160) -> Image.Image:
+        """A row of pictures per accelerator under their prompts.
+
+        Args:
+            side: of a picture on the sheet in pixels.
+        """
+        return self._rows(
+            [[picture.convert("RGB") for picture in output.images] for _, output in self.outputs], side
+        )
+
+    def maps(self, side: int = 160) -> Image.Image | None:
+        """The same pictures in grey under which pass decided each token, from dark to bright, with a legend.
+
+        None for models whose tokens are not one grid, next-scale ones: there is no such map.
+
+        Args:
+            side: of a picture on the sheet in pixels.
+        """
+        if any(output.written.ndim != 3 for _, output in self.outputs):
+            return None
+        rows = [
+            output.acceptance_maps(max(side, *output.written.shape[1:]), overlay=True, legend=False)
+            for _, output in self.outputs
+        ]
+        sheet = self._rows(rows, side, below=_LEGEND)
+        small = ImageFont.load_default(12)
+        draw = ImageDraw.Draw(sheet)
+        middle = sheet.height - _LEGEND // 2
+        first, last = "first pass of the call", "last"
+        draw.text((_LEFT, middle), first, "black", small, anchor="lm")
+        left = _LEFT + round(draw.textlength(first, small)) + _MARGIN
+        right = sheet.width - 2 * _MARGIN - round(draw.textlength(last, small))
+        draw.text((right + _MARGIN, middle), last, "black", small, anchor="lm")
+        # a sheet of one small picture has no room for it
+        if right > left:
+            numbers = np.arange(1, right - left + 1)
+            ramp = Image.fromarray(pass_colors(numbers[None], len(numbers)))
+            sheet.paste(ramp.resize((len(numbers), 14), Image.Resampling.NEAREST), (left, middle - 7))
+        return sheet
+
+    def _rows(self, rows: Sequence[Sequence[Image.Image]], side: int, below: int = 0) -> Image.Image:
+        """Rows of pictures, each beside its accelerator and what it cost, under the prompts.
+
+        Args:
+            below: height to be left free below them in pixels.
+        """
+        small, bold = ImageFont.load_default(12), ImageFont.load_default(15)
+        wrapped = [textwrap.wrap(str(prompt), side // 7, break_long_words=True) for prompt in self.prompts]
+        top = 2 * _MARGIN + 15 * max(map(len, wrapped))
+        step = side + _MARGIN
+        sheet = Image.new("RGB", (_LEFT + len(wrapped) * step, top + len(rows) * step + below), "white")
+        draw = ImageDraw.Draw(sheet)
+        for column, lines in enumerate(wrapped):
+            draw.multiline_text((_LEFT + column * step, _MARGIN), "\n".join(lines), "black", small)
+        for index, ((accelerator, output), pictures) in enumerate(zip(self.outputs, rows, strict=True)):
+            height = top + index * step
+            stats = output.stats
+            draw.text((_MARGIN, height), accelerator.name, "black", bold)
+            options = [
+                line
+                for k, v in telling(stats.accelerator, stats.options).items()
+                for line in textwrap.wrap(f"{k}={v}", 26)
+            ]
+            lines = [*options, f"{stats.passes} passes", f"{stats.tokens_per_pass:.2f} tokens per pass"]
+            draw.multiline_text((_MARGIN, height + 22), "\n".join(lines), "#444444", small)
+            for column, picture in enumerate(pictures):
+                shown = picture.resize((side, side), Image.Resampling.LANCZOS)
+                sheet.paste(shown, (_LEFT + column * step, height))
+        return sheet
+
+
+def draw_samples(
+    pipe: Any,
+    accelerators: Sequence[Accelerator],
+    prompts: Sequence[str | int],
+    *,
+    seed: int = 0,
+    **call: Any,
+) -> Samples:
+    """What plain decoding and then each accelerator draw of `prompts`, in one call each.
+
+    Args:
+        prompts: picture i has seed `seed` + i.
+        call: further arguments of the pipeline call.
+
+    Raises:
+        InputError: no prompts; an accelerator that cannot be used here, by its label.
+    """
+    if not prompts:
+        raise InputError("a sheet of samples needs at least one prompt.")
+    outputs = []
+    for accelerator in {Row.of(one).key: one for one in (Plain(), *accelerators)}.values():
+        with naming(accelerator):
+            outputs.append((accelerator, pipe(list(prompts), accelerator=accelerator, seed=seed, **call)))
+    return Samples(tuple(prompts), tuple(outputs))
+
+
 def sample_sheet(
     pipe: Any,
     accelerators: Sequence[Accelerator],
@@ -342,32 +486,26 @@ def sample_sheet(
     Raises:
         InputError: no prompts; an accelerator that cannot be used here, by its label.
     """
-    if not prompts:
-        raise InputError("a sheet of samples needs at least one prompt.")
-    candidates = {Row.of(one).key: one for one in (Plain(), *accelerators)}.values()
-    margin, left = 6, 190
-    small, bold = ImageFont.load_default(12), ImageFont.load_default(15)
-    wrapped = [textwrap.wrap(str(prompt), side // 7, break_long_words=True) for prompt in prompts]
-    top = 2 * margin + 15 * max(map(len, wrapped))
-    size = (left + len(prompts) * (side + margin), top + len(candidates) * (side + margin))
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, lines in enumerate(wrapped):
-        draw.multiline_text((left + column * (side + margin), margin), "\n".join(lines), "black", small)
-    for index, accelerator in enumerate(candidates):
-        with naming(accelerator):
-            output = pipe(list(prompts), accelerator=accelerator, seed=seed, **call)
-        height = top + index * (side + margin)
-        stats = output.stats
-        draw.text((margin, height), accelerator.name, "black", bold)
-        options = [
-            line
-            for k, v in telling(stats.accelerator, stats.options).items()
-            for line in textwrap.wrap(f"{k}={v}", 26)
-        ]
-        lines = [*options, f"{stats.passes} passes", f"{stats.tokens_per_pass:.2f} tokens per pass"]
-        draw.multiline_text((margin, height + 22), "\n".join(lines), "#444444", small)
-        for column, image in enumerate(output.images):
-            shown = image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(shown, (left + column * (side + margin), height))
-    return sheet
+    return draw_samples(pipe, accelerators, prompts, seed=seed, **call).sheet(side)
+
+
+def acceptance_sheet(
+    pipe: Any,
+    accelerators: Sequence[Accelerator],
+    prompt: str | int,
+    *,
+    seed: int = 0,
+    side: int = 256,
+    **call: Any,
+) -> Image.Image | None:
+    """How each accelerator, plain decoding first, came by its picture of `prompt`; see `Samples.maps`.
+
+    Args:
+        seed: of the picture.
+        side: of a picture on the sheet in pixels.
+        call: further arguments of the pipeline call.
+
+    Raises:
+        InputError: an accelerator that cannot be used here, by its label.
+    """
+    return draw_samples(pipe, accelerators, [prompt], seed=seed, **call).maps(side)

@@ -1,0 +1,242 @@
+"""The Pareto report: accelerators of one or several models against plain decoding, as one web page with its pictures.
+
+    python eval/pareto.py --model mini-llamagen --model mini-var --model mini-mar --out outputs/report
+    python eval/pareto.py --model mini-llamagen -a zipar:window=4 -a zipar:window=2 --pictures 200 --out outputs/zipar
+
+Writes index.html, which needs no other file, and of every model NAME.json (everything, from the first rows on),
+NAME.md (the tables), NAME.png (speed against quality), NAME-samples.png and, where tokens are one grid, NAME-maps.png.
+An interrupted run goes on with --resume. Without -a, batch sizes and numbers of pictures the three shipped models take
+less than half an hour on one core of a CPU (OMP_NUM_THREADS=1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from varaccel.cli import (
+    check_place,
+    check_writable,
+    earlier_report,
+    load_pipeline,
+    move,
+    smaller_model,
+    write_picture,
+    write_report,
+    write_text,
+)
+from varaccel.decoding.accelerator import Accelerator
+from varaccel.errors import InputError, VaraccelError
+from varaccel.evaluation.bench import RELEASE_GRIDS, BenchReport, default_grid, parse_grid
+from varaccel.evaluation.bench_figures import check_matplotlib, draw_samples, plot
+from varaccel.evaluation.held_out import bench_held_out, held_out_examples
+from varaccel.evaluation.report_page import Section, report_page
+
+GRIDS = ("release", "default")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of a family is measured if nothing is asked for: its models differ a hundredfold in speed.
+
+    Attributes:
+        pictures: to be judged per accelerator.
+        batches: pictures per timed call.
+    """
+
+    pictures: int
+    batches: tuple[int, ...]
+
+
+SIZES = {"llamagen": Size(80, (1, 8)), "var": Size(400, (1, 16)), "mar": Size(24, (1,))}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of one model, and where it goes.
+
+    Attributes:
+        model: its name.
+        grid: accelerators to be compared.
+        pictures, batches: see `Size`.
+        stem: path of its files without their endings.
+        maps: whether its tokens are one grid, so that there are maps of passes.
+    """
+
+    model: str
+    grid: tuple[Accelerator, ...]
+    pictures: int
+    batches: tuple[int, ...]
+    stem: Path
+    maps: bool
+
+    @property
+    def json(self) -> Path:
+        return self.file(".json")
+
+    def file(self, ending: str) -> Path:
+        # a model's name may hold a dot, so no suffix is replaced
+        return self.stem.with_name(self.stem.name + ending)
+
+
+def make_plan(model: str, options: argparse.Namespace) -> Plan:
+    """What to measure of `model`, found out before any work is done.
+
+    Raises:
+        InputError: a model that cannot be loaded, or that nothing of the grid fits.
+    """
+    typed = parse_grid(options.accelerator or [])
+    pipe: Any = load_pipeline(model, quiet=True)
+    if typed:
+        grid = [one for one in typed if pipe.family in one.hosts]
+        if not grid:
+            raise InputError(
+                f"none of the accelerators works on {model}, a {pipe.family} model; add one with -a."
+            )
+    elif options.grid == "default":
+        grid = parse_grid(default_grid(pipe, smaller_model(model)))
+    else:
+        grid = parse_grid(RELEASE_GRIDS[pipe.family])
+    size = SIZES[pipe.family]
+    pictures = size.pictures if options.pictures is None else options.pictures
+    if pipe.config.get("class_names") is not None:
+        raise InputError(f"{model} draws classes, so no prompt can be judged; leave it out.")
+    batches = tuple(options.batch or size.batches)
+    name = Path(model).name
+    return Plan(model, tuple(grid), pictures, batches, options.out / name, pipe.family != "var")
+
+
+def measure(plan: Plan, options: argparse.Namespace) -> Section:
+    """Run the bench of one model, write its files, and return its section of the page.
+
+    All models of a run are measured against the same true pictures, which are rendered once.
+    """
+    print(f"{plan.model}: {len(plan.grid)} accelerators, {plan.pictures} pictures of each", flush=True)
+    pipe: Any = load_pipeline(plan.model, quiet=True)
+    move(pipe, options.device, options.dtype)
+    report = bench_held_out(
+        pipe,
+        plan.grid,
+        model=plan.model,
+        pictures=plan.pictures,
+        scenes=options.scenes,
+        batches=plan.batches,
+        repeats=options.repeats,
+        reference_start=options.pictures or max(size.pictures for size in SIZES.values()),
+        seed=options.seed,
+        drawn_together=options.drawn_together,
+        finished=earlier_report(plan.json) if options.resume else None,
+        on_rows=lambda rows: write_report(rows, plan.json),
+    )
+    write_text(report.markdown(), plan.file(".md"))
+    plot(report, plan.file(".png"))
+    samples, maps = plan.file("-samples.png"), plan.file("-maps.png")
+    wanted = [samples, maps] if plan.maps else [samples]
+    # pictures of before rows were added lack them
+    if not all(path.is_file() and path.stat().st_mtime >= plan.json.stat().st_mtime for path in wanted):
+        _draw(pipe, plan, options.seed, samples, maps)
+    return _section(plan, report, samples, maps)
+
+
+def _draw(pipe: Any, plan: Plan, seed: int, samples: Path, maps: Path) -> None:
+    drawn = draw_samples(pipe, plan.grid, held_out_examples(pipe), seed=seed)
+    write_picture(drawn.sheet(), samples)
+    over = drawn.maps()
+    if over is not None:
+        write_picture(over, maps)
+
+
+def _section(plan: Plan, report: BenchReport, samples: Path, maps: Path) -> Section:
+    # the report is written when rows are added and not touched by a run that finds all of them
+    measured = datetime.fromtimestamp(plan.json.stat().st_mtime).strftime("%Y-%m-%d")
+    return Section(
+        title=plan.stem.name,
+        report=report,
+        measured=measured,
+        plot=plan.file(".png").read_bytes(),
+        samples=samples.read_bytes(),
+        maps=maps.read_bytes() if plan.maps else None,
+    )
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse, before anything is loaded, what would fail after hours.
+
+    Raises:
+        InputError: what is asked for cannot be measured or written.
+    """
+    names = [Path(model).name for model in options.model]
+    if len(set(names)) < len(names):
+        raise InputError(
+            "two of the models have the same name, so their files would be the same; rename one."
+        )
+    for name, least in (("pictures", 1), ("scenes", 0), ("repeats", 1), ("drawn_together", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+    if options.batch and min(options.batch) < 1:
+        raise InputError(f"--batch must be at least 1, got {min(options.batch)}.")
+    check_place(options.device, options.dtype)
+    check_matplotlib()
+    check_writable(options.out / "index.html")
+    if options.resume:
+        for name in names:
+            earlier_report(options.out / f"{name}.json")
+    parse_grid(options.accelerator or [])
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", action="append", required=True, help="repeatable; see `varaccel models`")
+    parser.add_argument("--out", type=Path, default=Path("outputs/report"), help="folder to write to")
+    parser.add_argument(
+        "-a",
+        "--accelerator",
+        action="append",
+        metavar="NAME:KEY=VALUE,...",
+        help="what to compare, on every model that it works on; repeatable",
+    )
+    parser.add_argument(
+        "--grid", choices=GRIDS, default="release", help="what to compare without -a: few settings, or many"
+    )
+    sizes = "; ".join(
+        f"{family} {size.pictures}, batch {' and '.join(map(str, size.batches))}"
+        for family, size in SIZES.items()
+    )
+    parser.add_argument("--pictures", type=int, help=f"per accelerator, to be judged (by family: {sizes})")
+    parser.add_argument(
+        "--scenes", type=int, default=1000, help="true pictures to measure the distance from; 0 = no distance"
+    )
+    parser.add_argument("--batch", type=int, action="append", help="pictures per timed call; repeatable")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture")
+    parser.add_argument("--drawn-together", type=int, default=10, help="pictures per call that are judged")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument("--resume", action="store_true", help="keep what --out holds of the same settings")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    check_options(options)
+    plans = [make_plan(model, options) for model in options.model]
+    sections = [measure(plan, options) for plan in plans]
+    page = options.out / "index.html"
+    write_text(report_page(sections), page)
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except VaraccelError as error:
+        print(f"pareto: {error}", file=sys.stderr)
+        sys.exit(2)
