@@ -295,7 +295,9 @@ def score_adherence(
     return summarise([judge(seen, text) for seen, text in zip(observations, captions, strict=True)])
 
 
-def held_out_prompts(count: int, exclude: Collection[str] = ()) -> dict[int, Caption]:
+def held_out_prompts(
+    count: int, exclude: Collection[str] = (), first_seed: int = HELD_OUT_SEED
+) -> dict[int, Caption]:
     """Seeds and captions of `count` held-out scenes in a fixed mix: of every five, two of one object, two of two, one
     of three.
 
@@ -304,15 +306,18 @@ def held_out_prompts(count: int, exclude: Collection[str] = ()) -> dict[int, Cap
 
     Args:
         exclude: captions to pass over, for instance all that a model was trained on.
+        first_seed: where the scenes are counted from, at least `HELD_OUT_SEED`.
 
     Raises:
-        InputError: `count` is below 1.
+        InputError: `count` is below 1, or `first_seed` is that of a training picture.
     """
     if count < 1:
         raise InputError(f"the number of captions must be 1 or more, got {count}.")
+    if first_seed < HELD_OUT_SEED:
+        raise InputError(f"held-out scenes have seeds from {HELD_OUT_SEED} on, got {first_seed}.")
     waiting: dict[int, list[tuple[int, Caption]]] = {number: [] for number in _NUMBERS}
     chosen: dict[int, Caption] = {}
-    seed = HELD_OUT_SEED
+    seed = first_seed
     while len(chosen) < count:
         wanted = waiting[_OBJECT_CYCLE[len(chosen) % len(_OBJECT_CYCLE)]]
         while not wanted:

@@ -186,8 +186,12 @@ class SceneDetector(ModelMixin, ConfigMixin):
         """Cells along a side of the prediction grid."""
         return int(self.config.image_size // _STRIDE)
 
-    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Trunk [B, C, G, G] and pooled features [B, feature_dim]."""
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Trunk [B, C, G, G] and pooled features [B, feature_dim] of `images` [B, 3, S, S] in [-1, 1].
+
+        Raises:
+            InputError: the pictures have another shape.
+        """
         size = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise InputError(
@@ -208,10 +212,24 @@ class SceneDetector(ModelMixin, ConfigMixin):
         Raises:
             InputError: the pictures have another shape.
         """
-        trunk, features = self._encode(images)
-        dense = dict(zip(_DENSE, self.dense(trunk).split(list(_DENSE.values()), dim=1), strict=True))
+        trunk, features = self.encode(images)
+        dense = self._dense(trunk)
         floor, time_of_day = self.whole(features).split([len(FLOORS), len(TIMES)], dim=1)
         return DetectorOutput(**dense, floor=floor, time_of_day=time_of_day)
+
+    def _dense(self, trunk: Tensor) -> dict[str, Tensor]:
+        """Predictions of every cell by kind, [B, K, G, G] each."""
+        return dict(zip(_DENSE, self.dense(trunk).split(list(_DENSE.values()), dim=1), strict=True))
+
+    def object_logits(self, trunk: Tensor) -> Tensor:
+        """Log-probabilities [B, shapes × colours] of what the most certain object is; `trunk` is that of `encode`."""
+        dense = self._dense(trunk)
+        cell = dense["heat"].flatten(1).argmax(1)[:, None, None]  # [B, 1, 1]
+        shape, color = (
+            dense[kind].flatten(2).take_along_dim(cell, 2).squeeze(2).log_softmax(1)
+            for kind in ("shape", "color")
+        )
+        return (shape[:, :, None] + color[:, None]).flatten(1)
 
     @torch.no_grad()
     def features(self, images: Tensor | Sequence[Image.Image], batch_size: int = 64) -> Tensor:
@@ -222,7 +240,7 @@ class SceneDetector(ModelMixin, ConfigMixin):
         """
         batches = self._prepare(images).split(batch_size)
         return torch.cat(
-            [self._encode(batch.to(self.device, self.dtype))[1].float().cpu() for batch in batches]
+            [self.encode(batch.to(self.device, self.dtype))[1].float().cpu() for batch in batches]
         )
 
     @torch.no_grad()

@@ -11,11 +11,12 @@ arXiv 1801.01401): compare figures of equally many pictures only.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,12 +37,14 @@ class FeatureStatistics:
         covariance: [D, D] float64, symmetric, divided by `count` - 1.
         count: pictures; the covariance of fewer than D + 1 is rank-deficient, which is no obstacle.
         space: name of the feature space; distances exist within one space only.
+        made: how: the pictures, a digest of them, their size, versions of the software.
     """
 
     mean: Tensor
     covariance: Tensor
     count: int
     space: str
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mean.dim() != 1 or self.covariance.shape != 2 * self.mean.shape:
@@ -62,6 +65,20 @@ class FeatureStatistics:
         centred = rows - mean
         return cls(mean, centred.T @ centred / (len(rows) - 1), len(rows), space)
 
+    @property
+    def fingerprint(self) -> str:
+        """Eight digits that change with any number, with the space and with how the statistics were made."""
+        digest = hashlib.sha256(
+            json.dumps([self.count, self.space, dict(self.made)], sort_keys=True).encode()
+        )
+        for values in (self.mean, self.covariance):
+            digest.update(values.numpy().tobytes())
+        return digest.hexdigest()[:8]
+
+    def noting(self, **made: Any) -> Self:
+        """The same statistics with `made`."""
+        return replace(self, made=made)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz file, whole or not at all."""
         with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -71,6 +88,7 @@ class FeatureStatistics:
                 covariance=self.covariance.numpy(),
                 count=np.asarray(self.count),
                 space=np.asarray(self.space),
+                made=np.asarray(json.dumps(dict(self.made), sort_keys=True)),
             )
 
     @classmethod
@@ -87,6 +105,7 @@ class FeatureStatistics:
                     torch.from_numpy(file["covariance"].astype(np.float64)),
                     int(file["count"]),
                     str(file["space"]),
+                    json.loads(str(file["made"])) if "made" in file else {},
                 )
         except FileNotFoundError:
             raise InputError(f"there are no feature statistics at {path}; check the path.") from None
