@@ -35,8 +35,9 @@ demo: $(VENV)/user.stamp
 	$(RUN) -m varaccel demo --model mini-var --out outputs/mini-var
 	$(RUN) -m varaccel demo --model mini-mar --out outputs/mini-mar
 
+# a process per core with one thread each: most tests are too small to share a matrix product
 test: $(VENV)/dev.stamp
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 bench: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(RUN) eval/pareto.py --model mini-llamagen --model mini-var --model mini-mar --out outputs/report

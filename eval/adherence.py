@@ -2,6 +2,7 @@
 
     python eval/adherence.py --model mini-llamagen --count 500 --out plain.json --grid plain.png
     python eval/adherence.py --model mini-llamagen --count 500 --accelerator zipar -o window=4 --out zipar.json
+    python eval/adherence.py --run runs/mar --grid mar.png                  # pictures of eval/sample.py
     python eval/adherence.py --renderer --count 500                         # true pictures: the ceiling
     python eval/adherence.py --renderer --tokenizer FOLDER --count 500      # ... that the image tokenizer leaves
 
@@ -34,6 +35,9 @@ from varaccel.evaluation.adherence import (
     score_adherence,
 )
 from varaccel.evaluation.detector import as_batch, load_detector
+from varaccel.evaluation.picture_run import RunSettings
+from varaccel.evaluation.picture_sets import PictureFolder
+from varaccel.evaluation.prompt_lists import SCENES
 from varaccel.files import atomic_path
 from varaccel.pipelines.pixels import to_output
 from varaccel.scenes import render, sample_scene
@@ -63,6 +67,32 @@ def reconstruct(
         for batch in tqdm(images.split(batch_size), desc="reconstructing", unit="batch"):
             result += to_output(tokenizer.decode_codes(tokenizer.encode(batch).indices), "pil")
     return result
+
+
+def scene_run(folder: Path) -> RunSettings:
+    """The settings of a run whose prompts are held-out scenes.
+
+    Raises:
+        InputError: there is no run, or one of other prompts.
+    """
+    settings = RunSettings.read(folder)
+    if settings is None or settings.source != SCENES:
+        raise InputError(f"{folder} is no run of eval/sample.py with --prompts scenes; draw one.")
+    return settings
+
+
+def run_pictures(folder: Path, settings: RunSettings) -> list[Image.Image]:
+    """The pictures of a finished run.
+
+    Raises:
+        InputError: some are missing.
+    """
+    pictures = PictureFolder(folder)
+    if len(pictures) != settings.count:
+        raise InputError(
+            f"{folder} holds {len(pictures)} of {settings.count} pictures; go on with eval/sample.py first."
+        )
+    return [Image.fromarray(pictures[index].permute(1, 2, 0).numpy()) for index in range(len(pictures))]
 
 
 def _remark(verdict: Verdict) -> str:
@@ -113,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--model", help="name or folder of a text-conditional pipeline of the captioned world"
     )
+    source.add_argument(
+        "--run", type=Path, help="judge the pictures of a run of eval/sample.py that has prompts of scenes"
+    )
     source.add_argument("--renderer", action="store_true", help="score true pictures instead: the ceiling")
     parser.add_argument(
         "--tokenizer", type=Path, help="with --renderer: pass the pictures through this image tokenizer"
@@ -151,11 +184,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else None
         )
         detector = load_detector(options.detector)
+        settings = None if options.run is None else scene_run(options.run)
+        if settings is not None:
+            options.count, options.seed, options.unseen_in = settings.count, settings.seed, None
         known = frozenset(CachedScenes(options.unseen_in).captions) if options.unseen_in else frozenset()
         prompts = held_out_prompts(options.count, known)
         captions = list(prompts.values())
         start = time.perf_counter()
-        if options.renderer:
+        if settings is not None:
+            pictures = run_pictures(options.run, settings)
+        elif options.renderer:
             pictures = render_scenes(list(prompts), detector.config.image_size)
             if options.tokenizer:
                 tokenizer = load_tokenizer(options.tokenizer).eval()
@@ -176,12 +214,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(adherence.table())
     if options.out:
-        settings = {
+        typed = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(options).items()
             if name not in ("out", "grid", "grid_count")
         }
-        report = {"settings": settings, "seconds": round(seconds, 2), **adherence.to_json(verdicts=True)}
+        report = {"settings": typed, "seconds": round(seconds, 2), **adherence.to_json(verdicts=True)}
         with atomic_path(options.out) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if options.grid:

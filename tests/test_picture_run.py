@@ -29,6 +29,7 @@ from varaccel.evaluation.presets import IMAGENET_256, PRESETS, get_preset
 from varaccel.evaluation.prompt_lists import default_source, list_prompts
 from varaccel.evaluation.rounding import compare_batch_sizes
 from varaccel.pipelines.catalog import PUBLISHED, shipped_models
+from varaccel.pipelines.memory import OutOfMemory
 
 ROOT = Path(__file__).parent.parent
 CALLS: dict[str, dict[str, Any]] = {
@@ -290,6 +291,20 @@ def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:
         drawn(tmp_path / "file" / "run")
 
 
+def test_a_run_that_drew_nothing_may_change_its_mind(tmp_path: Path) -> None:
+    """Such as one whose batch was too large for the memory."""
+
+    def too_large(*_: Any, **__: Any) -> None:
+        raise OutOfMemory("out of memory: make fewer pictures in one call.")
+
+    with pytest.raises(OutOfMemory):
+        new_run(tmp_path / "run", batch_size=21).draw(too_large, Plain(), progress=False)
+    drawn(tmp_path / "run", batch_size=3)
+    assert len(contents(tmp_path / "run")) == 21
+    with pytest.raises(InputError, match="batch_size 3 instead of 21"):
+        drawn(tmp_path / "run", batch_size=21)
+
+
 def test_processes_that_do_not_find_each_other_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,6 +465,11 @@ def test_a_preset_is_drawn_measured_and_resumed(tmp_path: Path, script: Script) 
     assert contents(tmp_path / "run") == before
     told = script("fid.py", tmp_path / "run", tmp_path / "run" / "samples.npz", *measured)
     assert "within noise (+0" in told
+    told = script("adherence.py", "--run", tmp_path / "run", "--out", tmp_path / "a.json")
+    assert "all objects and relations" in told
+    judged = json.loads((tmp_path / "a.json").read_text())
+    figures = {f["metric"]: f for f in report["sets"][0]["figures"]}
+    assert judged["rates"]["correct"]["share"] == figures["adherence"]["value"]
 
 
 def test_scripts_refuse_in_one_sentence(tmp_path: Path, script: Script) -> None:

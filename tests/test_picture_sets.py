@@ -105,6 +105,24 @@ def test_a_corrupt_picture_is_named(tmp_path: Path) -> None:
         PictureFolder(tmp_path)[1]
 
 
+def test_data_sets_of_torch_fidelity_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_fidelity.registry import DATASETS_REGISTRY
+
+    tensors = [torch.from_numpy(p).permute(2, 0, 1) for p in pixels()]
+    monkeypatch.setitem(DATASETS_REGISTRY, "cifar10-train", lambda root, download: tensors)
+    found = open_pictures("cifar10-train")
+    assert len(found) == 5
+    assert torch.equal(found[3], tensors[3])
+    assert found.label(3) == "cifar10-train[3]"
+
+    def unreachable(root: str, download: bool) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setitem(DATASETS_REGISTRY, "cifar10-train", unreachable)
+    with pytest.raises(InputError, match="cifar10-train could not be had: no network"):
+        open_pictures("cifar10-train")
+
+
 def test_true_scenes_are_those_of_the_renderer() -> None:
     scenes = TrueScenes([7, 8], 32)
     assert scenes.name == "scenes:2"

@@ -55,15 +55,16 @@ def measure_balance(device: torch.device, dtype: torch.dtype) -> Balance:
 
         return run
 
-    seconds = {name: _seconds(product(rows), device) for name, rows in (("many", many), ("one", one))}
+    seconds = {name: best_seconds(product(rows), device) for name, rows in (("many", many), ("one", one))}
     size = sum(weight.numel() for weight in weights)
     itemsize = weights[0].element_size()
     return Balance(2 * size * len(many) / seconds["many"], size * itemsize / seconds["one"], itemsize)
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
+def best_seconds(run: Callable[[], object], device: torch.device, rounds: int = _ROUNDS) -> float:
+    """Seconds that `run` takes: the best of `rounds` after one to warm up, which leaves out what disturbed."""
     best = float("inf")
-    for _ in range(_ROUNDS + 1):  # the first one warms up, and the best leaves out what disturbed
+    for _ in range(rounds + 1):
         _wait(device)
         start = time.perf_counter()
         run()

@@ -7,6 +7,7 @@ from math import sqrt
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 from tqdm import tqdm
 
@@ -18,6 +19,24 @@ CLIP_MODEL = "openai/clip-vit-base-patch32"
 """ViT-B/32, which most papers of the field report."""
 
 
+class _Features(nn.Module):
+    """A CLIP as torchmetrics knows it: transformers 5 returns projected features inside of an output."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, pixels: Tensor) -> Tensor:
+        return _tensor(self.model.get_image_features(pixels))
+
+    def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return _tensor(self.model.get_text_features(ids, mask))
+
+
+def _tensor(features: Any) -> Tensor:
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
 def load_clip(name: str = CLIP_MODEL) -> CLIPScore:
     """torchmetrics' CLIP score with a CLIP from a folder or the hub.
 
@@ -27,7 +46,7 @@ def load_clip(name: str = CLIP_MODEL) -> CLIPScore:
     from transformers import CLIPModel, CLIPProcessor
 
     def parts() -> tuple[Any, Any]:
-        return CLIPModel.from_pretrained(name).eval(), CLIPProcessor.from_pretrained(name)
+        return _Features(CLIPModel.from_pretrained(name).eval()), CLIPProcessor.from_pretrained(name)
 
     try:
         return CLIPScore(model_name_or_path=parts)

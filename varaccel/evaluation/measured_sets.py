@@ -14,7 +14,13 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 
 import varaccel
 from varaccel.errors import InputError
-from varaccel.evaluation.adherence import held_out_captions, score_adherence, wilson_interval
+from varaccel.evaluation.adherence import (
+    Verdict,
+    held_out_captions,
+    score_adherence,
+    summarise,
+    wilson_interval,
+)
 from varaccel.evaluation.clip_score import clip_figure
 from varaccel.evaluation.detector import load_detector
 from varaccel.evaluation.feature_spaces import FeatureSpace
@@ -36,6 +42,9 @@ from varaccel.evaluation.picture_run import RunSettings, read_prompts
 from varaccel.evaluation.picture_sets import PictureFolder, PictureSet, open_pictures
 from varaccel.evaluation.presets import Preset
 from varaccel.evaluation.prompt_lists import SCENES
+
+_JUDGED_TOGETHER = 256
+"""Pictures that are in memory at one time while adherence is judged."""
 
 
 def measure_sets(
@@ -157,8 +166,13 @@ def _of_run(
 def _adherence_figure(pictures: PictureSet, count: int) -> Figure:
     """The share of pictures that show all that their captions say."""
     detector = load_detector()
-    batch = torch.stack([pictures[index] for index in range(count)]).float().div(127.5).sub(1)
-    rates = score_adherence(detector, batch, held_out_captions(count)).rates
+    verdicts: list[Verdict] = []
+    captions = held_out_captions(count)
+    for start in range(0, count, _JUDGED_TOGETHER):
+        part = captions[start : start + _JUDGED_TOGETHER]
+        batch = torch.stack([pictures[start + index] for index in range(len(part))])
+        verdicts += score_adherence(detector, batch.float().div(127.5).sub(1), part).verdicts
+    rates = summarise(verdicts).rates
     rate = rates["correct"]
     low, high = wilson_interval(rate.successes, rate.total, z=1)
     shares = {name: [one.successes, one.total] for name, one in rates.items()}

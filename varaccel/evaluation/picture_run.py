@@ -38,6 +38,7 @@ from varaccel.pipelines.pixels import Rounding, to_uint8
 
 SETTINGS, PROMPTS, STATISTICS, BATCH_FILE = "run.json", "prompts.json", "statistics", "samples.npz"
 
+_OWN = (SETTINGS, PROMPTS, STATISTICS, RUN_PICTURES)
 _PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -222,6 +223,8 @@ class PictureRun:
             InputError: the folder holds a run of other settings, or cannot be written to.
         """
         earlier = RunSettings.read(self.folder)
+        if earlier != self.settings and not (self.pictures.is_dir() and self.finished_pictures()):
+            earlier = None  # it drew nothing, perhaps for want of memory: nothing is mixed up
         if earlier is not None and earlier != self.settings:
             now = asdict(self.settings)
             other = [
@@ -235,7 +238,7 @@ class PictureRun:
             )
         try:
             if earlier is None:
-                if self.folder.is_dir() and any(self.folder.iterdir()):
+                if self.folder.is_dir() and any(one.name not in _OWN for one in self.folder.iterdir()):
                     raise InputError(f"{self.folder} holds something else than a run; name an empty folder.")
                 _write_json(self.prompts, self.folder / PROMPTS)
                 _write_json(asdict(self.settings), self.folder / SETTINGS)

@@ -6,7 +6,6 @@ than its operations can be done. Both are counted while the call runs, and both 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from varaccel.decoding.accelerator import Accelerator
-from varaccel.decoding.balance import measure_balance
+from varaccel.decoding.balance import best_seconds, measure_balance
 from varaccel.errors import InputError
 
 _MEGABYTES = {"cpu": 256, "cuda": 1024}
@@ -215,24 +214,12 @@ def measure_bandwidth(device: torch.device) -> float:
     size = _MEGABYTES.get(device.type, 256) * 2**20
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(_COPIES):
-        _wait(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size / best
+    return 2 * size / best_seconds(lambda: target.copy_(source), device, _COPIES)
 
 
 def is_compiled(pipe: Any) -> bool:
     """Whether `pipe.compile()` was called."""
     return any(vars(pipe).get(name) for name in ("_compiled", "_transforms"))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
