@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests import tiny
+from tests.scripts import load_script
 from varaccel.errors import InputError
 from varaccel.evaluation.adherence import (
     held_out_captions,
@@ -283,14 +283,7 @@ def test_excluded_captions_are_passed_over() -> None:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "eval_adherence", Path(__file__).parent.parent / "eval" / "adherence.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("eval/adherence.py")
 
 
 class _Painter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import socket
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.scripts import load_script
 from tests.tiny import GRID, new_pipeline, pipeline
 from varaccel import Plain, ZipAR
 from varaccel.decoding.accelerator import ACCELERATORS
@@ -36,13 +36,7 @@ GOOD: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def app() -> ModuleType:
-    path = Path(__file__).parent.parent / "app" / "app.py"
-    spec = importlib.util.spec_from_file_location("varaccel_app", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("app/app.py")
 
 
 def load(name: str) -> Any:

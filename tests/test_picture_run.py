@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.scripts import ROOT, load_script
 from tests.tiny import CLASSES, PROMPTS, pipeline
 from varaccel import InputError, Plain, ZipAR
 from varaccel.evaluation import picture_run
@@ -31,7 +31,6 @@ from varaccel.evaluation.rounding import compare_batch_sizes
 from varaccel.pipelines.catalog import PUBLISHED, shipped_models
 from varaccel.pipelines.memory import OutOfMemory
 
-ROOT = Path(__file__).parent.parent
 CALLS: dict[str, dict[str, Any]] = {
     "c2i": {},
     "var-class": {},
@@ -433,12 +432,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     """Runs a script of eval/ with arguments, checks its exit code, and returns what it printed."""
 
     def run(name: str, *arguments: object, code: int = 0) -> str:
-        path = ROOT / "eval" / name
-        spec = importlib.util.spec_from_file_location(f"varaccel_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_script(f"eval/{name}")
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         assert module.main() == code
         return capsys.readouterr().out

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import inspect
 import io
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -20,6 +18,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from tests.scripts import load_script
 from tests.tiny import PROMPTS, new_mar_pipeline, pipeline
 from varaccel import Jacobi, Plain, ZipAR
 from varaccel.decoding.accelerator import ACCELERATORS, Accelerator
@@ -43,9 +42,6 @@ from varaccel.pipelines.base import TokenPipeline
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.mar import MARPipeline
 from varaccel.pipelines.var import VARPipeline
-
-ROOT = Path(__file__).parent.parent
-
 
 # -- a page, read --------------------------------------------------------------------------------------
 
@@ -429,13 +425,7 @@ def test_every_family_has_a_release_grid() -> None:
 
 
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("varaccel_pareto", ROOT / "eval" / "pareto.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("eval/pareto.py")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from tests.scripts import ROOT, load_script
 from tests.tiny import GRID, PROMPTS, new_pipeline, pipeline, var_transformer
 from varaccel import CoDe, InputError, Plain, ZipAR
 from varaccel.decoding.code import Refiner
@@ -32,7 +32,6 @@ from varaccel.evaluation.roofline import (
 from varaccel.evaluation.speed import Measurement, measure_speed
 from varaccel.evaluation.speed_sweep import CompileGain, SweepReport, sweep
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 FAMILIES = ("c2i", "t2i", "var-class", "var-caption", "mar-class")
 TOKENS = GRID**2
@@ -425,12 +424,7 @@ def test_sweeps_that_cannot_be(options: dict[str, Any], words: str) -> None:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("speed_script", ROOT / "eval" / "speed.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("eval/speed.py")
 
 
 @pytest.fixture(scope="module")
