@@ -53,7 +53,7 @@ class Size:
     batches: tuple[int, ...]
 
 
-SIZES = {"llamagen": Size(80, (1, 8)), "var": Size(400, (1, 16)), "mar": Size(24, (1,))}
+SIZES = {"llamagen": Size(64, (1, 8)), "var": Size(240, (1, 16)), "mar": Size(24, (1,))}
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,6 @@ RELEASE_GRIDS: Mapping[str, tuple[str, ...]] = {
     ),
     "mar": (
         "fewer_steps:iterations=32",
-        f"fewer_steps:{_QUICK_HEAD}",
         f"fewer_steps:iterations=32,{_QUICK_HEAD}",
         "feature_cache:refresh=4",
         "cspd:mode=exact",
