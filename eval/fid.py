@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from varaccel.errors import InputError, VaraccelError
+from varaccel.evaluation.extra import check_extra
 from varaccel.evaluation.presets import IMAGENET_256, get_preset
 from varaccel.evaluation.run_arguments import add_run_arguments, say_once, start_run
 
@@ -29,6 +30,7 @@ def main() -> int:
     parser = _parser()
     options = parser.parse_args()
     try:
+        check_extra("torch_fidelity", "torchmetrics")
         if bool(options.pictures) == (options.preset is not None):
             raise InputError("name either pictures or a --preset to draw.")
         if options.preset is not None and not _drawn(options):

@@ -33,7 +33,8 @@ from varaccel.cli import (
 from varaccel.decoding.accelerator import Accelerator
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.bench import RELEASE_GRIDS, BenchReport, default_grid, parse_grid
-from varaccel.evaluation.bench_figures import check_matplotlib, draw_samples, plot
+from varaccel.evaluation.bench_figures import draw_samples, plot
+from varaccel.evaluation.extra import check_extra
 from varaccel.evaluation.held_out import bench_held_out, held_out_examples
 from varaccel.evaluation.report_page import Section, report_page
 
@@ -182,7 +183,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.batch and min(options.batch) < 1:
         raise InputError(f"--batch must be at least 1, got {min(options.batch)}.")
     check_place(options.device, options.dtype)
-    check_matplotlib()
+    check_extra("matplotlib")
     check_writable(options.out / "index.html")
     if options.resume:
         for name in names:

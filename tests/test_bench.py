@@ -622,7 +622,7 @@ def test_plot(shown: BenchReport, tmp_path: Path) -> None:
 
 
 def test_plot_without_matplotlib(shown: BenchReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_figures, "find_spec", lambda name: None)
+    monkeypatch.setattr("varaccel.evaluation.extra.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install varaccel\[eval\]"):
         bench_figures.plot(shown, tmp_path / "plot.png")
 

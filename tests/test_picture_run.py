@@ -474,6 +474,14 @@ def test_scripts_refuse_in_one_sentence(tmp_path: Path, script: Script) -> None:
     assert script("sample.py", "--out", tmp_path, "--model", "mini-vra", code=2).startswith("sample.py: ")
 
 
+def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
+    monkeypatch.setattr("varaccel.evaluation.extra.find_spec", lambda name: None)
+    told = script("fid.py", "somewhere", code=2)
+    assert told == (
+        "fid.py: this needs torch_fidelity and torchmetrics; install it with `pip install varaccel[eval]`.\n"
+    )
+
+
 def test_read_prompts_of_a_damaged_file(tmp_path: Path) -> None:
     assert read_prompts(tmp_path) is None
     (tmp_path / picture_run.PROMPTS).write_text("[")

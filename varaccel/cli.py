@@ -454,6 +454,7 @@ def bench(
 
     from varaccel.evaluation import bench as measuring
     from varaccel.evaluation import bench_figures as figures
+    from varaccel.evaluation.extra import check_extra
     from varaccel.evaluation.held_out import bench_held_out, held_out_examples
 
     if out is not None:
@@ -463,7 +464,7 @@ def bench(
     if plot is not None:
         check_picture_path(plot)
         check_writable(plot)
-        figures.check_matplotlib()
+        check_extra("matplotlib")
         if not pictures:
             raise InputError("--plot shows quality, so it needs pictures to be judged; raise --pictures.")
     if samples is not None:

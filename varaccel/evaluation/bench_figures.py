@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import hypot
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from varaccel.decoding.accelerator import Accelerator
 from varaccel.decoding.statistics import telling
 from varaccel.errors import InputError
 from varaccel.evaluation.bench import BenchReport, Row
+from varaccel.evaluation.extra import check_extra
 from varaccel.evaluation.speed import naming
 from varaccel.files import atomic_path
 from varaccel.pipelines.acceptance_map import pass_colors
@@ -48,16 +48,6 @@ twice as many times."""
 
 
 Kind = Literal["adherence", "distance"]
-
-
-def check_matplotlib() -> None:
-    """Refuse, before any work is done, a plot that nothing can draw.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise InputError("a plot needs matplotlib; install it with `pip install varaccel[eval]`.")
 
 
 def telling_options(row: Row, rows: Sequence[Row]) -> str:
@@ -113,7 +103,7 @@ def plot(report: BenchReport, path: str | Path, batch: int | None = None) -> Non
     Raises:
         InputError: matplotlib is missing, or no row was both timed and judged.
     """
-    check_matplotlib()
+    check_extra("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
