@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -22,6 +23,7 @@ from varaccel.evaluation.bench import true_pictures
 from varaccel.evaluation.detector import load_detector
 from varaccel.evaluation.feature_spaces import (
     INCEPTION_DIGEST,
+    STANDARD_SPACE,
     FeatureSpace,
     InceptionFeatures,
     inception_weights,
@@ -30,7 +32,15 @@ from varaccel.evaluation.feature_spaces import (
 )
 from varaccel.evaluation.frechet import FeatureStatistics, frechet_distance, scene_features
 from varaccel.evaluation.measured_sets import measure_sets
-from varaccel.evaluation.metrics import Figure, Reference, difference, load_reference, measure, statistics_of
+from varaccel.evaluation.metrics import (
+    Figure,
+    Reference,
+    SetReport,
+    difference,
+    load_reference,
+    measure,
+    statistics_of,
+)
 from varaccel.evaluation.metrics_report import MetricsReport
 from varaccel.evaluation.picture_features import PictureFeatures, extract_features
 from varaccel.evaluation.picture_sets import PictureFolder, open_pictures
@@ -525,18 +535,38 @@ def test_the_standard_weights_are_known_by_their_digest() -> None:
 # -- against what was published ------------------------------------------------------------------------
 
 
-def test_the_published_figure_stands_beside_ours(folders: tuple[Path, Path], space: FeatureSpace) -> None:
-    report, _ = measure_sets([folders[0]], space, reference=folders[1], progress=False)
+def test_the_published_figure_stands_beside_ours() -> None:
     preset = PRESETS["llamagen-xl-384"]
-    shown = MetricsReport(report.sets, report.space, report.reference, preset)
-    figure = report.sets[0].figure("fid")
-    assert figure is not None
+    figure = Figure("fid", "FID", 2.7, 0.02, "lower")
+    run = {
+        **{"model": preset.model, "count": 50_000, "image_size": 256, "rounding": "nearest"},
+        **{"dtype": "bfloat16", "source": "classes:random", "accelerator": "plain", "options": {}},
+        "call": dict(preset.call),
+    }
+    sets = (SetReport("run", 50_000, "", (256, 256), (figure,), (), run),)
+    shown = MetricsReport(sets, STANDARD_SPACE, None, preset)
     found = shown.against_published(figure)
     assert found is not None
     assert found[0] == 2.62
-    assert found[1].value == pytest.approx(figure.value - 2.62)
-    assert report.against_published(figure) is None
+    assert found[1].value == pytest.approx(0.08)
+    assert not found[1].within_noise
     assert shown.to_dict()["sets"][0]["figures"][0]["published"] == 2.62
+    assert shown.departures == []
+    # features of another network are no FID, and nothing is published without a protocol
+    assert MetricsReport(sets, "scenes-detector/1", None, preset).against_published(figure) is None
+    assert MetricsReport(sets, STANDARD_SPACE).against_published(figure) is None
+    # what was drawn in another way is told
+    other = {
+        **{**run, "count": 500, "accelerator": "zipar", "options": {"window": 8}},
+        "call": {**preset.call, "guidance_scale": 2.0},
+    }
+    departing = MetricsReport((replace(sets[0], run=other),), STANDARD_SPACE, None, preset)
+    assert departing.departures == [
+        "count 500 instead of 50000",
+        "accelerator 'zipar' instead of 'plain'",
+        "options {'window': 8} instead of {}",
+        "guidance_scale 2.0 instead of 1.75",
+    ]
 
 
 def test_open_pictures_refuses_unknown_names(tmp_path: Path) -> None:

@@ -446,6 +446,7 @@ def test_a_preset_is_drawn_measured_and_resumed(tmp_path: Path, script: Script) 
     told = script("fid.py", *arguments, *measured)
     assert "prompt adherence" in told
     assert "no FID" in told
+    assert "count 12 instead of 500" in told
     assert len(contents(tmp_path / "run")) == 12
     report = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert report["sets"][0]["run"]["model"] == "mini-var"

@@ -34,6 +34,9 @@ INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[1]
 INCEPTION_DIGEST = INCEPTION_FILE.rsplit("-", 1)[1].removesuffix(".pth")
 """First digits of the sha256 of the standard weights."""
 
+STANDARD_SPACE = f"{INCEPTION}/{INCEPTION_DIGEST}"
+"""Label of the features that published figures are of."""
+
 _INCEPTION_VARIABLE = "VARACCEL_INCEPTION"
 _SPATIAL_CHANNELS = 7
 
@@ -144,7 +147,7 @@ class FeatureSpace:
     @property
     def standard(self) -> bool:
         """Whether figures of this space may be compared with published ones."""
-        return self.label == f"{INCEPTION}/{INCEPTION_DIGEST}"
+        return self.label == STANDARD_SPACE
 
     @property
     def device(self) -> torch.device:

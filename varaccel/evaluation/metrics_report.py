@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from varaccel.evaluation.bench import parse_accelerator
+from varaccel.evaluation.feature_spaces import STANDARD_SPACE
 from varaccel.evaluation.metrics import Difference, Figure, SetReport, difference
 from varaccel.evaluation.presets import Preset
 
@@ -39,12 +42,37 @@ class MetricsReport:
         return difference(figure, baseline)
 
     def against_published(self, figure: Figure) -> tuple[float, Difference] | None:
-        """The published figure and ours beside it; None if none is known, or if ours cannot be compared with it."""
-        if self.preset is None or figure.metric not in self.preset.published:
+        """The published figure and ours beside it; None if none is known, or if ours is of other features."""
+        if self.preset is None or figure.metric not in self.preset.published or self.space != STANDARD_SPACE:
             return None
         value = self.preset.published[figure.metric]
         published = Figure(figure.metric, figure.title, value, 0.0, figure.better)
         return value, difference(figure, published)
+
+    @property
+    def departures(self) -> list[str]:
+        """In what the pictures of the first set were not drawn as the protocol says."""
+        run = self.sets[0].run
+        if self.preset is None or run is None:
+            return []
+        accelerator = parse_accelerator(self.preset.accelerator)
+        protocol = {
+            **{
+                name: getattr(self.preset, name)
+                for name in ("model", "count", "image_size", "rounding", "dtype")
+            },
+            "source": self.preset.prompts,
+            "accelerator": accelerator.name,
+            "options": accelerator.options(),
+        }
+        wanted = {**{name: (run[name], value) for name, value in protocol.items()}}
+        wanted |= {name: (run["call"].get(name), value) for name, value in self.preset.call.items()}
+        # what came through a file has lists where there were tuples
+        return [
+            f"{name} {found!r} instead of {value!r}"
+            for name, (found, value) in wanted.items()
+            if json.dumps(found, default=str) != json.dumps(value, default=str)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; comparisons follow from the rest and are repeated for readers."""
@@ -61,6 +89,7 @@ class MetricsReport:
             "space": self.space,
             "reference": self.reference,
             "preset": self.preset and asdict(self.preset),
+            "departures": self.departures,
             "versions": self.versions,
             "sets": sets,
         }
@@ -103,4 +132,6 @@ class MetricsReport:
             )
         if self.preset is not None:
             lines.append(f"Protocol: {'; '.join([self.preset.source, *self.preset.notes])}.")
+        if self.departures:
+            lines.append(f"Departs from the protocol: {'; '.join(self.departures)}.")
         return lines
