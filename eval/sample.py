@@ -3,7 +3,7 @@
     python eval/sample.py --model mini-mar --count 500 --out runs/mar
     python eval/sample.py --preset llamagen-xl-384 --batch-size 64 --out runs/llamagen-xl --npz
     torchrun --nproc-per-node 8 eval/sample.py --preset var-d30 -a code:draft_scales=8,refiner=var-d16 --out runs/code
-    accelerate launch --num-processes 2 eval/sample.py --model mini-var --count 512 --out runs/var
+    accelerate launch --multi_gpu --num_processes 2 eval/sample.py --model mini-var --count 512 --out runs/var
 
 Run the same command again after an interruption: it goes on where it stopped. For one batch size and kind of device
 the files are the same, to the bit, for any number of processes and interruptions. `eval/fid.py` measures them.
