@@ -33,9 +33,12 @@ def main() -> int:
         check_extra("torch_fidelity", "torchmetrics")
         if bool(options.pictures) == (options.preset is not None):
             raise InputError("name either pictures or a --preset to draw.")
+        if options.preset is not None:
+            _follow_preset(options)
+        space = _space(options)  # refused before days of drawing
         if options.preset is not None and not _drawn(options):
             return 0
-        return _measured(options)
+        return _measured(options, space)
     except VaraccelError as error:
         say_once(f"fid.py: {error}")
         return 2
@@ -90,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _drawn(options: argparse.Namespace) -> bool:
-    """Draw what the preset says; whether this process goes on to measure it."""
+def _follow_preset(options: argparse.Namespace) -> None:
+    """Take from the preset what was not typed."""
     from varaccel.evaluation.metrics import ADM_REFERENCE
 
     preset = get_preset(options.preset)
@@ -103,7 +106,10 @@ def _drawn(options: argparse.Namespace) -> bool:
         )
     options.reference = options.reference or preset.reference
     options.space = options.space or preset.space
-    _space(options)  # refused before days of drawing
+
+
+def _drawn(options: argparse.Namespace) -> bool:
+    """Draw what the preset says; whether this process goes on to measure it."""
     started = start_run(options, options.out)
     started.draw()
     options.pictures = [str(options.out)]
@@ -124,9 +130,7 @@ def _space(options: argparse.Namespace) -> str:
     return name
 
 
-def _measured(options: argparse.Namespace) -> int:
-    name = _space(options)
-
+def _measured(options: argparse.Namespace, name: str) -> int:
     import torch
     from rich.console import Console
 

@@ -20,9 +20,9 @@ from typing import Any
 
 def usual(pipe: Any, model: str) -> list[str]:
     """What is compared if nothing is asked for, as typed on a command line."""
-    from varaccel.pipelines.catalog import shipped_models
+    from varaccel.cli import smaller_model
 
-    small = f"{model}-small" if f"{model}-small" in shipped_models() else None
+    small = smaller_model(model)
     if pipe.family == "var":
         own = "refiner" in pipe.drafters
         if not own and small is None:

@@ -69,6 +69,12 @@ def wilson_interval(successes: int, total: int, z: float = _Z95) -> tuple[float,
     return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
 
 
+def share_error(successes: int, total: int) -> float:
+    """Standard error of a proportion: half of its Wilson interval of one standard deviation, so never 0."""
+    low, high = wilson_interval(successes, total, z=1)
+    return (high - low) / 2
+
+
 @dataclass(frozen=True)
 class Rate:
     """`successes` of `total`, as a share with its 95 % Wilson interval (`low`, `high`)."""

@@ -551,7 +551,7 @@ class BenchReport:
                 **tight,
             )
             for call, *cells in self.speed_cells(batch):
-                table.add_row(_broken(call, timed["accelerator"]), *cells)
+                table.add_row(broken_call(call, timed["accelerator"]), *cells)
             parts.append(table)
         if lines := self.quality_cells():
             header = [Column(name, width=widths.get(name)) for name in self.quality_header()]
@@ -572,14 +572,16 @@ class BenchReport:
         return "\n\n".join(parts) + "\n"
 
 
+def call_lines(accelerator: str, options: Mapping[str, Any]) -> str:
+    """An accelerator and its telling options, one a line."""
+    return "\n".join([accelerator, *(f"{k}={v}" for k, v in telling(accelerator, options).items())])
+
+
 def _call(row: Row) -> str:
-    """The accelerator and its options, one a line."""
-    return "\n".join(
-        [row.accelerator, *(f"{k}={v}" for k, v in telling(row.accelerator, row.options).items())]
-    )
+    return call_lines(row.accelerator, row.options)
 
 
-def _broken(call: str, width: int) -> str:
+def broken_call(call: str, width: int) -> str:
     """A call whose options go on in a new line if they are wider."""
     return "\n".join(
         line if len(line) <= width else line.replace("=", "=\n  ", 1) for line in call.split("\n")

@@ -18,13 +18,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from varaccel.errors import CheckpointError, InputError, unknown_name
-from varaccel.evaluation.detector import FEATURE_SPACE, SceneDetector, load_detector
+from varaccel.evaluation.detector import FEATURE_SPACE, SceneDetector, as_batch, load_detector
 from varaccel.evaluation.frechet import scene_space
 
 INCEPTION = "inception-v3-compat"
@@ -80,11 +79,8 @@ class SceneFeatures(FeatureExtractorBase):
         return False
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        size = self.detector.config.image_size
         batch = images.float().div(127.5).sub(1)
-        if batch.shape[-2:] != (size, size):
-            batch = F.interpolate(batch, (size, size), mode="bilinear", antialias=True)
-        trunk, pooled = self.detector.encode(batch)
+        trunk, pooled = self.detector.encode(as_batch(batch, self.detector.config.image_size))
         found = {"pooled": pooled.float()}
         if "logits" in self.features_list:
             found["logits"] = self.detector.object_logits(trunk).float()

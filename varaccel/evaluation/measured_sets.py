@@ -18,8 +18,8 @@ from varaccel.evaluation.adherence import (
     Verdict,
     held_out_captions,
     score_adherence,
+    share_error,
     summarise,
-    wilson_interval,
 )
 from varaccel.evaluation.clip_score import clip_figure
 from varaccel.evaluation.detector import load_detector
@@ -174,6 +174,6 @@ def _adherence_figure(pictures: PictureSet, count: int) -> Figure:
         verdicts += score_adherence(detector, batch.float().div(127.5).sub(1), part).verdicts
     rates = summarise(verdicts).rates
     rate = rates["correct"]
-    low, high = wilson_interval(rate.successes, rate.total, z=1)
+    error = share_error(rate.successes, rate.total)
     shares = {name: [one.successes, one.total] for name, one in rates.items()}
-    return Figure("adherence", "prompt adherence", rate.share, (high - low) / 2, "higher", {"rates": shares})
+    return Figure("adherence", "prompt adherence", rate.share, error, "higher", {"rates": shares})

@@ -23,7 +23,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from varaccel.errors import InputError, unknown_name
-from varaccel.evaluation.adherence import held_out_prompts, wilson_interval
+from varaccel.evaluation.adherence import held_out_prompts, share_error
 from varaccel.evaluation.feature_spaces import FeatureSpace
 from varaccel.evaluation.frechet import FeatureStatistics, frechet_spread
 from varaccel.evaluation.picture_features import OnCorrupt, PictureFeatures, extract_features
@@ -428,8 +428,7 @@ def _precision_recall(
         ("recall", KEY_METRIC_RECALL, other),
     ):
         share = found[key]
-        low, high = wilson_interval(round(share * len(judged)), len(judged), z=1)
-        error = (high - low) / 2
+        error = share_error(round(share * len(judged)), len(judged))
         details = {"pictures": len(own), "reference_pictures": len(other), "neighbours": _NEIGHBOURS}
         figures.append(Figure(metric, _named(space, metric), share, error, "higher", details))
     return figures

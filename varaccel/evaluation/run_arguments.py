@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from varaccel.errors import InputError, unknown_name
+from varaccel.errors import InputError
 from varaccel.evaluation.presets import PRESETS, Preset, get_preset
 
 _CALL = ("guidance_scale", "temperature", "top_k", "top_p", "num_iterations", "head_steps")
@@ -100,18 +100,15 @@ def start_run(options: argparse.Namespace, folder: Path) -> Started:
 
     import torch
 
-    from varaccel.cli import call_options, load_pipeline, move
+    from varaccel.cli import call_options, check_place, load_pipeline, move
     from varaccel.evaluation.bench import parse_accelerator
     from varaccel.evaluation.picture_run import PictureRun, RunSettings, launch_state
     from varaccel.evaluation.prompt_lists import default_source, list_prompts
 
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads must be at least 1, got {options.threads}.")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no GPU that torch can use; leave --device cuda out.")
     dtype = chosen("dtype", "float32")
-    if dtype not in ("float32", "bfloat16"):
-        raise unknown_name("precision", dtype, ("float32", "bfloat16"))
+    check_place("cpu" if options.device == "auto" else options.device, dtype)
     accelerator = parse_accelerator(chosen("accelerator", "plain"))
     earlier = RunSettings.read(folder)
     threads: int | None = options.threads or (None if earlier is None else earlier.threads)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from varaccel.decoding.accelerator import Accelerator
 from varaccel.decoding.plain import Plain
-from varaccel.decoding.statistics import telling
 from varaccel.errors import InputError
+from varaccel.evaluation.bench import broken_call, call_lines
 from varaccel.evaluation.machine import describe_machine
 from varaccel.evaluation.roofline import Floor, Work, count_work, floor_of, is_compiled, mean_work
 from varaccel.evaluation.speed import Measurement, measure_speed, naming
@@ -212,7 +212,10 @@ class SweepReport:
                 pad_edge=False,
             )
             for cells in lines:
-                table.add_row(_broken(cells["accelerator"]), *(cells[name] for name in header[1:]))
+                table.add_row(
+                    broken_call(cells["accelerator"], _WIDTHS["accelerator"]),
+                    *(cells[name] for name in header[1:]),
+                )
             tables.append(table)
         return Group(*tables, *self.notes)
 
@@ -236,10 +239,9 @@ class SweepReport:
         """What to show of an entry, by column."""
         one, floor = entry.measurement, entry.floor
         low, high = one.speedup_spread
-        options = [f"{name}={value}" for name, value in telling(one.accelerator, one.options).items()]
         total = one.total_speedup
         return {
-            "accelerator": "\n".join([one.accelerator, *options]),
+            "accelerator": call_lines(one.accelerator, one.options),
             "law": "lossless" if one.lossless else "approximate",
             "batch": f"{entry.batch}\ncompiled" if entry.compiled else str(entry.batch),
             "passes": f"{one.passes:.4g}",
@@ -252,14 +254,6 @@ class SweepReport:
             "floor (s)": f"{floor.seconds:.3g}\n{floor.binds}",
             "reached": f"{100 * entry.reached:.2g} %",
         }
-
-
-def _broken(call: str) -> str:
-    """A call whose options go on in a new line where they are wider than their column."""
-    width = _WIDTHS["accelerator"]
-    return "\n".join(
-        line if len(line) <= width else line.replace("=", "=\n  ", 1) for line in call.split("\n")
-    )
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
