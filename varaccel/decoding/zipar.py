@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from varaccel.decoding.accelerator import Accelerator, Job, register
 from varaccel.decoding.loop import decode
 from varaccel.decoding.options import check_choice, positive_integer
 from varaccel.decoding.order import StaggeredRows
+
+Mode = Literal["masked", "published"]
 
 
 @register
@@ -35,11 +37,11 @@ class ZipAR(Accelerator):
     summary: ClassVar[str] = "rows in parallel, each a window behind the row above"
 
     window: int = 8
-    mode: str = "masked"
+    mode: Mode = "masked"
 
     def __post_init__(self) -> None:
         positive_integer("ZipAR window", self.window)
-        check_choice("ZipAR mode", self.mode, ("masked", "published"))
+        check_choice("ZipAR mode", self.mode, get_args(Mode))
 
     def run(self, job: Job) -> int:
         published = self.mode == "published"

@@ -93,7 +93,7 @@ class TokenPipeline(LoadablePipeline):
     A subclass registers its components, checks the arguments of its own in `__call__` and implements
     `_condition`, `_open_session`, `_make_job` and `_pictures`; the other hooks have defaults. Hooks run in this
     order: `_condition`, `_new_canvas`, `_randomness`, `_make_job`, then per session `_open_session`, per pass with
-    a callback `_shown`, and at the end `_pictures`, `_written` and `_cost`.
+    a callback that asks for pictures `_preview`, and at the end `_pictures`, `_written` and `_cost`.
 
     Class attributes:
         family: the name by which accelerators know the model family, see `Accelerator.hosts`.
@@ -142,9 +142,9 @@ class TokenPipeline(LoadablePipeline):
         """The source of draws for `run.canvas`."""
         return Randomness.draw(run.call.generators, run.canvas.num_positions, run.device)
 
-    def _shown(self, run: Run, step: Step) -> dict[str, Any]:
-        """What a callback is shown after a pass; asked for only if there is one."""
-        return {"canvas": step.canvas}
+    def _preview(self, run: Run, step: Step) -> Any:
+        """What there is after a pass as pictures of the call's output type; arrays if that is "latent"."""
+        return self._pictures(run)
 
     def _written(self, run: Run) -> Tensor:
         """The pass that decided each token, [B, h, w], or [B, N] if the tokens are not one grid."""
@@ -262,7 +262,12 @@ class TokenPipeline(LoadablePipeline):
                     first.lap("pass")
                 bar.update(int(100 * step.progress) - bar.n)
                 if run.call.callback is not None:
-                    run.call.callback(self, step.number - 1, step.decided, self._shown(run, step))
+                    shown = {
+                        "canvas": step.canvas,
+                        "preview": lambda: self._preview(run, step),
+                        "written": lambda: self._written(run),
+                    }
+                    run.call.callback(self, step.number - 1, step.decided, shown)
                 if self._interrupt:
                     raise Interrupted
 

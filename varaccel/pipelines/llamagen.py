@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from varaccel.decoding.accelerator import Accelerator, Job
 from varaccel.decoding.guidance import Guidance
-from varaccel.decoding.loop import OnStep
+from varaccel.decoding.loop import OnStep, Step
 from varaccel.decoding.neighbours import neighbour_table
 from varaccel.decoding.network_drafter import check_same_codes
 from varaccel.decoding.order import Raster
@@ -201,8 +201,9 @@ class LlamaGenPipeline(TokenPipeline):
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token codes.
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every pass as (pipe, step from 0, tokens decided per picture in
-                this pass, {"canvas": canvas}); set `pipe._interrupt = True` in it to stop. Empty places of a
-                stopped picture hold code 0.
+                this pass, {"canvas": canvas, "preview": function, "written": function}); `preview()` decodes what
+                there is to pictures of `output_type` (arrays if that is "latent"), `written()` is
+                `ImageOutput.written` so far. Set `pipe._interrupt = True` in it to stop. Empty places hold code 0.
 
         Raises:
             InputError: any argument that cannot be used.
@@ -268,9 +269,15 @@ class LlamaGenPipeline(TokenPipeline):
         )
 
     def _pictures(self, run: Run) -> Any:
-        codes = self._as_grid(run.canvas.tokens)
         if run.call.output_type == "latent":
-            return codes
+            return self._as_grid(run.canvas.tokens)
+        return self._decoded(run)
+
+    def _preview(self, run: Run, step: Step) -> Any:
+        return self._decoded(run)
+
+    def _decoded(self, run: Run) -> Any:
+        codes = self._as_grid(run.canvas.tokens)
         return to_output(self.vq_model.decode_codes(codes), run.call.output_type)
 
     def _written(self, run: Run) -> Tensor:

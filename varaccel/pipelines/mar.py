@@ -213,8 +213,9 @@ class MARPipeline(TokenPipeline):
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for scaled latents [B, c, H, W].
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every pass as (pipe, pass from 0, tokens decided in it, {"canvas":
-                canvas, "preview": function}); `preview()` decodes what there is to pictures of `output_type`
-                (arrays if that is "latent"). Set `pipe._interrupt = True` in it to stop.
+                canvas, "preview": function, "written": function}); `preview()` decodes what there is to pictures of
+                `output_type` (arrays if that is "latent"), `written()` is `ImageOutput.written` so far. Set
+                `pipe._interrupt = True` in it to stop.
 
         Raises:
             InputError: any argument that cannot be used.
@@ -331,18 +332,18 @@ class MARPipeline(TokenPipeline):
     def _pictures(self, run: Run) -> Any:
         if run.call.output_type == "latent":
             return self._latents(run.canvas)
-        return self._preview(run)
+        return self._decoded(run)
 
     def _latents(self, canvas: Canvas) -> Tensor:
         patch = patch_size(self.transformer, self.vae)
         return unpatchify(canvas.tokens, patch, self.transformer.config.grid_size * patch)
 
-    def _preview(self, run: Run) -> Any:
+    def _preview(self, run: Run, step: Pass) -> Any:
+        return self._decoded(run)
+
+    def _decoded(self, run: Run) -> Any:
         latents = self._latents(run.canvas).to(self.vae.dtype) / self.vae.config.scaling_factor
         return to_output(self.vae.decode(latents).sample, run.call.output_type)
-
-    def _shown(self, run: Run, step: Pass) -> dict[str, Any]:
-        return {"canvas": step.canvas, "preview": lambda: self._preview(run)}
 
     def _written(self, run: Run) -> Tensor:
         side = self.transformer.config.grid_size

@@ -215,9 +215,9 @@ class VARPipeline(TokenPipeline):
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token codes [B, L].
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every scale as (pipe, scale from 0, its tokens, {"canvas": canvas,
-                "preview": function}); `preview()` decodes what there is to pictures of `output_type` (arrays if
-                that is "latent"). Set `pipe._interrupt = True` in it to stop; the pictures then show the scales
-                that are there.
+                "preview": function, "written": function}); `preview()` decodes what there is to pictures of
+                `output_type` (arrays if that is "latent"), `written()` is `ImageOutput.written` so far. Set
+                `pipe._interrupt = True` in it to stop; the pictures then show the scales that are there.
 
         Raises:
             InputError: any argument that cannot be used.
@@ -401,9 +401,12 @@ class VARPipeline(TokenPipeline):
     def _pictures(self, run: Run) -> Any:
         if run.call.output_type == "latent":
             return run.canvas.tokens
-        return self._preview(run, self._finished_scales(run.canvas))
+        return self._decoded(run, self._finished_scales(run.canvas))
 
-    def _preview(self, run: Run, scales: int) -> Any:
+    def _preview(self, run: Run, step: Step) -> Any:
+        return self._decoded(run, step.number)
+
+    def _decoded(self, run: Run, scales: int) -> Any:
         features = run.state
         features.follow(run.canvas, scales)
         return to_output(self.vq_model.decode(features.value), run.call.output_type)
@@ -411,9 +414,6 @@ class VARPipeline(TokenPipeline):
     def _finished_scales(self, canvas: Canvas) -> int:
         ends = torch.tensor(self.transformer.schedule.borders[1:], device=canvas.written.device) - 1
         return int((canvas.written[0, ends] > 0).sum())
-
-    def _shown(self, run: Run, step: Step) -> dict[str, Any]:
-        return {"canvas": step.canvas, "preview": lambda: self._preview(run, step.number)}
 
     def _cost(self, run: Run) -> tuple[int, int]:
         # sessions follow each other, and each frees its cache before the next makes its own
