@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := OMP_WAIT_POLICY=passive $(BIN)/python
 
-.PHONY: help demo test bench app train-mini lint clean
+.PHONY: help demo test bench app docs train-mini lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test        the test suite"
 	@echo "make bench       outputs/report/index.html: speed and quality of accelerators on the shipped models (half an hour)"
 	@echo "make app         the demo in the browser"
+	@echo "make docs        site/index.html: the documentation as web pages"
 	@echo "make train-mini  train the shipped models from nothing (hours on two cores; resumable)"
 	@echo "make lint        ruff and mypy"
 
@@ -35,15 +36,21 @@ demo: $(VENV)/user.stamp
 	$(RUN) -m varaccel demo --model mini-var --out outputs/mini-var
 	$(RUN) -m varaccel demo --model mini-mar --out outputs/mini-mar
 
-# a process per core with one thread each: most tests are too small to share a matrix product
+# a process per core with one thread each: most tests are too small to share a matrix product; those in the browser
+# measure time, so they have the machine for themselves, and are skipped where there is no Chromium
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not browser" --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(RUN) -m pytest -m browser tests/test_app_browser.py
 
 bench: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(RUN) eval/pareto.py --model mini-llamagen --model mini-var --model mini-mar --out outputs/report
 
 app: $(VENV)/dev.stamp
-	$(RUN) app/app.py
+	$(RUN) -m varaccel app
+
+# without --quiet, which would hide warnings from --strict, too
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 train-mini: $(VENV)/dev.stamp
 	$(RUN) pipelines/train_mini_llamagen.py
@@ -59,4 +66,4 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) outputs build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) outputs site build dist .mypy_cache .ruff_cache .pytest_cache

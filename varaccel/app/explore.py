@@ -1,0 +1,409 @@
+"""The tab that shows the last report: speed against quality of the models that were measured, tables and pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+import varaccel
+from varaccel.app.trade_off import trade_off
+from varaccel.errors import InputError
+from varaccel.evaluation.bench import BenchReport
+from varaccel.evaluation.report_page import best_sentences
+
+_HIGHLIGHTED = 48
+"""Rows that light up in a plot when they are pointed at; larger reports have more, which stay as they are."""
+
+
+def release_folder() -> Path | None:
+    """Where the report of this release is: inside the installed package, or beside it in a checkout."""
+    package = Path(varaccel.__file__).parent
+    folders = (package / "report", package.parent / "docs" / "report")
+    return next((folder for folder in folders if any(folder.glob("*.json"))), None)
+
+
+def report_folders() -> list[Path]:
+    """Folders with a report, the newest first: that of `make bench` in the working folder, that of this release."""
+    own, release = Path.cwd() / "outputs" / "report", release_folder()
+    return [*([own] if any(own.glob("*.json")) else []), *([] if release is None else [release])]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The report of a model in a folder.
+
+    Attributes:
+        path: its JSON; pictures are beside it.
+        title: what the page calls it.
+        measured: when, in words; None if unknown.
+    """
+
+    path: Path
+    title: str
+    measured: str | None
+
+    def beside(self, ending: str) -> Path:
+        # a model's name may hold a dot, so no suffix is replaced
+        return self.path.with_name(self.path.name.removesuffix(".json") + ending)
+
+
+def found_reports(folders: Sequence[Path]) -> list[Found]:
+    """The reports of `folders`, of the first one first; the same file is listed once.
+
+    A title says where its report is from only if there are several of that model.
+    """
+    release = release_folder()
+    found: list[tuple[Path, bool]] = []
+    seen: set[bytes] = set()
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            content = _bytes(path)
+            if content not in seen:
+                found.append((path, folder == release))
+                seen |= {content} if content else set()
+    stems = [path.stem for path, _ in found]
+    return [
+        Found(
+            path,
+            path.stem if stems.count(path.stem) == 1 else f"{path.stem} ({_place(path.parent, released)})",
+            f"for varaccel {varaccel.__version__}" if released else _date(path),
+        )
+        for path, released in found
+    ]
+
+
+def _place(folder: Path, released: bool) -> str:
+    """Where a report is from, in words."""
+    if released:
+        return "this release"
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
+def _date(path: Path) -> str | None:
+    """The day of a file; a report is written when rows are added."""
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d")
+    except OSError:
+        return None
+
+
+def _bytes(path: Path) -> bytes:
+    """The content of a file, nothing if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def read_report(found: Found) -> BenchReport:
+    """The report in a file.
+
+    Raises:
+        InputError: it is gone or damaged.
+    """
+    try:
+        text = found.path.read_text(encoding="utf-8")
+        report = BenchReport.from_dict(json.loads(text, parse_constant=_refuse))
+    except (OSError, ValueError, RecursionError) as error:  # InputError is a ValueError
+        raise InputError(f"{found.path.name} holds no report that can be read: {error}") from error
+    if not report.rows:
+        raise InputError(f"{found.path.name} holds a report without rows; measure anew with `make bench`.")
+    return report
+
+
+def _refuse(number: str) -> None:
+    raise InputError(f"{number} is no measurement")
+
+
+# -- the page ------------------------------------------------------------------------------------------
+
+
+def explore_tab(folders: Sequence[Path]) -> None:
+    """Fill the open tab of a page with the reports of `folders`, such as those of `report_folders`.
+
+    Everything is read when it is shown, so a report that is measured again while the page is open is seen.
+    """
+    reports = {found.title: found for found in found_reports(folders)}
+    if not reports:
+        gr.Markdown(
+            "There is no report here. Run `make bench` in a clone of varaccel, or `varaccel bench --out "
+            "outputs/report/mini-llamagen.json`, and open the page anew."
+        )
+        return
+
+    def show_model(title: str) -> tuple[Any, str, str]:
+        found = reports[title]
+        return _batch_choice(found), measured_html(found), pictures_html(found)
+
+    def show_batch(title: str, batch: int | None) -> str:
+        return measured_html(reports[title], batch)
+
+    first = next(iter(reports.values()))
+    with gr.Row():
+        model = gr.Radio(list(reports), value=first.title, label="model", scale=3)
+        batches, own = _batches(first)
+        batch = gr.Radio(batches, value=own, label="pictures drawn at once", scale=2, min_width=180)
+    measured = gr.HTML(measured_html(first), apply_default_css=False)
+    pictures = gr.HTML(pictures_html(first), apply_default_css=False)
+    # only what a visitor chooses counts, so that choosing a model does not also count as choosing a batch
+    event: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+    model.input(show_model, model, [batch, measured, pictures], **event)
+    batch.input(show_batch, [model, batch], measured, **event)
+
+
+def _batches(found: Found) -> tuple[list[tuple[str, int]], int | None]:
+    """Batch sizes to choose from, with words for them, and the first one; none of a damaged report."""
+    try:
+        sizes = read_report(found).batches
+    except InputError:
+        return [], None
+    return [(str(size), size) for size in sizes], sizes[0] if sizes else None
+
+
+def _batch_choice(found: Found) -> Any:
+    choices, value = _batches(found)
+    return gr.update(choices=choices, value=value)
+
+
+def measured_html(found: Found, batch: int | None = None) -> str:
+    """Verdict, plots, tables and settings of a report; one sentence if it is damaged.
+
+    Args:
+        batch: pictures per call whose speed is shown; the smallest measured if None or not measured.
+    """
+    try:
+        report = read_report(found)
+        sizes = report.batches
+        batch = batch if batch in sizes else next(iter(sizes), None)
+        parts = [
+            f'<div class="verdict">{"".join(f"<p>{escape(s)}</p>" for s in best_sentences(report))}</div>',
+            *([] if batch is None else trade_off(report, batch)),
+            *([] if batch is None else _speed(report, batch)),
+            *_quality(report),
+            _method(found, report),
+        ]
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        # a file may look like a report and hold anything
+        told = str(error) if isinstance(error, InputError) else f"{found.path.name} holds a damaged report."
+        return _page([f"<p>{escape(told)}</p>"])
+    return _page(parts)
+
+
+def pictures_html(found: Found) -> str:
+    """The sheets of samples and maps beside a report; those that are not there are left out."""
+    sheets = (
+        (
+            "-samples.png",
+            "What they draw",
+            "The same prompts and seeds in every row. A lossless accelerator may still draw other pictures: it keeps "
+            "their distribution, not each of them.",
+        ),
+        (
+            "-maps.png",
+            "Which pass decided which token",
+            "The same pictures under the pass that decided each token: dark is the first pass of the call, bright its "
+            "last. Colours of different rows mean different numbers of passes.",
+        ),
+    )
+    return _page(
+        part
+        for ending, title, caption in sheets
+        if (path := found.beside(ending)).exists()
+        for part in _sheet(path, title, caption)
+    )
+
+
+def _page(parts: Iterable[str]) -> str:
+    return f'<div class="va-explore">{"".join(parts)}</div>'
+
+
+# -- tables --------------------------------------------------------------------------------------------
+
+
+def _speed(report: BenchReport, batch: int) -> list[str]:
+    rounds = report.settings.repeats
+    caption = f"Batch {batch}, {f'median of {rounds} rounds' if rounds > 1 else 'one round'}"
+    return ["<h3>Speed</h3>", _table(report.speed_header(), report.speed_cells(batch), caption)]
+
+
+def _quality(report: BenchReport) -> list[str]:
+    lines = report.quality_cells()
+    if not lines:
+        return []
+    caption = f"{report.settings.pictures} pictures per row"
+    return ["<h3>Quality</h3>", _table(report.quality_header(), lines, caption)]
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
+    """A table that scrolls in its own box; the first cell of a line may have lines, a law becomes a badge."""
+    words = {"accelerator", "law", "against plain"}
+    kinds = ["words" if name in words else "number" for name in header]
+    titles = "".join(
+        f'<th scope="col" class="{kind}">{escape(name)}</th>'
+        for name, kind in zip(header, kinds, strict=True)
+    )
+    body = []
+    for call, *cells in lines:
+        name, *options = call.split("\n")
+        told = "".join(f"<small>{escape(one)}</small>" for one in options)
+        body.append(
+            f'<tr><th scope="row" class="words">{escape(name)}{told}</th>'
+            + "".join(
+                f'<td class="{kind}">{law_badge(cell) if title == "law" else _verdict(cell)}</td>'
+                for title, kind, cell in zip(header[1:], kinds[1:], cells, strict=True)
+            )
+            + "</tr>"
+        )
+    return (
+        f'<p class="caption">{escape(caption)}</p><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{escape(caption)}"><table><thead><tr>{titles}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def law_badge(law: str) -> str:
+    """A law as a label of its own colour."""
+    exact = law == "lossless"
+    return f'<span class="va-law {"exact" if exact else "near"}">{"exact" if exact else escape(law)}</span>'
+
+
+def _verdict(cell: str) -> str:
+    """A cell; what stands in brackets goes on in a line of its own."""
+    word, bracket, rest = cell.partition(" (")
+    return f"{escape(word)}<small>{escape(rest.removesuffix(')'))}</small>" if bracket else escape(cell)
+
+
+def _method(found: Found, report: BenchReport) -> str:
+    """How it was measured, folded."""
+    settings = report.settings
+    call = ", ".join(f"{name}={value}" for name, value in settings.call.items())
+    rounds = f"median of {settings.repeats} rounds" if settings.repeats > 1 else "one round"
+    told = {
+        "Machine": settings.place,
+        "Precision": settings.dtype,
+        **({} if found.measured is None else {"Measured": found.measured}),
+        "Model": f"{settings.model}, weights {settings.weights}, {call or 'its own settings of a call'}",
+        "Speed": f"{rounds}; every ratio is taken within a round of one run, to plain decoding of the same prompts and "
+        "seeds; seconds are those of decoding tokens, for a whole batch",
+        "Bars": "smallest and largest ratio of a round, 95 % interval of adherence, one standard deviation of the "
+        "distance",
+    }
+    if settings.pictures:
+        told["Quality"] = " ".join(report.notes())
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(words)}</dd>" for name, words in told.items())
+    return f"<details><summary>How this was measured</summary><dl>{rows}</dl></details>"
+
+
+def _sheet(path: Path, title: str, caption: str) -> list[str]:
+    """A sheet in a box that scrolls on a narrow screen; a sentence if it is no picture."""
+    heading = f"<h3>{escape(title)}</h3>"
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return [heading, f"<p>{escape(path.name)} cannot be read as a picture.</p>"]
+    data = io.BytesIO()
+    picture.save(data, "WEBP", quality=90)  # a sixth of the PNG, and it goes through the page
+    source = base64.b64encode(data.getvalue()).decode()
+    return [
+        heading,
+        f'<figure class="sheet"><div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}"><img '
+        f'alt="{escape(caption)}" width="{picture.width}" height="{picture.height}" '
+        f'src="data:image/webp;base64,{source}"></div><figcaption>{escape(caption)}</figcaption></figure>',
+    ]
+
+
+def _highlights() -> str:
+    """Rules by which pointing at a row, or tapping it, fades the others in the plots and marks it in the list."""
+    rules = []
+    for n in range(1, _HIGHLIGHTED + 1):
+        for state in ("hover", "focus"):
+            pointed = f".va-explore .trade:has(.n{n}:{state})"
+            rules.append(f"{pointed} .plot .point:not(.n{n}),{pointed} .bar:not(.n{n}){{opacity:.12}}")
+            rules.append(f"{pointed} li.n{n}{{background:var(--background-fill-secondary)}}")
+    return "\n".join(rules)
+
+
+# gradio takes selectors apart at every comma, so none may stand within brackets
+CSS = """
+.va-explore,.va-law{--va-exact:#0b62a3;--va-near:#b4480a;--va-truth:#0f6b4a}
+.dark .va-explore,.dark .va-law{--va-exact:#7cbcf0;--va-near:#f5a066;--va-truth:#7fdcb4}
+.va-law{display:inline-block;padding:0 .5em;border:1px solid currentColor;border-radius:99px;font-size:.8em;
+font-weight:600;white-space:nowrap;line-height:1.5}
+.va-law.exact{color:var(--va-exact)}
+.va-law.near{color:var(--va-near)}
+.va-explore{--va-soft:color-mix(in srgb,var(--body-text-color) 72%,var(--background-fill-primary));
+color:var(--body-text-color);font-size:var(--text-md);line-height:1.5;overflow-wrap:break-word}
+.va-explore h3{font-size:var(--text-lg);font-weight:600;margin:1.25rem 0 .4rem}
+.va-explore p{margin:.3rem 0}
+.va-explore small,.va-explore figcaption,.va-explore .caption{color:var(--va-soft);font-size:var(--text-sm)}
+.va-explore .verdict{padding:.4rem .9rem;border-left:4px solid var(--va-exact);
+background:var(--background-fill-secondary)}
+.va-explore .key{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;font-size:var(--text-sm);margin-bottom:.6rem}
+.va-explore .key span{display:inline-flex;align-items:center;gap:.35rem}
+.va-explore .symbol{width:1rem;height:1rem;flex:none}
+.va-explore .trade{display:grid;grid-template-columns:repeat(2,minmax(0,30rem));gap:.75rem 1.5rem;align-items:start}
+.va-explore figure{margin:0;min-width:0}
+.va-explore .plot{display:block;width:100%;height:auto;overflow:visible}
+.va-explore .plot text{fill:var(--va-soft);font-size:13px;font-family:inherit}
+.va-explore .grid{stroke:var(--border-color-primary);stroke-width:1}
+.va-explore .truth{stroke:var(--va-truth);stroke-dasharray:5 4;fill:none}
+.va-explore .plot text.truth{stroke:none;fill:var(--va-truth)}
+.va-explore .front{stroke:var(--va-soft);stroke-width:1.5;fill:none;opacity:.7}
+.va-explore .exact{--mark:var(--va-exact)}
+.va-explore .near{--mark:var(--va-near)}
+.va-explore .plain{--mark:var(--body-text-color)}
+.va-explore .bar{stroke:var(--mark);stroke-width:1;opacity:.55;fill:none}
+.va-explore .point{fill:var(--mark);outline:none;cursor:default}
+.va-explore .point.near polygon{fill:var(--background-fill-primary);stroke:var(--mark);stroke-width:2}
+.va-explore .plot .point text{fill:var(--mark);font-weight:600;paint-order:stroke;
+stroke:var(--background-fill-primary);stroke-width:3px}
+.va-explore .point .reach{fill:transparent;stroke:none}
+.va-explore .tie{stroke:var(--mark);stroke-width:.6;fill:none}
+.va-explore .point:focus-visible .reach{stroke:var(--body-text-color);stroke-width:2}
+.va-explore .point,.va-explore .bar{transition:opacity .15s}
+.va-explore ol{grid-column:1/-1;columns:17rem;column-gap:1rem;list-style:none;margin:0;padding:0;
+font-size:var(--text-sm)}
+.va-explore li{display:flex;gap:.45rem;align-items:baseline;padding:.2rem .35rem;border-radius:6px;margin:0;
+break-inside:avoid}
+.va-explore li .symbol{position:relative;top:.15rem}
+.va-explore li small{display:block}
+.va-explore .scroll{overflow-x:auto;margin:.4rem 0;border:1px solid var(--border-color-primary);border-radius:8px}
+.va-explore table{border-collapse:collapse;width:100%;margin:0;font-size:var(--text-sm);
+font-variant-numeric:tabular-nums}
+.va-explore th,.va-explore td{padding:.35rem .6rem;text-align:right;vertical-align:top;white-space:nowrap;
+border-top:1px solid var(--border-color-primary)}
+.va-explore thead th{vertical-align:bottom;color:var(--va-soft)}
+.va-explore th.words,.va-explore td.words{text-align:left}
+.va-explore tr th:first-child{position:sticky;left:0;background:var(--background-fill-primary)}
+.va-explore th{font-weight:600}
+.va-explore th small,.va-explore td small{display:block;font-weight:400}
+.va-explore details{margin-top:1rem;border:1px solid var(--border-color-primary);border-radius:8px;padding:.5rem .8rem}
+.va-explore summary{cursor:pointer;font-weight:600}
+.va-explore dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;margin:.6rem 0 .2rem;
+font-size:var(--text-sm)}
+.va-explore dt{font-weight:600}
+.va-explore dd{margin:0;min-width:0;overflow-wrap:anywhere}
+.va-explore .sheet .scroll{background:#fff}
+.va-explore .sheet img{display:block;max-width:100%;min-width:34rem;height:auto}
+@media (min-width:60rem){
+.va-explore .plot text{font-size:10.5px}
+}
+@media (max-width:40rem){
+.va-explore .trade{grid-template-columns:minmax(0,1fr)}
+.va-explore dl{grid-template-columns:1fr;gap:0}
+.va-explore dd{margin-bottom:.35rem}
+}
+""" + _highlights()
+"""Styles of the tab."""

@@ -1,0 +1,162 @@
+"""In-painting with models that can: paint over a part of a picture and say what should be there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from varaccel.app.notices import notice, shown_on_page
+from varaccel.app.studio import MAX_PICTURES, MAX_SEED, Studio, checked_count, checked_seed
+from varaccel.app.turns import Stopped
+from varaccel.decoding.accelerator import ACCELERATORS
+from varaccel.errors import InputError
+
+PICTURE_PROMPT = "a red cube"
+PAINT_PROMPT = "a green sphere"
+CANVAS = 512
+"""Side of the drawing board in pixels, however small the model's pictures are."""
+
+
+def paints(studio: Studio, model: str) -> bool:
+    """Whether a model can paint into pictures."""
+    from varaccel.pipelines.auto import PIPELINES
+
+    family = studio.shelf.family(model)
+    return any(
+        hasattr(cls, "inpaint") for cls in PIPELINES.values() if getattr(cls, "family", None) == family
+    )
+
+
+def inpaint_tab(studio: Studio, kept: gr.State) -> None:
+    """The content of the tab, inside an open `gr.Blocks`.
+
+    Args:
+        kept: the pictures of the visit, newest first, with their captions.
+    """
+    models = [name for name in studio.shelf.names if paints(studio, name)]
+    if not models:
+        gr.Markdown(
+            "None of the models of this page can paint into pictures; next-scale models such as mini-var do."
+        )
+        return
+    families = {studio.shelf.family(name) for name in models}
+    accelerators = [name for name, cls in ACCELERATORS.items() if families <= set(cls.hosts)]
+    gr.Markdown(
+        "Draw a picture or upload one, paint over what should change, and say what should be there. Nothing was "
+        "trained for this: tokens outside of the mask are given, the others are drawn as always."
+    )
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=300):
+            model = gr.Dropdown(models, value=models[0], label="model")
+            with gr.Row():
+                first_prompt = gr.Textbox(PICTURE_PROMPT, label="picture to start from", scale=3)
+                draw = gr.Button("Draw it", elem_id="inpaint-draw", min_width=80)
+            board = gr.ImageEditor(
+                type="pil",
+                image_mode="RGBA",
+                format="png",
+                label="picture; paint over what should change",
+                sources=("upload", "clipboard"),
+                layers=False,
+                transforms=(),
+                brush=gr.Brush(default_size=60, colors=["#ffffff"], color_mode="fixed"),
+                canvas_size=(CANVAS, CANVAS),
+                height=CANVAS + 60,
+                elem_id="board",
+            )
+        with gr.Column(min_width=300):
+            prompt = gr.Textbox(
+                PAINT_PROMPT, label="what should be there; empty for whatever fits", elem_id="paint-prompt"
+            )
+            with gr.Row():
+                seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED)
+                count = gr.Slider(1, MAX_PICTURES, 3, step=1, label="versions")
+                accelerator = gr.Dropdown(accelerators, value=accelerators[0], label="accelerator")
+            paint = gr.Button("Paint", variant="primary", elem_id="paint")
+            result = gr.Gallery(
+                label="versions",
+                format="png",
+                columns=2,
+                height="auto",
+                interactive=False,
+                buttons=["download", "download_all", "fullscreen"],
+                elem_id="painted",
+            )
+            told = gr.Markdown()
+
+    def start(model: str, prompt: str, seed: float | None, request: gr.Request) -> Any:
+        with shown_on_page(), studio.hold(request):
+            pipe = studio.shelf.pipeline(model)
+            picture = pipe(prompt, seed=checked_seed(seed)).images[0]
+        return on_board(picture)
+
+    def painted(
+        model: str,
+        board: dict[str, Any] | None,
+        prompt: str,
+        seed: float | None,
+        count: float,
+        accelerator: str,
+        request: gr.Request,
+    ) -> tuple[Any, str]:
+        with shown_on_page():
+            picture, mask = picture_and_mask(board)
+            chosen = studio.shelf.accelerator(accelerator, {})
+            pipe = studio.shelf.pipeline(model)
+            try:
+                with studio.hold(request):
+                    out = pipe.inpaint(
+                        picture,
+                        mask,
+                        prompt.strip() or None,
+                        seed=checked_seed(seed),
+                        num_images=checked_count(count),
+                        accelerator=chosen,
+                    )
+            except Stopped as stopped:
+                gr.Warning(notice(stopped.reason))
+                return gr.skip(), ""
+        captioned = [
+            (image, f"{prompt or 'whatever fits'}, seed {int(seed or 0) + i}")
+            for i, image in enumerate(out.images)
+        ]
+        return captioned, f"`{out.stats}`"
+
+    shared: dict[str, Any] = {
+        "concurrency_id": "device",
+        "concurrency_limit": studio.concurrency,
+        "api_visibility": "private",
+    }
+    draw.click(start, [model, first_prompt, seed], board, **shared)
+    gr.on(
+        [paint.click, prompt.submit],
+        painted,
+        [model, board, prompt, seed, count, accelerator],
+        [result, told],
+        **shared,
+    )
+
+
+def on_board(picture: Image.Image) -> Image.Image:
+    """A picture as large as the drawing board, so that a brush stroke is as fine as the screen."""
+    return picture.convert("RGB").resize((CANVAS, CANVAS), Image.Resampling.LANCZOS)
+
+
+def picture_and_mask(board: dict[str, Any] | None) -> tuple[Image.Image, Image.Image]:
+    """What lies on the drawing board: the picture, and white where it was painted over.
+
+    Raises:
+        InputError: there is no picture, or nothing was painted.
+    """
+    background = None if board is None else board.get("background")
+    if board is None or background is None:
+        raise InputError("there is no picture yet; draw one or upload one.")
+    mask = np.zeros(background.size[::-1], bool)
+    for layer in board.get("layers") or []:
+        mask |= np.asarray(layer.convert("RGBA").resize(background.size))[..., 3] > 0
+    if not mask.any():
+        raise InputError("nothing is painted over; paint over the part of the picture that should change.")
+    return background.convert("RGB"), Image.fromarray(mask.astype(np.uint8) * 255)

@@ -1,0 +1,130 @@
+"""Which models the page offers, and loading them."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from varaccel.decoding.accelerator import ACCELERATORS, Accelerator, make_accelerator
+from varaccel.decoding.speculative import DRAFTERS
+from varaccel.errors import InputError, unknown_name
+
+NETWORK_OPTIONS = ("refiner", "drafter")
+"""Options of accelerators that may name a further model to load."""
+
+LARGE_MODELS = 1
+"""Models other than the shipped ones that are kept loaded: published ones fill a machine."""
+
+
+class ModelShelf:
+    """The models that visitors may choose, loaded when they are first used.
+
+    Args:
+        names: what may be chosen.
+        load: a pipeline by name, with its progress bar switched off.
+        kept: names that stay loaded, such as those of small models; of the others the last one does.
+        any_model: let visitors type folders and hub ids as well.
+
+    Raises:
+        InputError: there is no model to choose.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        load: Callable[[str], Any],
+        *,
+        kept: Sequence[str] = (),
+        any_model: bool = False,
+    ) -> None:
+        if not names:
+            raise InputError("no model ships with this copy of varaccel; name one with --model.")
+        self.names = tuple(names)
+        self.any_model = any_model
+        self._load = load
+        self._kept = frozenset(kept)
+        self._loaded: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self._families: dict[str, str] = {}
+
+    def pipeline(self, name: str) -> Any:
+        """A model that may be chosen.
+
+        Raises:
+            VaraccelError: it may not, or cannot be loaded.
+        """
+        self.check(name)
+        with self._lock:  # one download and one copy, however many ask
+            if name in self._loaded:
+                self._loaded.move_to_end(name)
+                return self._loaded[name]
+            others = [known for known in self._loaded if known not in self._kept]
+            if name not in self._kept:
+                for old in others[: len(others) - LARGE_MODELS + 1]:
+                    del self._loaded[old]
+            self._loaded[name] = self._load(name)
+            return self._loaded[name]
+
+    def check(self, name: str) -> None:
+        """Refuse a model that visitors may not choose.
+
+        Raises:
+            InputError: the name is none of ours.
+        """
+        if not self.any_model and name not in self.names:
+            raise unknown_name("model of this page", name, self.names)
+
+    def family(self, name: str) -> str:
+        """The family of a model; found without loading it where its folder or our catalogue tells."""
+        if name not in self._families:
+            self._families[name] = family_of(name) or self.pipeline(name).family
+        return self._families[name]
+
+    def accelerator(self, name: str, options: Mapping[str, Any]) -> Accelerator:
+        """An accelerator with options as a visitor gave them.
+
+        Raises:
+            InputError: an unknown name, or options that cannot be used.
+        """
+        chosen = make_accelerator(name, options)
+        self.check_networks(chosen)
+        return chosen
+
+    def check_networks(self, accelerator: Accelerator) -> None:
+        """Refuse an accelerator that would load a model which visitors may not choose.
+
+        Raises:
+            InputError: it would.
+        """
+        for field in dataclasses.fields(accelerator):  # type: ignore[arg-type]
+            value = getattr(accelerator, field.name)
+            own = "llamagen" in accelerator.hosts and value in DRAFTERS  # parts of the model itself
+            if field.name in NETWORK_OPTIONS and isinstance(value, str) and not own:
+                self.check(value)
+
+
+def family_of(name: str) -> str | None:
+    """The family of a model as its folder or our catalogue tells, None if neither knows."""
+    from pathlib import Path
+
+    from varaccel.errors import CheckpointError
+    from varaccel.pipelines.auto import PIPELINES
+    from varaccel.pipelines.catalog import PUBLISHED, shipped_models
+    from varaccel.pipelines.loading import pipeline_class_name
+
+    if name in PUBLISHED:
+        return PUBLISHED[name].family
+    folder = shipped_models().get(name, Path(name))
+    try:
+        pipeline: Any = PIPELINES.get(pipeline_class_name(folder))
+    except (OSError, CheckpointError):
+        return None
+    return None if pipeline is None else str(pipeline.family)
+
+
+def accelerators_of(family: str) -> list[str]:
+    """Names of the accelerators that work on a family."""
+    return [name for name, cls in ACCELERATORS.items() if family in cls.hosts]

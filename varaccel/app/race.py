@@ -1,0 +1,244 @@
+"""Two decodings of the same pictures, pass by pass beside each other, each with a clock of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from varaccel.app.turns import Stopped, Turns, out_of_time
+from varaccel.decoding.accelerator import Accelerator
+from varaccel.decoding.statistics import Statistics, call_label
+
+WARM_UP_PASSES = 4
+PREVIEW_SECONDS = 0.3
+"""Time between two previews of a side, at least."""
+PREVIEW_SHARE = 4
+"""A preview is made only after this many times as long as the last one took, so that they cannot rule the race."""
+FRAME_SECONDS = 0.15
+"""Time between two frames: more would cost the decodings more than eyes can see."""
+
+Phase = Literal["warming up", "drawing", "finished", "stopped"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one decoding of a race has reached.
+
+    Attributes:
+        label: the accelerator with its options.
+        lossless: whether it keeps the law of plain decoding.
+        phase: what it is doing.
+        passes: forward passes of the host model.
+        tokens, of: tokens per picture that are decided, and that there are.
+        seconds: computing time of this side; of the tokens alone once it has finished.
+        pictures: what there is, empty before the first preview.
+        written: [B, h, w], the pass that decided each token, 0 = empty; None for models whose tokens are not one grid.
+        stats: what the call cost, when it has finished.
+    """
+
+    label: str
+    lossless: bool
+    phase: Phase = "warming up"
+    passes: int = 0
+    tokens: float = 0.0
+    of: int = 0
+    seconds: float = 0.0
+    pictures: tuple[Image.Image, ...] = ()
+    written: NDArray[np.int32] | None = None
+    stats: Statistics | None = None
+
+    @property
+    def progress(self) -> float:
+        """Share of the tokens that are decided."""
+        return self.tokens / self.of if self.of else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.tokens / self.passes if self.passes else 0.0
+
+
+class Race:
+    """The same call, decoded in several ways on one device at equal computing time.
+
+    Every side has a thread, and one of them computes at a time (`Turns`). So neither disturbs the other's clock, and
+    at every moment both have had as much of the machine: whoever is ahead on the screen is ahead. Previews, and what
+    the page does with them, are on nobody's clock.
+
+    Args:
+        pipe: the pipeline, with its progress bar switched off.
+        call: arguments of it, such as prompt, seed and guidance.
+        accelerators: one per side.
+        turns: of the device.
+        seconds_limit: of the whole race.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any],
+        accelerators: Sequence[Accelerator],
+        turns: Turns,
+        *,
+        seconds_limit: float,
+    ) -> None:
+        self._pipe = pipe
+        self._call = call
+        self._accelerators = accelerators
+        self._turns = turns
+        self._limit = seconds_limit
+        self._deadline = 0.0
+        self._stopped: Stopped | None = None
+        self._error: BaseException | None = None
+        self._changed = threading.Event()
+        self.sides = [Side(call_label(a.name, a.options()), a.keeps_law) for a in accelerators]
+
+    def stop(self, reason: str = "") -> None:
+        """End the race after the pass under way; what there is stays."""
+        self._stopped = self._stopped or Stopped(reason)
+
+    def frames(self) -> Iterator[list[Side]]:
+        """Run the race; the sides whenever something is new, and at the end.
+
+        Raises:
+            VaraccelError: an argument that the pipeline refuses, or no memory.
+            Stopped: it took longer than the limit; not if somebody called `stop`.
+        """
+        self._deadline = time.monotonic() + self._limit
+        threads: list[threading.Thread] = []
+        try:
+            yield list(self.sides)
+            self._warm_up()
+            for index in range(len(self.sides)):
+                # the context tells to which visitor warnings belong
+                context = contextvars.copy_context()
+                threads.append(
+                    threading.Thread(
+                        target=context.run, args=(self._draw, index), name=f"race-{index}", daemon=True
+                    )
+                )
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                if self._changed.wait(timeout=FRAME_SECONDS):
+                    self._changed.clear()
+                    yield list(self.sides)
+                    time.sleep(FRAME_SECONDS)
+        except Stopped:
+            pass  # while warming up
+        finally:
+            self.stop()
+            for thread in threads:
+                thread.join()
+        if self._error is not None:
+            raise self._error
+        self.sides = [s if s.phase == "finished" else replace(s, phase="stopped") for s in self.sides]
+        yield list(self.sides)
+        if self._stopped is not None and self._stopped.reason:
+            raise self._stopped
+
+    def _check(self) -> None:
+        if time.monotonic() > self._deadline:
+            self.stop(out_of_time(self._limit))
+        if self._stopped is not None:
+            raise self._stopped
+
+    def _warm_up(self) -> None:
+        """The first passes of every side, so that neither clock pays for allocations of the call's shapes."""
+        for accelerator in self._accelerators:
+            with self._turns.join():
+                warm_up(self._pipe, accelerator, self._check, **self._call)
+
+    def _draw(self, index: int) -> None:
+        accelerator = self._accelerators[index]
+        turn = self._turns.join()
+        preview_cost, next_preview = 0.0, 0.0
+
+        def after_pass(pipe: Any, step: int, tokens: int, state: Mapping[str, Any]) -> None:
+            nonlocal preview_cost, next_preview
+            self._check()
+            now = time.perf_counter()
+            if now >= next_preview:
+                with turn.aside():
+                    self._show(index, step + 1, turn.seconds, state)
+                preview_cost = time.perf_counter() - now
+                next_preview = time.perf_counter() + max(PREVIEW_SECONDS, PREVIEW_SHARE * preview_cost)
+            turn.offer()
+
+        try:
+            with turn:
+                output = self._pipe(accelerator=accelerator, callback_on_step_end=after_pass, **self._call)
+            self._finish(index, output, turn.paused)
+        except Stopped:
+            pass
+        except BaseException as error:
+            self._error = self._error or error
+            self.stop()
+        finally:
+            self._changed.set()
+
+    def _show(self, index: int, passes: int, seconds: float, state: Mapping[str, Any]) -> None:
+        canvas = state["canvas"]
+        written = state["written"]()
+        self.sides[index] = replace(
+            self.sides[index],
+            phase="drawing",
+            passes=passes,
+            tokens=float((canvas.written > 0).float().mean()) * canvas.num_positions,
+            of=canvas.num_positions,
+            seconds=seconds,
+            pictures=tuple(state["preview"]()),
+            written=_as_map(written),
+        )
+        self._changed.set()
+
+    def _finish(self, index: int, output: Any, paused: float) -> None:
+        """Waits and previews all lie within the phase of the tokens, so taking them off leaves its own time."""
+        stats: Statistics = output.stats
+        tokens = stats.seconds["tokens"] - paused
+        stats = replace(stats, seconds={**stats.seconds, "tokens": tokens})
+        self.sides[index] = Side(
+            stats.label,
+            stats.lossless,
+            "finished",
+            stats.passes,
+            stats.tokens,
+            stats.tokens,
+            tokens,
+            tuple(output.images),
+            _as_map(output.written),
+            stats,
+        )
+
+
+def warm_up(pipe: Any, accelerator: Accelerator, allowed: Callable[[], None], **call: Any) -> None:
+    """Draw so much of a call that the next one meets no shapes for the first time.
+
+    Args:
+        allowed: called after every pass; may raise to stop.
+    """
+    passes = math.inf if pipe.family == "var" else WARM_UP_PASSES  # every pass of VAR has shapes of its own
+
+    class Warm(Exception):
+        pass
+
+    def after_pass(pipe: Any, step: int, tokens: int, state: dict[str, Any]) -> None:
+        allowed()
+        if step + 1 >= passes:
+            raise Warm
+
+    with contextlib.suppress(Warm):
+        pipe(accelerator=accelerator, output_type="latent", callback_on_step_end=after_pass, **call)
+
+
+def _as_map(written: Any) -> NDArray[np.int32] | None:
+    return written.cpu().numpy().copy() if written.ndim == 3 else None
