@@ -1,0 +1,84 @@
+"""The memory that published models take, counted from their sizes: no weights are loaded or downloaded.
+
+python docs/examples/memory.py
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import T5Config, T5EncoderModel
+
+from varaccel import LlamaGenTransformer, MARTransformer, MultiScaleVQModel, VARTransformer, VQModel
+from varaccel.tokenizers.kl import KL16
+
+# of google/flan-t5-xl
+T5_XL = {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "feed_forward_proj": "gated-gelu"}
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def weights(network: nn.Module) -> str:
+    """Cells of a table: parameters, bytes in float32 and in bfloat16."""
+    kept = tuple(f"{name}." for name in getattr(network, "_keep_in_fp32_modules", None) or ())
+    counts = {name: p.numel() for name, p in network.named_parameters()}
+    total, wide = sum(counts.values()), sum(n for name, n in counts.items() if kept and name.startswith(kept))
+    return f"{total / 1e6:.0f} M | {size(4 * total)} | {size(2 * (total + wide))}"
+
+
+def caches(count: int) -> str:
+    """Cells: bytes of a cache whose float32 size is `count`, in float32 and in bfloat16."""
+    return f"{size(count)} | {size(count / 2)}"
+
+
+def llamagen() -> list[str]:
+    """Rows: model, weights, cache of one guided picture, which is two rows of prefix, tokens and a spare slot."""
+    classes = [("b", 16), ("l", 16), *((name, 24) for name in ("b", "l", "xl", "xxl", "3b"))]
+    models = {f"llamagen-c2i-{name}-{16 * grid}": (name, "c2i", grid) for name, grid in classes}
+    models |= {f"llamagen-t2i-xl-{16 * grid}": ("xl", "t2i", grid) for grid in (16, 32)}
+    rows = []
+    for label, (name, kind, grid) in models.items():
+        network = LlamaGenTransformer.from_preset(name.upper(), model_type=kind, grid_size=grid)
+        rows.append(f"| `{label}` | {weights(network)} | {caches(network.new_cache(2, spare=1).nbytes)} |")
+    return rows
+
+
+def var() -> list[str]:
+    """Rows: model, weights, cache of one guided picture: all scales but the last, whose keys nobody reads."""
+    rows = []
+    for depth in (16, 20, 24, 30, 36):
+        network = VARTransformer.from_preset(f"d{depth}")
+        cache = network.new_cache(2, network.schedule.borders[-2])
+        rows.append(f"| `var-d{depth}` | {weights(network)} | {caches(cache.nbytes)} |")
+    return rows
+
+
+def mar() -> list[str]:
+    """Rows: model, weights, and the caches of `feature_cache` for one guided picture; plain decoding has none."""
+    rows = []
+    for name in ("base", "large", "huge"):
+        network = MARTransformer.from_preset(name)
+        cache = sum(cache.nbytes for cache in network.new_caches(2))
+        rows.append(f"| `mar-{name}` | {weights(network)} | {caches(cache)} |")
+    return rows
+
+
+def others() -> list[str]:
+    """Rows: image tokenizers and the text encoder, and their weights."""
+    networks = {
+        "LlamaGen's image tokenizer": VQModel.from_preset("VQ-16"),
+        "VAR's image tokenizer": MultiScaleVQModel(),
+        "MAR's image tokenizer": AutoencoderKL(**KL16),
+        "Flan-T5-XL, encoder": T5EncoderModel(T5Config(**T5_XL)),
+    }
+    return [f"| {name} | {weights(network)} |" for name, network in networks.items()]
+
+
+if __name__ == "__main__":
+    with torch.device("meta"):
+        for table in (llamagen, var, mar, others):
+            print("\n".join(table()), end="\n\n")
