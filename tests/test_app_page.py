@@ -398,3 +398,25 @@ def test_a_missing_extra_is_a_sentence(
     with pytest.raises(SystemExit):
         main()
     assert "pip install varaccel[app]" in capsys.readouterr().err
+
+
+# -- another model -------------------------------------------------------------------------------------
+
+
+def test_another_model_brings_its_accelerators_and_a_prompt_that_fits() -> None:
+    page = build(new(*HOSTS))
+    event = next(event for event in page.fns.values() if event.api_name == "changed_model")
+    labels = [block.label for block in event.outputs if getattr(block, "label", None)]
+
+    accelerators, prompt, *rest = event.fn("scales", "a red sphere")
+    assert [name for _, name in accelerators["choices"]] == ["code", "refiner"]
+    assert accelerators["value"] == "code"
+    assert prompt == "tench", "a description is no class"
+    assert [update["visible"] for update in rest if "visible" in update].count(True) == 1
+    networks = [update for update in rest if "choices" in update]
+    assert len(networks) == labels.count("refiner") + labels.count("drafter") == 3
+    assert all([value for _, value in n["choices"][:1]] == [""] and n["value"] == "" for n in networks)
+
+    assert event.fn("scales", "goldfish")[1] == "goldfish"
+    assert event.fn("raster", "a blue cube")[1] == "a blue cube"
+    assert event.fn("raster", " ")[1].startswith("a ")

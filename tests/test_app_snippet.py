@@ -271,7 +271,7 @@ def test_what_no_command_can_hold(prompt: str) -> None:
         ({"call": {"lambda": 1}}, "cannot be an argument"),
         ({"call": {"a=1);print(": 1}}, "cannot be an argument"),
     ],
-    ids=str,
+    ids=["accelerator", "option", "value", "object", "keyword", "code"],
 )
 def test_what_cannot_be_drawn_is_refused(change: dict[str, Any], message: str) -> None:
     request = replace(DrawRequest("m", "a cube", "plain"), **change)

@@ -136,6 +136,17 @@ def test_the_model_draws_with_every_accelerator_that_needs_no_more(pixels: Llama
     )
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "reason"),
+    [("speculative", "cannot draft with some of its own"), ("lantern", "no codebook")],
+)
+def test_what_the_model_has_nothing_for_is_one_sentence(
+    pixels: LlamaGenPipeline, accelerator: str, reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        pixels("noon", seed=0, accelerator=accelerator)
+
+
 def test_the_models_jacobi_picture_does_not_depend_on_the_window(pixels: LlamaGenPipeline) -> None:
     first, second = (
         pixels("night", seed=3, accelerator=Jacobi(window=w), output_type="latent") for w in (1, 12)

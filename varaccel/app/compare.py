@@ -17,6 +17,7 @@ import gradio as gr
 from PIL import Image, ImageDraw, ImageFont
 
 from varaccel.app.explore import law_badge
+from varaccel.app.models import fitting_prompt
 from varaccel.app.notices import shown_on_page
 from varaccel.app.race import warm_up
 from varaccel.app.race_tab import PROMPTS
@@ -304,12 +305,7 @@ def compare_tab(studio: Studio) -> None:
         """Settings and a prompt for a model; those that are there if they fit."""
         with shown_on_page():
             pipe, family = shelf.pipeline(model), shelf.family(model)
-        classes = pipe.config.get("class_names")
-        if classes is not None:
-            try:
-                pipe.class_label(prompt)
-            except InputError:
-                prompt = classes[0].split(",")[0]
+        prompt = fitting_prompt(pipe, prompt, PROMPTS[0])
         try:
             settings_lines(text, family)
         except InputError:

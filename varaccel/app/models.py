@@ -106,6 +106,22 @@ class ModelShelf:
                 self.check(value)
 
 
+def fitting_prompt(pipe: Any, prompt: str, proposed: str) -> str:
+    """A prompt for a model: the one that is there if the model can draw it, else what a page proposes.
+
+    Args:
+        proposed: for models that take descriptions; others are proposed their first class.
+    """
+    classes = pipe.config.get("class_names")
+    if pipe.text_encoder is not None:
+        return prompt if prompt.strip() else proposed
+    try:
+        pipe.class_label(prompt)
+    except InputError:
+        return str(classes[0]).split(",")[0] if classes else "0"
+    return prompt
+
+
 def family_of(name: str) -> str | None:
     """The family of a model as its folder or our catalogue tells, None if neither knows."""
     from pathlib import Path

@@ -68,10 +68,15 @@ def options_of(accelerator: type[Accelerator], models: Sequence[str] = ()) -> li
     for field in dataclasses.fields(accelerator):  # type: ignore[arg-type]
         kind, choices, optional = _kind(hints[field.name])
         if field.name in NETWORK_OPTIONS:
-            own = "llamagen" in accelerator.hosts
-            kind, choices, optional = "choice", DRAFTERS if own else tuple(models), not own
+            named = takes_models(accelerator.name, field.name)
+            kind, choices, optional = "choice", tuple(models) if named else DRAFTERS, named
         found.append(Option(field.name, kind, field.default, choices, optional, meanings.get(field.name, "")))
     return found
+
+
+def takes_models(accelerator: str, option: str) -> bool:
+    """Whether an option names a further model; raster accelerators know the drafters that came with the model."""
+    return option in NETWORK_OPTIONS and "llamagen" not in ACCELERATORS[accelerator].hosts
 
 
 def _kind(hint: Any) -> tuple[Kind, tuple[str, ...], bool]:

@@ -10,9 +10,9 @@ import gradio as gr
 from PIL import Image
 
 from varaccel.app.cost import quality_cost
-from varaccel.app.models import accelerators_of
+from varaccel.app.models import accelerators_of, fitting_prompt
 from varaccel.app.notices import notice, shown_on_page
-from varaccel.app.option_controls import MODELS_OWN, chosen_options, control, options_of
+from varaccel.app.option_controls import MODELS_OWN, chosen_options, control, options_of, takes_models
 from varaccel.app.race import Race, Side
 from varaccel.app.race_view import NOTHING_YET, race_html
 from varaccel.app.snippet import DrawRequest, reproduce_command, reproduce_python
@@ -26,6 +26,7 @@ from varaccel.app.studio import (
     visitor,
 )
 from varaccel.app.turns import Stopped
+from varaccel.cli import smaller_model
 from varaccel.decoding.accelerator import ACCELERATORS
 from varaccel.decoding.plain import Plain
 
@@ -195,19 +196,26 @@ def race_tab(studio: Studio) -> gr.State:
         api_visibility="private",
     )
 
+    second = {key: c for key, c in controls.items() if takes_models(*key)}
+
     def changed_model(name: str, prompt: str) -> tuple[Any, ...]:
         with shown_on_page():
             family, pipe = shelf.family(name), shelf.pipeline(name)
-            classes = pipe.config.get("class_names")
-        if (classes is None) == (prompt.strip() in _first_parts(classes)):
-            prompt = PROMPTS[0] if classes is None else _first_parts(classes)[0]
+        relatives = [other for other in shelf.names if shelf.family(other) == family]
+        small = smaller_model(name)
+        network = gr.update(choices=[(MODELS_OWN, ""), *relatives], value=small if small in relatives else "")
         chosen = _first_choice(family)
-        return gr.update(choices=_choices(family), value=chosen), prompt, *_visible(groups, chosen)
+        return (
+            gr.update(choices=_choices(family), value=chosen),
+            fitting_prompt(pipe, prompt, PROMPTS[0]),
+            *_visible(groups, chosen),
+            *[network] * len(second),
+        )
 
     model.change(
         changed_model,
         [model, prompt],
-        [accelerator, prompt, *groups.values()],
+        [accelerator, prompt, *groups.values(), *second.values()],
         show_progress_on=[model],
         api_visibility="private",
     )
@@ -258,11 +266,6 @@ def _law(accelerator: str) -> str:
 def _first_choice(family: str) -> str:
     names = [name for name in accelerators_of(family) if name != Plain.name]
     return FIRST_CHOICE.get(family, (names or [Plain.name])[0])
-
-
-def _first_parts(classes: Sequence[str] | None) -> list[str]:
-    """Names of classes without their synonyms."""
-    return [name.split(",")[0] for name in classes or []]
 
 
 def _option_groups(

@@ -45,8 +45,17 @@ class LayerSkip:
     layers: tuple[int, ...] | None = None
 
     def network(self, target: Any) -> LayerSubset:
-        """The drafter as a network on the target's weights."""
-        depth = target.config.num_layers
+        """The drafter as a network on the target's weights.
+
+        Raises:
+            InputError: the target cannot run some of its layers only.
+        """
+        depth = target.config.get("num_layers")
+        if depth is None:
+            raise InputError(
+                f"a {type(target).__name__} cannot draft with some of its own layers; name another drafter, or use "
+                "Jacobi, which needs none."
+            )
         chosen = self.layers
         if chosen is None:
             chosen = tuple(sorted({*range(0, depth, 2), depth - 1}))

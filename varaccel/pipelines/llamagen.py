@@ -264,7 +264,8 @@ class LlamaGenPipeline(TokenPipeline):
             randomness,
             Raster(),
             on_step,
-            neighbours=self._neighbours,
+            # an image tokenizer of the user's own may know no nearness of codes
+            neighbours=self._neighbours if hasattr(self.vq_model, "quantize") else None,
             drafters=self.drafters,
         )
 
