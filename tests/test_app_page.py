@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gradio
 import httpx
 import numpy as np
 import pytest
@@ -371,6 +372,31 @@ def test_what_lies_on_the_board() -> None:
         picture_and_mask(None)
     with pytest.raises(InputError, match="nothing is painted"):
         picture_and_mask({"background": background, "layers": [Image.new("RGBA", (8, 8))], "composite": None})
+
+
+def test_painting_as_the_pipeline_paints_within_the_time_limit() -> None:
+    studio = new(*HOSTS)
+    page = build(studio)
+    paint = next(event.fn for event in page.fns.values() if event.api_name == "painted")
+    size = pipeline("var-class").image_size
+    layer = Image.new("RGBA", (size, size))
+    layer.paste((255, 255, 255, 255), (0, 0, size // 2, size))
+    board = {"background": Image.new("RGB", (size, size), "red"), "layers": [layer], "composite": None}
+    request = gradio.Request(session_hash="a")
+
+    shown, told = paint("scales", board, "hen", 3, 2, "code", request)
+    mask = Image.fromarray(np.asarray(layer)[..., 3])
+    out = pipeline("var-class").inpaint(
+        board["background"], mask, "hen", seed=3, num_images=2, accelerator="code"
+    )
+    assert [image.tobytes() for image, _ in shown] == [image.tobytes() for image in out.images]
+    assert [caption for _, caption in shown] == ["hen, seed 3", "hen, seed 4"]
+    assert "code(" in told
+
+    studio.seconds_limit = -1.0
+    with pytest.warns(UserWarning, match="time limit"):
+        _, told = paint("scales", board, "hen", 3, 2, "code", request)
+    assert told == ""
 
 
 # -- how it is started ---------------------------------------------------------------------------------

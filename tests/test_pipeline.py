@@ -286,6 +286,28 @@ def test_callback_sees_every_pass_and_can_stop() -> None:
     assert pipe("a red cube", seed=0).stats.passes == GRID**2, "the next call is not interrupted"
 
 
+@pytest.mark.parametrize("output_type", ["pil", "latent"])
+def test_callback_can_look_at_the_picture_so_far(output_type: str) -> None:
+    """Previews and the map of passes grow to what the call returns, and change nothing."""
+    pipe = pipeline("t2i")
+    previews, maps = [], []
+
+    def callback(pipe: LlamaGenPipeline, step: int, tokens: int, state: dict[str, Any]) -> None:
+        previews.append(np.asarray(state["preview"]()[0]))
+        maps.append(state["written"]().clone())
+
+    call: dict[str, Any] = {"seed": 0, "accelerator": "zipar", "output_type": output_type}
+    out = pipe("a red cube", callback_on_step_end=callback, **call)
+    assert [int((m > 0).sum()) for m in maps] == sorted(int((m > 0).sum()) for m in maps)
+    assert torch.equal(maps[-1], out.written)
+    assert not np.array_equal(previews[0], previews[-1])
+    pictures = pipe(
+        "a red cube", **{**call, "output_type": "np" if output_type == "latent" else "pil"}
+    ).images
+    assert np.array_equal(previews[-1], np.asarray(pictures[0]))
+    assert len(previews) == out.stats.passes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -574,6 +574,22 @@ def test_inpainting(host: str, accelerator: str | None, prompted: bool) -> None:
 
 
 @on_hosts
+def test_inpainting_is_watched_like_a_call(host: str) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(pipe: Any, scale: int, tokens: int, state: dict[str, Any]) -> None:
+        assert state["preview"]()[0].size == (SIZE, SIZE)
+        seen.append((scale, tokens))
+
+    out = pipeline(host).inpaint(
+        picture(), right_half(), PROMPTS[host][1], seed=1, callback_on_step_end=watch
+    )
+    assert seen == [(i, side * side) for i, side in enumerate(SCALES)]
+    alone = pipeline(host).inpaint(picture(), right_half(), PROMPTS[host][1], seed=1)
+    assert out.images[0].tobytes() == alone.images[0].tobytes()
+
+
+@on_hosts
 def test_inpainting_without_a_prompt_is_unconditional(host: str) -> None:
     """Greedy tokens are the most likely ones of a network that is told nothing, of one pass over all scales."""
     pipe = pipeline(host)

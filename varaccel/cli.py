@@ -91,6 +91,10 @@ NumIterations = Annotated[
     int | None,
     typer.Option(min=1, help="Passes that decide the tokens (MAR).", show_default="the model's own"),
 ]
+Device = Annotated[str, typer.Option(help="Where to run: cpu or cuda.")]
+Precision = Annotated[
+    str, typer.Option(help="Precision of the networks that decide tokens: float32 or bfloat16.")
+]
 HeadSteps = Annotated[
     int | None,
     typer.Option(min=1, help="Denoising steps of a token (MAR).", show_default="the model's own"),
@@ -407,10 +411,8 @@ def serve_app(
     any_model: Annotated[
         bool, typer.Option("--any-model", help="Let visitors type folders and hub ids.")
     ] = False,
-    device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
-    dtype: Annotated[
-        str, typer.Option(help="Precision of the networks that decide tokens: float32 or bfloat16.")
-    ] = "float32",
+    device: Device = "cpu",
+    dtype: Precision = "float32",
     concurrency: Annotated[
         int | None,
         typer.Option(min=1, help="Calls under way at a time.", show_default="what fits into memory, up to 4"),
@@ -468,10 +470,8 @@ def bench(
     num_iterations: NumIterations = None,
     head_steps: HeadSteps = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
-    dtype: Annotated[
-        str, typer.Option(help="Precision of the networks that decide tokens: float32 or bfloat16.")
-    ] = "float32",
+    device: Device = "cpu",
+    dtype: Precision = "float32",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the networks; the first calls then take minutes.")
     ] = False,

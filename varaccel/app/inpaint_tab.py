@@ -30,12 +30,8 @@ def paints(studio: Studio, model: str) -> bool:
     )
 
 
-def inpaint_tab(studio: Studio, kept: gr.State) -> None:
-    """The content of the tab, inside an open `gr.Blocks`.
-
-    Args:
-        kept: the pictures of the visit, newest first, with their captions.
-    """
+def inpaint_tab(studio: Studio) -> None:
+    """The content of the tab, inside an open `gr.Blocks`."""
     models = [name for name in studio.shelf.names if paints(studio, name)]
     if not models:
         gr.Markdown(
@@ -87,11 +83,20 @@ def inpaint_tab(studio: Studio, kept: gr.State) -> None:
             )
             told = gr.Markdown()
 
+    def drawn(call: str, model: str, request: gr.Request, *arguments: Any, **options: Any) -> Any:
+        """What a method of the pipeline makes, None if it took too long."""
+        method = getattr(studio.shelf.pipeline(model), call)
+        try:
+            with studio.hold(request) as allowed:
+                return method(*arguments, callback_on_step_end=lambda *_: allowed(), **options)
+        except Stopped as stopped:
+            gr.Warning(notice(stopped.reason))
+            return None
+
     def start(model: str, prompt: str, seed: float | None, request: gr.Request) -> Any:
-        with shown_on_page(), studio.hold(request):
-            pipe = studio.shelf.pipeline(model)
-            picture = pipe(prompt, seed=checked_seed(seed)).images[0]
-        return on_board(picture)
+        with shown_on_page():
+            out = drawn("__call__", model, request, prompt, seed=checked_seed(seed))
+        return gr.skip() if out is None else on_board(out.images[0])
 
     def painted(
         model: str,
@@ -104,26 +109,22 @@ def inpaint_tab(studio: Studio, kept: gr.State) -> None:
     ) -> tuple[Any, str]:
         with shown_on_page():
             picture, mask = picture_and_mask(board)
-            chosen = studio.shelf.accelerator(accelerator, {})
-            pipe = studio.shelf.pipeline(model)
-            try:
-                with studio.hold(request):
-                    out = pipe.inpaint(
-                        picture,
-                        mask,
-                        prompt.strip() or None,
-                        seed=checked_seed(seed),
-                        num_images=checked_count(count),
-                        accelerator=chosen,
-                    )
-            except Stopped as stopped:
-                gr.Warning(notice(stopped.reason))
-                return gr.skip(), ""
-        captioned = [
-            (image, f"{prompt or 'whatever fits'}, seed {int(seed or 0) + i}")
-            for i, image in enumerate(out.images)
-        ]
-        return captioned, f"`{out.stats}`"
+            wanted, first = prompt.strip(), checked_seed(seed)
+            out = drawn(
+                "inpaint",
+                model,
+                request,
+                picture,
+                mask,
+                wanted or None,
+                seed=first,
+                num_images=checked_count(count),
+                accelerator=studio.shelf.accelerator(accelerator, {}),
+            )
+        if out is None:
+            return gr.skip(), ""
+        captions = [f"{wanted or 'whatever fits'}, seed {first + i}" for i in range(len(out.images))]
+        return list(zip(out.images, captions, strict=True)), f"`{out.stats}`"
 
     shared: dict[str, Any] = {
         "concurrency_id": "device",

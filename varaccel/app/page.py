@@ -122,11 +122,11 @@ def build(studio: Studio) -> gr.Blocks:
         gr.Markdown(HEADING)
         draw_endpoint(studio)  # first, so that no event of a tab is called as it is
         with gr.Tab("Race"):
-            kept = race_tab(studio)
+            race_tab(studio)
         with gr.Tab("Compare"):
             compare.compare_tab(studio)
         with gr.Tab("Paint"):
-            inpaint_tab(studio, kept)
+            inpaint_tab(studio)
         with gr.Tab("Explore"):
             explore.explore_tab(studio.reports)
 

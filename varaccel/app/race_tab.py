@@ -57,8 +57,8 @@ GALLERY_LIMIT = 24
 Gallery = list[tuple[Image.Image, str]]
 
 
-def race_tab(studio: Studio) -> gr.State:
-    """The content of the tab, inside an open `gr.Blocks`; the pictures of the visit, newest first."""
+def race_tab(studio: Studio) -> None:
+    """The content of the tab, inside an open `gr.Blocks`."""
     shelf = studio.shelf
     first_model = shelf.names[0]
     family = shelf.family(first_model)
@@ -143,7 +143,7 @@ def race_tab(studio: Studio) -> gr.State:
                 for (owner, option), value in zip(names, values, strict=True)
                 if owner == accelerator
             }
-            shelf.check(model)
+            shelf.check(model)  # before its name leads to a file of a report
             drawn = DrawRequest(
                 model,
                 prompt,
@@ -227,7 +227,6 @@ def race_tab(studio: Studio) -> gr.State:
         show_progress="hidden",
         api_visibility="private",
     )
-    return kept
 
 
 def running(studio: Studio, drawn: DrawRequest, request: gr.Request | None) -> Iterator[list[Side]]:

@@ -260,6 +260,7 @@ class VARPipeline(TokenPipeline):
         accelerator: Accelerator | str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
     ) -> ImageOutput | tuple[Any, Statistics]:
         """Paint a part of a picture anew, without training for it (VAR, section 5.3).
 
@@ -273,7 +274,7 @@ class VARPipeline(TokenPipeline):
                 (in-painting).
             num_images: versions to make; version i uses seed + i.
             guidance_scale, seed, generator, temperature, top_k, top_p, smooth, accelerator, output_type,
-                return_dict: as in a call. Without a prompt there is nothing to guide to.
+                return_dict, callback_on_step_end: as in a call. Without a prompt there is nothing to guide to.
 
         Raises:
             InputError: any argument that cannot be used.
@@ -296,7 +297,7 @@ class VARPipeline(TokenPipeline):
             accelerator=accelerator,
             output_type=output_type,
             return_dict=return_dict,
-            callback=None,
+            callback=callback_on_step_end,
         )
         return self._generate(call, settings)
 
