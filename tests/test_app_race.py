@@ -204,10 +204,13 @@ def test_the_end_of_a_race_says_what_was_gained_and_what_it_cost() -> None:
     assert page.count(law_badge("lossless")) == page.count(law_badge("approximate")) == 1
 
 
-def test_a_race_under_way_compares_at_equal_time() -> None:
-    fast = side(label="zipar(window=1)", phase="drawing", tokens=12.0)
+def test_a_race_under_way_says_how_far_both_are() -> None:
+    fast = side(label="zipar(window=1)", phase="drawing", tokens=12.0, seconds=1.9)
     page = race_html([side(phase="drawing", tokens=4.0), fast], "a red sphere", "costs")
-    assert "plain decoding has 25 % of its tokens, zipar(window=1) 75 %" in page
+    assert (
+        "Plain decoding has 25 % of its tokens after 2.00 s of computing, zipar(window=1) 75 % after 1.90 s."
+        in page
+    )
     assert "costs" not in page
 
 
