@@ -133,6 +133,7 @@ def test_options_arrive(client: Client) -> None:
         ({"accelerator": "zipar", "options": {"window": 0}}, "window"),
         ({"accelerator": "zipar", "options": {"windw": 1}}, "unknown option"),
         ({"accelerator": "code"}, "does not work on llamagen"),
+        ({"accelerator": "speculative", "options": {"tree": 100000}}, "numbers up to 1000"),
         ({"model": "absent"}, "&lt;b&gt;absent"),
         ({"model": "/etc"}, "not in the list of choices"),
         (
@@ -252,6 +253,22 @@ def test_only_what_is_offered_can_be_loaded() -> None:
     with pytest.raises(CheckpointError):
         free.pipeline("/somewhere")
     assert free.accelerator("code", {"refiner": "/somewhere"})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("speculative", {"tree": 1001}),
+        ("speculative", {"tree": [[0], [0, 5000]]}),
+        ("speculative", {"tree": {"total": 10**6}}),
+        ("speculative", {"tree": {"total": 10**6}, "drafter": "layers"}),
+        ("jacobi", {"window": 10**7}),
+        ("cspd", {"tries": 10**6}),
+    ],
+)
+def test_no_visitor_fills_the_memory_of_all(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="takes numbers up to 1000"):
+        new("raster").shelf.accelerator(name, options)
 
 
 def test_a_page_needs_a_model() -> None:

@@ -45,7 +45,7 @@ def draw_endpoint(studio: Studio) -> None:
                 guidance_scale,
                 checked_count(count),
             )
-            shelf.check_networks(drawn.accelerator_object())
+            shelf.check_accelerator(drawn.accelerator_object())
             pipe = shelf.pipeline(model)
             try:
                 with studio.hold(request) as allowed:

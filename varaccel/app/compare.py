@@ -297,7 +297,7 @@ def compare_tab(studio: Studio) -> None:
             shelf.check(model)
             chosen = with_plain(settings_lines(text, shelf.family(model)))
             for accelerator in chosen:
-                shelf.check_networks(accelerator)
+                shelf.check_accelerator(accelerator)
             wanted = DrawRequest(model, prompt, Plain.name, {}, number, checked_guidance(guidance), pictures)
             yield from _shown(studio, wanted, chosen, asked_at, request)
 

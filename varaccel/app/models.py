@@ -15,6 +15,9 @@ from varaccel.errors import InputError, unknown_name
 NETWORK_OPTIONS = ("refiner", "drafter")
 """Options of accelerators that may name a further model to load."""
 
+LARGEST_OPTION = 1000
+"""Of integers that visitors give: a chain of 100,000 guesses would take the memory of all."""
+
 LARGE_MODELS = 1
 """Models other than the shipped ones that are kept loaded: published ones fill a machine."""
 
@@ -90,20 +93,37 @@ class ModelShelf:
             InputError: an unknown name, or options that cannot be used.
         """
         chosen = make_accelerator(name, options)
-        self.check_networks(chosen)
+        self.check_accelerator(chosen)
         return chosen
 
-    def check_networks(self, accelerator: Accelerator) -> None:
-        """Refuse an accelerator that would load a model which visitors may not choose.
+    def check_accelerator(self, accelerator: Accelerator) -> None:
+        """Refuse what a visitor may not ask of an accelerator.
 
         Raises:
-            InputError: it would.
+            InputError: it would load a model that is not offered, or a number is so large that it would fill the
+                memory of everybody.
         """
         for field in dataclasses.fields(accelerator):  # type: ignore[arg-type]
             value = getattr(accelerator, field.name)
+            if largest_integer(value) > LARGEST_OPTION:
+                raise InputError(
+                    f"{field.name} of {accelerator.name} is {largest_integer(value)}; this page takes numbers up to "
+                    f"{LARGEST_OPTION}."
+                )
             own = "llamagen" in accelerator.hosts and value in DRAFTERS  # parts of the model itself
             if field.name in NETWORK_OPTIONS and isinstance(value, str) and not own:
                 self.check(value)
+
+
+def largest_integer(value: Any) -> int:
+    """The largest integer in a plain value or in the lists, mappings and dataclasses that it is made of, at least 0."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return max(map(largest_integer, value), default=0)
+    return max(0, value) if isinstance(value, int) else 0
 
 
 def fitting_prompt(pipe: Any, prompt: str, proposed: str) -> str:

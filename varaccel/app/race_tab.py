@@ -236,7 +236,7 @@ def running(studio: Studio, drawn: DrawRequest, request: gr.Request | None) -> I
         VaraccelError: a request that cannot be carried out, or no memory.
     """
     accelerator = drawn.accelerator_object()
-    studio.shelf.check_networks(accelerator)
+    studio.shelf.check_accelerator(accelerator)
     call = {name: value for name, value in drawn.pipeline_call().items() if name != "accelerator"}
     race = Race(
         studio.shelf.pipeline(drawn.model),
