@@ -16,12 +16,12 @@ from typing import Any
 import gradio as gr
 from PIL import Image, ImageDraw, ImageFont
 
-from varaccel.app.explore import law_badge
+from varaccel.app.markup import data_uri, law_badge
 from varaccel.app.models import fitting_prompt
 from varaccel.app.notices import shown_on_page
-from varaccel.app.race import warm_up
+from varaccel.app.option_controls import MODELS_OWN
+from varaccel.app.race import unpaused, warm_up
 from varaccel.app.race_tab import PROMPTS
-from varaccel.app.race_view import data_uri
 from varaccel.app.snippet import DrawRequest, given_options, reproduce_command
 from varaccel.app.studio import (
     MAX_PICTURES,
@@ -216,8 +216,7 @@ def _timed(
 
     output: ImageOutput = pipe(accelerator=accelerator, callback_on_step_end=after_pass, **call)
     waited = own if waited_before is None else allowed.paused - waited_before  # type: ignore[attr-defined]
-    seconds = {**output.stats.seconds, "tokens": output.stats.seconds["tokens"] - waited}
-    return ImageOutput(output.images, replace(output.stats, seconds=seconds), output.written)
+    return ImageOutput(output.images, unpaused(output.stats, waited), output.written)
 
 
 def sheet(rows: Sequence[ComparedRow], prompt: str) -> Image.Image:
@@ -263,7 +262,7 @@ def compare_tab(studio: Studio) -> None:
                 count = gr.Slider(1, MAX_PICTURES, 2, step=1, label="pictures of each", min_width=140)
                 seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=110)
                 # a number field that is left empty sends 0
-                guidance = gr.Textbox("", label="guidance", placeholder="the model's own", min_width=140)
+                guidance = gr.Textbox("", label="guidance", placeholder=MODELS_OWN, min_width=140)
         with gr.Column(scale=2, min_width=280):
             settings = gr.Textbox(
                 proposed_lines(first, shelf.family(first), shelf.names),

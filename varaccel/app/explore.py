@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import gradio as gr
 from PIL import Image
 
 import varaccel
+from varaccel.app.markup import data_uri, law_badge
 from varaccel.app.trade_off import trade_off
 from varaccel.errors import InputError
 from varaccel.evaluation.bench import BenchReport
@@ -272,12 +271,6 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]], caption: str) 
     )
 
 
-def law_badge(law: str) -> str:
-    """A law as a label of its own colour."""
-    exact = law == "lossless"
-    return f'<span class="va-law {"exact" if exact else "near"}">{"exact" if exact else escape(law)}</span>'
-
-
 def _verdict(cell: str) -> str:
     """A cell; what stands in brackets goes on in a line of its own."""
     word, bracket, rest = cell.partition(" (")
@@ -313,14 +306,12 @@ def _sheet(path: Path, title: str, caption: str) -> list[str]:
             picture = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return [heading, f"<p>{escape(path.name)} cannot be read as a picture.</p>"]
-    data = io.BytesIO()
-    picture.save(data, "WEBP", quality=90)  # a sixth of the PNG, and it goes through the page
-    source = base64.b64encode(data.getvalue()).decode()
+    source = data_uri(picture, "WEBP", quality=90)  # a sixth of the PNG, and it goes through the page
     return [
         heading,
         f'<figure class="sheet"><div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}"><img '
         f'alt="{escape(caption)}" width="{picture.width}" height="{picture.height}" '
-        f'src="data:image/webp;base64,{source}"></div><figcaption>{escape(caption)}</figcaption></figure>',
+        f'src="{source}"></div><figcaption>{escape(caption)}</figcaption></figure>',
     ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +16,6 @@ NETWORK_OPTIONS = ("refiner", "drafter")
 
 LARGEST_OPTION = 1000
 """Of integers that visitors give: a chain of 100,000 guesses would take the memory of all."""
-
-LARGE_MODELS = 1
-"""Models other than the shipped ones that are kept loaded: published ones fill a machine."""
 
 
 class ModelShelf:
@@ -49,7 +45,7 @@ class ModelShelf:
         self.any_model = any_model
         self._load = load
         self._kept = frozenset(kept)
-        self._loaded: OrderedDict[str, Any] = OrderedDict()
+        self._loaded: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._families: dict[str, str] = {}
 
@@ -61,14 +57,10 @@ class ModelShelf:
         """
         self.check(name)
         with self._lock:  # one download and one copy, however many ask
-            if name in self._loaded:
-                self._loaded.move_to_end(name)
-                return self._loaded[name]
-            others = [known for known in self._loaded if known not in self._kept]
-            if name not in self._kept:
-                for old in others[: len(others) - LARGE_MODELS + 1]:
-                    del self._loaded[old]
-            self._loaded[name] = self._load(name)
+            if name not in self._loaded:
+                if name not in self._kept:  # one of these at a time: published models fill a machine
+                    self._loaded = {known: p for known, p in self._loaded.items() if known in self._kept}
+                self._loaded[name] = self._load(name)
             return self._loaded[name]
 
     def check(self, name: str) -> None:

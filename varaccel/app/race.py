@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from varaccel.app.turns import Stopped, Turns, out_of_time
+from varaccel.app.turns import Allowance, Stopped, Turns
 from varaccel.decoding.accelerator import Accelerator
 from varaccel.decoding.statistics import Statistics, call_label
 
@@ -95,16 +95,14 @@ class Race:
         self._call = call
         self._accelerators = accelerators
         self._turns = turns
-        self._limit = seconds_limit
-        self._deadline = 0.0
-        self._stopped: Stopped | None = None
+        self._allowance = Allowance(seconds_limit)
         self._error: BaseException | None = None
         self._changed = threading.Event()
         self.sides = [Side(call_label(a.name, a.options()), a.keeps_law) for a in accelerators]
 
-    def stop(self, reason: str = "") -> None:
+    def stop(self) -> None:
         """End the race after the pass under way; what there is stays."""
-        self._stopped = self._stopped or Stopped(reason)
+        self._allowance.stop()
 
     def frames(self) -> Iterator[list[Side]]:
         """Run the race; the sides whenever something is new, and at the end.
@@ -113,7 +111,6 @@ class Race:
             VaraccelError: an argument that the pipeline refuses, or no memory.
             Stopped: it took longer than the limit; not if somebody called `stop`.
         """
-        self._deadline = time.monotonic() + self._limit
         threads: list[threading.Thread] = []
         try:
             yield list(self.sides)
@@ -143,20 +140,15 @@ class Race:
             raise self._error
         self.sides = [s if s.phase == "finished" else replace(s, phase="stopped") for s in self.sides]
         yield list(self.sides)
-        if self._stopped is not None and self._stopped.reason:
-            raise self._stopped
-
-    def _check(self) -> None:
-        if time.monotonic() > self._deadline:
-            self.stop(out_of_time(self._limit))
-        if self._stopped is not None:
-            raise self._stopped
+        stopped = self._allowance.stopped
+        if stopped is not None and stopped.reason:
+            raise stopped
 
     def _warm_up(self) -> None:
         """The first passes of every side, so that neither clock pays for allocations of the call's shapes."""
         for accelerator in self._accelerators:
             with self._turns.join():
-                warm_up(self._pipe, accelerator, self._check, **self._call)
+                warm_up(self._pipe, accelerator, self._allowance.check, **self._call)
 
     def _draw(self, index: int) -> None:
         accelerator = self._accelerators[index]
@@ -165,7 +157,7 @@ class Race:
 
         def after_pass(pipe: Any, step: int, tokens: int, state: Mapping[str, Any]) -> None:
             nonlocal preview_cost, next_preview
-            self._check()
+            self._allowance.check()
             now = time.perf_counter()
             if now >= next_preview:
                 with turn.aside():
@@ -202,10 +194,7 @@ class Race:
         self._changed.set()
 
     def _finish(self, index: int, output: Any, paused: float) -> None:
-        """Waits and previews all lie within the phase of the tokens, so taking them off leaves its own time."""
-        stats: Statistics = output.stats
-        tokens = stats.seconds["tokens"] - paused
-        stats = replace(stats, seconds={**stats.seconds, "tokens": tokens})
+        stats = unpaused(output.stats, paused)
         self.sides[index] = Side(
             stats.label,
             stats.lossless,
@@ -213,11 +202,16 @@ class Race:
             stats.passes,
             stats.tokens,
             stats.tokens,
-            tokens,
+            stats.seconds["tokens"],
             tuple(output.images),
             _as_map(output.written),
             stats,
         )
+
+
+def unpaused(stats: Statistics, paused: float) -> Statistics:
+    """The cost of a call without what it paused: all pauses lie in callbacks, so within the phase of the tokens."""
+    return replace(stats, seconds={**stats.seconds, "tokens": stats.seconds["tokens"] - paused})
 
 
 def warm_up(pipe: Any, accelerator: Accelerator, allowed: Callable[[], None], **call: Any) -> None:

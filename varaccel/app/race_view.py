@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from varaccel.app.explore import law_badge
+from varaccel.app.markup import data_uri, law_badge
 from varaccel.app.race import Side
 from varaccel.pipelines.acceptance_map import pass_colors
 
@@ -95,13 +94,13 @@ def _side(side: Side, prompt: str, *, ahead: bool) -> str:
 def _pictures(side: Side, prompt: str) -> str:
     if not side.pictures:
         return f"<figure><figcaption>{side.phase}…</figcaption></figure>"
+    # what is replaced in a moment need not be exact
+    saved: dict[str, Any] = {} if side.phase == "finished" else {"format": "JPEG", "quality": 85}
     figures = []
     for index, picture in enumerate(side.pictures):
         state = "" if side.phase == "finished" else f", {100 * side.progress:.0f} % drawn"
         alt = html.escape(f"{prompt}: {side.label}, picture {index + 1}{state}", quote=True)
-        layers = [
-            f'<img class="picture" alt="{alt}" src="{data_uri(picture, final=side.phase == "finished")}">'
-        ]
+        layers = [f'<img class="picture" alt="{alt}" src="{data_uri(picture, **saved)}">']
         if side.written is not None:
             written = side.written[index]
             if (written == 0).any():
@@ -142,14 +141,3 @@ def pass_layer(written: NDArray[np.int32], passes: int, opacity: float = 0.6) ->
     colours = pass_colors(written, passes)
     alpha = np.where(written > 0, round(255 * opacity), 0).astype(np.uint8)
     return Image.fromarray(np.concatenate([colours, alpha[..., None]], axis=-1))
-
-
-def data_uri(picture: Image.Image, *, final: bool = True) -> str:
-    """A picture as text in a page: PNG, or JPEG for what is replaced in a moment."""
-    file = io.BytesIO()
-    if final:
-        picture.save(file, "PNG")
-    else:
-        picture.save(file, "JPEG", quality=85)
-    kind = "png" if final else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

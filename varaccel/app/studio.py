@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from varaccel.app.models import ModelShelf
-from varaccel.app.turns import Stopped, Turn, Turns, out_of_time
+from varaccel.app.turns import Allowance, Turn, Turns
 from varaccel.app.visits import Visits
 from varaccel.errors import InputError
 
@@ -60,18 +59,13 @@ class Permit:
 
     def __init__(self, turn: Turn, seconds_limit: float) -> None:
         self._turn = turn
-        self._limit = seconds_limit
-        self._deadline = time.monotonic() + seconds_limit
-        self._stopped = False
+        self._allowance = Allowance(seconds_limit)
+        self.stop = self._allowance.stop
 
     @property
     def paused(self) -> float:
         """Seconds that others had the device."""
         return self._turn.paused
-
-    def stop(self) -> None:
-        """Let the call end after the pass under way."""
-        self._stopped = True
 
     def __call__(self) -> None:
         """Go on, or raise.
@@ -79,10 +73,7 @@ class Permit:
         Raises:
             Stopped: the visitor stopped the call, or it took too long.
         """
-        if self._stopped:
-            raise Stopped
-        if time.monotonic() > self._deadline:
-            raise Stopped(out_of_time(self._limit))
+        self._allowance.check()
         self._turn.offer()
 
 

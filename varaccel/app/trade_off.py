@@ -291,6 +291,3 @@ def _entry(
         f'<li class="n{number}" tabindex="0">{_symbol(_law(row))}<span><b>{number} {escape(row.accelerator)}</b> '
         f"{escape(telling_options(row, rows))}<small>{escape('; '.join(figures))}</small></span></li>"
     )
-
-
-# -- pictures ------------------------------------------------------------------------------------------

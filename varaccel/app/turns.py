@@ -25,6 +25,37 @@ class Stopped(Exception):
         self.reason = reason
 
 
+class Allowance:
+    """How long a call may go on: until somebody stops it, or it has taken too long.
+
+    Args:
+        seconds: from now on.
+
+    Attributes:
+        stopped: why the call has to end, None while it may go on.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self.stopped: Stopped | None = None
+
+    def stop(self) -> None:
+        """Let the call end after the pass under way."""
+        self.stopped = self.stopped or Stopped()
+
+    def check(self) -> None:
+        """Go on, or raise.
+
+        Raises:
+            Stopped: the call has to end.
+        """
+        if self.stopped is None and time.monotonic() > self._deadline:
+            self.stopped = Stopped(out_of_time(self._seconds))
+        if self.stopped is not None:
+            raise self.stopped
+
+
 def out_of_time(seconds: float) -> str:
     """Why a call was stopped that took too long."""
     return f"stopped after {seconds:.0f} seconds, the time limit of a call on this page."
