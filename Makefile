@@ -40,7 +40,7 @@ demo: $(VENV)/user.stamp
 # measure time, so they have the machine for themselves, and are skipped where there is no Chromium
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not browser" --numprocesses auto --maxprocesses 4 --dist worksteal
-	$(RUN) -m pytest -m browser tests/test_app_browser.py
+	$(RUN) -m pytest -m browser tests/app/test_browser.py
 
 bench: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(RUN) eval/pareto.py --model mini-llamagen --model mini-var --model mini-mar --out outputs/report

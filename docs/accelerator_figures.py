@@ -339,7 +339,7 @@ def draw_plain() -> Drawing:
             )
     d.text(206, 20, "VAR", bold=True)
     d.text(206, 178, "a scale a pass", size=14)
-    from varaccel.decoding.masked_order import cosine_borders
+    from varaccel.hosts.masked.schedule import cosine_borders
 
     groups = masked_groups(5, side, cosine_borders(25, 5))
     for index, group in enumerate(groups):
@@ -501,7 +501,7 @@ def draw_code() -> Drawing:
 
 
 def draw_fewer_steps() -> Drawing:
-    from varaccel.decoding.masked_order import cosine_borders
+    from varaccel.hosts.masked.schedule import cosine_borders
 
     d = Drawing(248, "The same random order in nine groups and in three: a group is decided in one pass.")
     side, size = 6, 26

@@ -24,21 +24,21 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from varaccel.cli import parse_options
-from varaccel.decoding.accelerator import make_accelerator
+from varaccel.accelerators import make_accelerator
+from varaccel.cli.commands import parse_options
 from varaccel.errors import InputError, VaraccelError
-from varaccel.evaluation.adherence import (
+from varaccel.evaluation.metrics.adherence import (
     Adherence,
     Verdict,
     draw_captions,
     held_out_prompts,
     score_adherence,
 )
-from varaccel.evaluation.detector import as_batch, load_detector
-from varaccel.evaluation.picture_run import RunSettings
-from varaccel.evaluation.picture_sets import PictureFolder
-from varaccel.evaluation.prompt_lists import SCENES
+from varaccel.evaluation.metrics.image_sets import PictureFolder
+from varaccel.evaluation.sampling.image_run import RunSettings
+from varaccel.evaluation.sampling.prompt_lists import SCENES
 from varaccel.files import atomic_path
+from varaccel.models.detector import as_batch, load_detector
 from varaccel.pipelines.pixels import to_output
 from varaccel.scenes import render, sample_scene
 from varaccel.scenes.cache import CachedScenes

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.extra import check_extra
-from varaccel.evaluation.presets import IMAGENET_256, get_preset
-from varaccel.evaluation.run_arguments import add_run_arguments, say_once, start_run
+from varaccel.evaluation.sampling.presets import IMAGENET_256, get_preset
+from varaccel.evaluation.sampling.run_arguments import add_run_arguments, say_once, start_run
 
 
 def main() -> int:
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _follow_preset(options: argparse.Namespace) -> None:
     """Take from the preset what was not typed."""
-    from varaccel.evaluation.metrics import ADM_REFERENCE
+    from varaccel.evaluation.metrics.set_metrics import ADM_REFERENCE
 
     preset = get_preset(options.preset)
     if options.out is None:
@@ -119,8 +119,8 @@ def _drawn(options: argparse.Namespace) -> bool:
 
 def _space(options: argparse.Namespace) -> str:
     """The feature space, if all that it needs is there."""
-    from varaccel.evaluation.feature_spaces import check_space
-    from varaccel.evaluation.metrics import check_metrics, holds_inception_statistics
+    from varaccel.evaluation.metrics.feature_spaces import check_space
+    from varaccel.evaluation.metrics.set_metrics import check_metrics, holds_inception_statistics
 
     if options.metrics is not None:
         check_metrics(options.metrics)
@@ -134,10 +134,10 @@ def _measured(options: argparse.Namespace, name: str) -> int:
     import torch
     from rich.console import Console
 
-    from varaccel.cli import write_text
-    from varaccel.evaluation.clip_score import CLIP_MODEL, load_clip
-    from varaccel.evaluation.feature_spaces import load_space
-    from varaccel.evaluation.measured_sets import measure_sets
+    from varaccel.cli.commands import write_text
+    from varaccel.evaluation.metrics.clip_score import CLIP_MODEL, load_clip
+    from varaccel.evaluation.metrics.feature_spaces import load_space
+    from varaccel.evaluation.metrics.measured_sets import measure_sets
 
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     clip = None if options.clip is None else load_clip(options.clip or CLIP_MODEL).to(device)

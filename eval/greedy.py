@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 from varaccel import AutoPipeline
-from varaccel.cli import examples, write_text
+from varaccel.cli.commands import examples, write_text
 from varaccel.errors import InputError, VaraccelError
-from varaccel.evaluation.adherence import held_out_captions
-from varaccel.evaluation.bench import parse_grid
+from varaccel.evaluation.bench.run import parse_grid
+from varaccel.evaluation.metrics.adherence import held_out_captions
 
 EXACT = (
     *("jacobi:coupling=none", "jacobi:coupling=gumbel", "jacobi:coupling=maximal"),

@@ -38,15 +38,15 @@ def main() -> int:
     from tqdm import tqdm
 
     from varaccel import AutoPipeline, MARTransformer
-    from varaccel.cli import write_text
-    from varaccel.decoding.denoising import HeadSampling, denoising_step
-    from varaccel.decoding.graphed_loop import GraphedLoop
-    from varaccel.decoding.masked_guidance import MaskedGuidance
-    from varaccel.decoding.randomness import picture_generators
-    from varaccel.decoding.token_noise import TokenNoise
+    from varaccel.cli.commands import write_text
+    from varaccel.engine.randomness import picture_generators
     from varaccel.errors import VaraccelError
-    from varaccel.evaluation.machine import describe_machine
-    from varaccel.evaluation.published_mar import our_shares, published_loop
+    from varaccel.evaluation.published.mar import our_shares, published_loop
+    from varaccel.evaluation.speed.machine import describe_machine
+    from varaccel.hosts.masked.cuda_graph import GraphedLoop
+    from varaccel.hosts.masked.denoising import HeadSampling, denoising_step
+    from varaccel.hosts.masked.guidance import MaskedGuidance
+    from varaccel.hosts.masked.noise import TokenNoise
 
     try:
         torch.manual_seed(0)

@@ -19,7 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from varaccel.cli import (
+from varaccel.accelerators import Accelerator
+from varaccel.cli.commands import (
     check_place,
     check_writable,
     earlier_report,
@@ -30,13 +31,12 @@ from varaccel.cli import (
     write_report,
     write_text,
 )
-from varaccel.decoding.accelerator import Accelerator
 from varaccel.errors import InputError, VaraccelError
-from varaccel.evaluation.bench import RELEASE_GRIDS, BenchReport, default_grid, parse_grid
-from varaccel.evaluation.bench_figures import draw_samples, plot
+from varaccel.evaluation.bench.figures import draw_samples, plot
+from varaccel.evaluation.bench.held_out import bench_held_out, held_out_examples
+from varaccel.evaluation.bench.report_page import Section, report_page
+from varaccel.evaluation.bench.run import RELEASE_GRIDS, BenchReport, default_grid, parse_grid
 from varaccel.evaluation.extra import check_extra
-from varaccel.evaluation.held_out import bench_held_out, held_out_examples
-from varaccel.evaluation.report_page import Section, report_page
 
 GRIDS = ("release", "default")
 

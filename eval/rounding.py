@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from varaccel.errors import VaraccelError
-from varaccel.evaluation.run_arguments import add_run_arguments, start_run
+from varaccel.evaluation.sampling.run_arguments import add_run_arguments, start_run
 
 
 def main() -> int:
@@ -27,9 +27,9 @@ def main() -> int:
     add_run_arguments(parser)
     options = parser.parse_args()
     try:
-        from varaccel.cli import write_text
-        from varaccel.evaluation.machine import describe_machine
-        from varaccel.evaluation.rounding import compare_batch_sizes
+        from varaccel.cli.commands import write_text
+        from varaccel.evaluation.metrics.rounding import compare_batch_sizes
+        from varaccel.evaluation.speed.machine import describe_machine
 
         started = start_run(options, Path())
         settings = started.run.settings

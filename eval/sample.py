@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from varaccel.errors import VaraccelError
-from varaccel.evaluation.run_arguments import add_run_arguments, say_once, start_run
+from varaccel.evaluation.sampling.run_arguments import add_run_arguments, say_once, start_run
 
 
 def main() -> int:

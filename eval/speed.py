@@ -20,7 +20,7 @@ from typing import Any
 
 def usual(pipe: Any, model: str) -> list[str]:
     """What is compared if nothing is asked for, as typed on a command line."""
-    from varaccel.cli import smaller_model
+    from varaccel.cli.commands import smaller_model
 
     small = smaller_model(model)
     if pipe.family == "var":
@@ -60,7 +60,7 @@ def main() -> int:
 
     from rich.console import Console
 
-    from varaccel.cli import (
+    from varaccel.cli.commands import (
         call_options,
         check_place,
         examples,
@@ -70,9 +70,9 @@ def main() -> int:
         write_text,
     )
     from varaccel.errors import InputError, VaraccelError
-    from varaccel.evaluation.adherence import held_out_prompts
-    from varaccel.evaluation.bench import parse_grid
-    from varaccel.evaluation.speed_sweep import SweepReport, sweep
+    from varaccel.evaluation.bench.run import parse_grid
+    from varaccel.evaluation.metrics.adherence import held_out_prompts
+    from varaccel.evaluation.speed.speed_sweep import SweepReport, sweep
 
     def save(report: SweepReport) -> None:
         if options.out:

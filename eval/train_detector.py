@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from varaccel.errors import VaraccelError
-from varaccel.evaluation.detector import load_detector
 from varaccel.files import atomic_path
+from varaccel.models.detector import load_detector
 from varaccel.scenes import HELD_OUT_SEED
 from varaccel.scenes.cache import CachedScenes
 from varaccel.scenes.dataset import make_sample, to_tensor

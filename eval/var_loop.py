@@ -38,10 +38,10 @@ def main() -> int:
     from tqdm import tqdm
 
     from varaccel import AutoPipeline, MultiScaleVQModel, VARPipeline, VARTransformer
-    from varaccel.cli import write_text
+    from varaccel.cli.commands import write_text
     from varaccel.errors import VaraccelError
-    from varaccel.evaluation.machine import describe_machine
-    from varaccel.evaluation.published_var import published_loop
+    from varaccel.evaluation.published.var import published_loop
+    from varaccel.evaluation.speed.machine import describe_machine
 
     try:
         torch.manual_seed(0)

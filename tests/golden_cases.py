@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from varaccel.models.checkpoints import load_strict
 from varaccel.models.llamagen import LlamaGenTransformer
+from varaccel.nn.checkpoints import load_strict
 
 LLAMAGEN = Path(__file__).parent / "golden" / "llamagen"
 

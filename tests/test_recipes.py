@@ -25,12 +25,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.docs.test_doc_code import check_parser
 from tests.scripts import ROOT, load_script
-from tests.test_doc_code import check_parser
 from tests.tiny import eagle_head
 from varaccel import AutoPipeline, LlamaGenPipeline
 from varaccel.errors import InputError
-from varaccel.pipelines.catalog import weights_folder
+from varaccel.shipped import weights_folder
 from varaccel.training import allocator, stages
 
 RECIPES = ROOT / "pipelines"

@@ -18,26 +18,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Accelerator": "varaccel.decoding.accelerator",
-    "Auto": "varaccel.decoding.auto",
-    "CoDe": "varaccel.decoding.code",
-    "CSpD": "varaccel.decoding.cspd",
-    "DynamicTree": "varaccel.decoding.tree",
-    "Jacobi": "varaccel.decoding.jacobi",
-    "Lantern": "varaccel.decoding.lantern",
-    "LayerSkip": "varaccel.decoding.speculative",
-    "Speculative": "varaccel.decoding.speculative",
-    "Topology": "varaccel.decoding.tree",
+    "Accelerator": "varaccel.accelerators",
+    "Auto": "varaccel.accelerators.auto",
+    "CoDe": "varaccel.accelerators.code",
+    "CSpD": "varaccel.accelerators.cspd",
+    "DynamicTree": "varaccel.speculation.tree",
+    "Jacobi": "varaccel.accelerators.jacobi",
+    "Lantern": "varaccel.accelerators.lantern",
+    "LayerSkip": "varaccel.accelerators.speculative",
+    "Speculative": "varaccel.accelerators.speculative",
+    "Topology": "varaccel.speculation.tree",
     "EagleHead": "varaccel.models.eagle",
-    "FeatureCache": "varaccel.decoding.feature_cache",
-    "FewerSteps": "varaccel.decoding.fewer_steps",
-    "Plain": "varaccel.decoding.plain",
-    "ZipAR": "varaccel.decoding.zipar",
-    "make_accelerator": "varaccel.decoding.accelerator",
-    "Guidance": "varaccel.decoding.guidance",
-    "Sampling": "varaccel.decoding.sampling",
-    "ScaleGuidance": "varaccel.decoding.scale_sampling",
-    "ScaleSampling": "varaccel.decoding.scale_sampling",
+    "FeatureCache": "varaccel.accelerators.feature_cache",
+    "FewerSteps": "varaccel.accelerators.fewer_steps",
+    "Plain": "varaccel.accelerators.plain",
+    "ZipAR": "varaccel.accelerators.zipar",
+    "make_accelerator": "varaccel.accelerators",
+    "Guidance": "varaccel.hosts.causal.guidance",
+    "Sampling": "varaccel.hosts.causal.sampling",
+    "ScaleGuidance": "varaccel.hosts.next_scale.sampling",
+    "ScaleSampling": "varaccel.hosts.next_scale.sampling",
     "AutoPipeline": "varaccel.pipelines.auto",
     "LlamaGenPipeline": "varaccel.pipelines.llamagen",
     "LlamaGenTransformer": "varaccel.models.llamagen",
@@ -89,22 +89,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from varaccel.decoding.accelerator import Accelerator, make_accelerator
-    from varaccel.decoding.auto import Auto
-    from varaccel.decoding.code import CoDe
-    from varaccel.decoding.cspd import CSpD
-    from varaccel.decoding.feature_cache import FeatureCache
-    from varaccel.decoding.fewer_steps import FewerSteps
-    from varaccel.decoding.guidance import Guidance
-    from varaccel.decoding.jacobi import Jacobi
-    from varaccel.decoding.lantern import Lantern
-    from varaccel.decoding.plain import Plain
-    from varaccel.decoding.sampling import Sampling
-    from varaccel.decoding.scale_sampling import ScaleGuidance, ScaleSampling
-    from varaccel.decoding.speculative import LayerSkip, Speculative
-    from varaccel.decoding.tree import DynamicTree, Topology
-    from varaccel.decoding.zipar import ZipAR
+    from varaccel.accelerators import Accelerator, make_accelerator
+    from varaccel.accelerators.auto import Auto
+    from varaccel.accelerators.code import CoDe
+    from varaccel.accelerators.cspd import CSpD
+    from varaccel.accelerators.feature_cache import FeatureCache
+    from varaccel.accelerators.fewer_steps import FewerSteps
+    from varaccel.accelerators.jacobi import Jacobi
+    from varaccel.accelerators.lantern import Lantern
+    from varaccel.accelerators.plain import Plain
+    from varaccel.accelerators.speculative import LayerSkip, Speculative
+    from varaccel.accelerators.zipar import ZipAR
     from varaccel.errors import CheckpointError, InputError, VaraccelError
+    from varaccel.hosts.causal.guidance import Guidance
+    from varaccel.hosts.causal.sampling import Sampling
+    from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
     from varaccel.models.eagle import EagleHead
     from varaccel.models.llamagen import LlamaGenTransformer
     from varaccel.models.mar import MARTransformer
@@ -113,6 +112,7 @@ if TYPE_CHECKING:
     from varaccel.pipelines.llamagen import LlamaGenPipeline
     from varaccel.pipelines.mar import MARPipeline
     from varaccel.pipelines.var import VARPipeline
+    from varaccel.speculation.tree import DynamicTree, Topology
     from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
     from varaccel.tokenizers.vq import VQModel
 

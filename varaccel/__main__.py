@@ -1,6 +1,6 @@
 """`python -m varaccel`."""
 
-from varaccel.cli import main
+from varaccel.cli.commands import main
 
 if __name__ == "__main__":
     main()

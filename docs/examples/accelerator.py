@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from varaccel.decoding.accelerator import Accelerator, Job, register
-from varaccel.decoding.loop import decode
-from varaccel.decoding.options import positive_integer
-from varaccel.decoding.order import Group, StaggeredRows
+from varaccel.accelerators import Accelerator, register
+from varaccel.engine.job import Job
+from varaccel.engine.loop import decode
+from varaccel.engine.options import positive_integer
+from varaccel.hosts.causal.schedule import Group, StaggeredRows
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from varaccel import LlamaGenPipeline
-from varaccel.decoding.cache import KVCache
-from varaccel.decoding.reading import Reading
 from varaccel.models.llamagen import Attention, Block, FeedForward
-from varaccel.models.rotary import rotary_table
+from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.kv_cache import KVCache
+from varaccel.nn.rotary import rotary_table
 
 
 class PixelGPT(ModelMixin, ConfigMixin):
-    """The network: one block that is run twice, and all of `varaccel.decoding.session.CausalNetwork`."""
+    """The network: one block that is run twice, and all of `varaccel.hosts.causal.session.CausalNetwork`."""
 
     prefix_length, num_tokens = 1, 256  # a slot for the class, then 16 x 16 pixels
 

@@ -7,12 +7,12 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from varaccel.accelerators import ACCELERATORS
+from varaccel.accelerators.plain import Plain
 from varaccel.app.notices import shown_on_page
 from varaccel.app.snippet import DrawRequest
 from varaccel.app.studio import Studio, checked_count, checked_seed
 from varaccel.app.turns import Stopped
-from varaccel.decoding.accelerator import ACCELERATORS
-from varaccel.decoding.plain import Plain
 
 DESCRIPTION = (
     "Draw pictures of a prompt, plainly or with an accelerator. `options` are the accelerator's, such as "

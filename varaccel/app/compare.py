@@ -16,6 +16,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image, ImageDraw, ImageFont
 
+from varaccel.accelerators import Accelerator, resolve_accelerator
+from varaccel.accelerators.plain import Plain
 from varaccel.app.markup import data_uri, law_badge
 from varaccel.app.models import fitting_prompt
 from varaccel.app.notices import shown_on_page
@@ -33,15 +35,13 @@ from varaccel.app.studio import (
     visitor,
 )
 from varaccel.app.turns import Stopped
-from varaccel.cli import smaller_model
-from varaccel.decoding.accelerator import Accelerator, resolve_accelerator
-from varaccel.decoding.plain import Plain
-from varaccel.decoding.statistics import Statistics, call_label
+from varaccel.cli.commands import smaller_model
+from varaccel.engine.statistics import Statistics, call_label
 from varaccel.errors import InputError
-from varaccel.evaluation.bench import RELEASE_GRIDS, Row, parse_accelerator
-from varaccel.evaluation.bench_figures import Samples
-from varaccel.evaluation.machine import describe_machine
-from varaccel.evaluation.speed import naming
+from varaccel.evaluation.bench.figures import Samples
+from varaccel.evaluation.bench.run import RELEASE_GRIDS, Row, parse_accelerator
+from varaccel.evaluation.speed.call_speed import naming
+from varaccel.evaluation.speed.machine import describe_machine
 from varaccel.pipelines.output import ImageOutput
 
 MAX_SETTINGS = 12

@@ -9,7 +9,7 @@ from pathlib import Path
 from varaccel.app.explore import Found, read_report
 from varaccel.app.snippet import DrawRequest
 from varaccel.errors import InputError
-from varaccel.evaluation.bench import BenchReport, Quality, Row
+from varaccel.evaluation.bench.run import BenchReport, Quality, Row
 
 
 def quality_cost(folders: Sequence[Path], drawn: DrawRequest) -> str:

@@ -17,8 +17,8 @@ import varaccel
 from varaccel.app.markup import data_uri, law_badge
 from varaccel.app.trade_off import trade_off
 from varaccel.errors import InputError
-from varaccel.evaluation.bench import BenchReport
-from varaccel.evaluation.report_page import best_sentences
+from varaccel.evaluation.bench.report_page import best_sentences
+from varaccel.evaluation.bench.run import BenchReport
 
 _HIGHLIGHTED = 48
 """Rows that light up in a plot when they are pointed at; larger reports have more, which stay as they are."""

@@ -8,10 +8,10 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from varaccel.accelerators import ACCELERATORS
 from varaccel.app.notices import notice, shown_on_page
 from varaccel.app.studio import MAX_PICTURES, MAX_SEED, Studio, checked_count, checked_seed
 from varaccel.app.turns import Stopped
-from varaccel.decoding.accelerator import ACCELERATORS
 from varaccel.errors import InputError
 
 PICTURE_PROMPT = "a red cube"

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from varaccel.decoding.accelerator import ACCELERATORS, Accelerator, make_accelerator
-from varaccel.decoding.speculative import DRAFTERS
+from varaccel.accelerators import ACCELERATORS, Accelerator, make_accelerator
+from varaccel.accelerators.speculative import DRAFTERS
 from varaccel.errors import InputError, unknown_name
 
 NETWORK_OPTIONS = ("refiner", "drafter")
@@ -140,8 +140,9 @@ def family_of(name: str) -> str | None:
 
     from varaccel.errors import CheckpointError
     from varaccel.pipelines.auto import PIPELINES
-    from varaccel.pipelines.catalog import PUBLISHED, shipped_models
+    from varaccel.pipelines.catalog import PUBLISHED
     from varaccel.pipelines.loading import pipeline_class_name
+    from varaccel.shipped import shipped_models
 
     if name in PUBLISHED:
         return PUBLISHED[name].family

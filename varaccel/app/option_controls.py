@@ -14,10 +14,10 @@ from typing import Any, Literal
 import gradio as gr
 from gradio.components import Component
 
+from varaccel.accelerators import ACCELERATORS, Accelerator
+from varaccel.accelerators.speculative import DRAFTERS
 from varaccel.app.models import NETWORK_OPTIONS
-from varaccel.cli import parse_options
-from varaccel.decoding.accelerator import ACCELERATORS, Accelerator
-from varaccel.decoding.speculative import DRAFTERS
+from varaccel.cli.commands import parse_options
 from varaccel.errors import InputError
 
 Kind = Literal["integer", "number", "choice", "switch", "text"]

@@ -44,7 +44,7 @@ class PageSettings:
         models: what visitors may choose, the first one at first; the shipped ones if empty.
         published: offer the published models as well, which are downloaded when they are chosen.
         any_model: let visitors type folders and hub ids.
-        device, dtype: where models run and in which precision, see `varaccel.cli.move`.
+        device, dtype: where models run and in which precision, see `varaccel.cli.commands.move`.
         concurrency: calls under way at a time; as many as fit into the free memory, up to 4, if None.
         seconds_limit: of a call.
         host: address to listen on; this machine alone if None, unless GRADIO_SERVER_NAME says otherwise.
@@ -68,8 +68,9 @@ def new_studio(settings: PageSettings) -> Studio:
     Raises:
         InputError: settings that cannot be used.
     """
-    from varaccel.cli import check_place, load_pipeline, move
-    from varaccel.pipelines.catalog import PUBLISHED, shipped_models
+    from varaccel.cli.commands import check_place, load_pipeline, move
+    from varaccel.pipelines.catalog import PUBLISHED
+    from varaccel.shipped import shipped_models
 
     check_place(settings.device, settings.dtype)
     if settings.seconds_limit <= 0:

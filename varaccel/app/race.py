@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from varaccel.accelerators import Accelerator
 from varaccel.app.turns import Allowance, Stopped, Turns
-from varaccel.decoding.accelerator import Accelerator
-from varaccel.decoding.statistics import Statistics, call_label
+from varaccel.engine.statistics import Statistics, call_label
 
 WARM_UP_PASSES = 4
 PREVIEW_SECONDS = 0.3

@@ -9,6 +9,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from varaccel.accelerators import ACCELERATORS
+from varaccel.accelerators.plain import Plain
 from varaccel.app.cost import quality_cost
 from varaccel.app.models import accelerators_of, fitting_prompt
 from varaccel.app.notices import notice, shown_on_page
@@ -26,9 +28,7 @@ from varaccel.app.studio import (
     visitor,
 )
 from varaccel.app.turns import Stopped
-from varaccel.cli import smaller_model
-from varaccel.decoding.accelerator import ACCELERATORS
-from varaccel.decoding.plain import Plain
+from varaccel.cli.commands import smaller_model
 
 PROMPTS = (
     "a yellow cylinder on a blue floor",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import varaccel
-from varaccel.decoding.accelerator import ACCELERATORS, Accelerator, make_accelerator
+from varaccel.accelerators import ACCELERATORS, Accelerator, make_accelerator
 from varaccel.errors import InputError
 
 COMMAND_OPTIONS = ("guidance_scale", "temperature", "top_k", "top_p", "num_iterations", "head_steps")
@@ -206,7 +206,7 @@ def reproduce_command(request: DrawRequest) -> str:
 
 
 def _typed(value: Any) -> str:
-    """A value as `varaccel.cli.parse_options` reads it: JSON, plain names without quotes.
+    """A value as `varaccel.cli.commands.parse_options` reads it: JSON, plain names without quotes.
 
     Raises:
         InputError: it is not plain.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, log, log10
 
-from varaccel.decoding.plain import Plain
-from varaccel.evaluation.bench import BenchReport, Row
-from varaccel.evaluation.bench_figures import Kind, fronts, telling_options
+from varaccel.accelerators.plain import Plain
+from varaccel.evaluation.bench.figures import Kind, fronts, telling_options
+from varaccel.evaluation.bench.run import BenchReport, Row
 
 _PANEL = (360, 280)
 """Width and height of a plot in its own units, which are pixels on a phone."""

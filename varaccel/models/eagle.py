@@ -17,12 +17,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from varaccel.decoding.cache import KVCache
-from varaccel.decoding.reading import Reading
 from varaccel.errors import CheckpointError, InputError
-from varaccel.models.checkpoints import load_strict, read_published_weights
 from varaccel.models.llamagen import LlamaGenTransformer, RMSNorm, feed_forward_width
-from varaccel.models.rotary import rotary_table, rotate
+from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.checkpoints import load_strict, read_published_weights
+from varaccel.nn.kv_cache import KVCache
+from varaccel.nn.rotary import rotary_table, rotate
 
 
 class EagleAttention(nn.Module):

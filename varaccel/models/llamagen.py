@@ -20,11 +20,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from varaccel.decoding.cache import KVCache
-from varaccel.decoding.reading import Reading, prefix_mask
 from varaccel.errors import CheckpointError, InputError, unknown_name
-from varaccel.models.checkpoints import load_strict, read_published_weights
-from varaccel.models.rotary import rotary_table, rotate
+from varaccel.nn.attention_inputs import Reading, prefix_mask
+from varaccel.nn.checkpoints import load_strict, read_published_weights
+from varaccel.nn.kv_cache import KVCache
+from varaccel.nn.rotary import rotary_table, rotate
 
 PRESETS: dict[str, dict[str, int]] = {
     "B": {"dim": 768, "num_layers": 12, "num_heads": 12},

@@ -20,13 +20,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from varaccel.decoding.cache import KVCache
-from varaccel.decoding.diffusion_schedule import NoiseSchedule
-from varaccel.decoding.reading import Reading
-from varaccel.decoding.rows import rows_of
 from varaccel.errors import CheckpointError, InputError, unknown_name
-from varaccel.models.checkpoints import load_strict, read_published_weights
 from varaccel.models.diffusion_head import DiffusionHead
+from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.checkpoints import load_strict, read_published_weights
+from varaccel.nn.gather import rows_of
+from varaccel.nn.kv_cache import KVCache
+from varaccel.nn.noise_schedule import NoiseSchedule
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "base": {

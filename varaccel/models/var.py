@@ -20,11 +20,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from varaccel.decoding.cache import KVCache
-from varaccel.decoding.reading import Reading
 from varaccel.errors import CheckpointError, InputError, unknown_name
-from varaccel.models.checkpoints import load_strict, read_published_weights
-from varaccel.tokenizers.scales import SCALES_256, SCALES_512, ScaleSchedule
+from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.checkpoints import load_strict, read_published_weights
+from varaccel.nn.kv_cache import KVCache
+from varaccel.nn.scale_schedule import SCALES_256, SCALES_512, ScaleSchedule
 
 PRESETS: dict[str, dict[str, Any]] = {
     "d16": {"depth": 16},

@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from varaccel.errors import CheckpointError, unknown_name
-from varaccel.models.precision import cast
+from varaccel.nn.precision import cast
 from varaccel.pipelines.catalog import PUBLISHED, PublishedModel
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.loading import LoadablePipeline, hub_options, pipeline_class_name, resolve_model

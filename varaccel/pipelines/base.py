@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from varaccel.decoding.accelerator import Accelerator, Job, resolve_accelerator
-from varaccel.decoding.canvas import Canvas
-from varaccel.decoding.loop import OnStep, Step
-from varaccel.decoding.randomness import Randomness, picture_generators
-from varaccel.decoding.statistics import Counts, Relayed, Statistics, Tally
-from varaccel.decoding.stopwatch import Stopwatch
+from varaccel.accelerators import Accelerator, resolve_accelerator
+from varaccel.engine.canvas import Canvas
+from varaccel.engine.job import Job
+from varaccel.engine.loop import OnStep, Step
+from varaccel.engine.randomness import Randomness, picture_generators
+from varaccel.engine.statistics import Counts, Relayed, Statistics, Tally
+from varaccel.engine.stopwatch import Stopwatch
 from varaccel.errors import InputError, unknown_name
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.memory import memory_errors

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import varaccel
-from varaccel.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -119,21 +114,3 @@ PUBLISHED: dict[str, PublishedModel] = {
     "mar-large": _mar("mar-large.safetensors", "kl16.safetensors", 3.0),
     "mar-huge": _mar("mar-huge.safetensors", "kl16.safetensors", 3.2),
 }
-
-
-def weights_folder() -> Path:
-    """Where the shipped models are: inside the installed package, or beside it in a checkout."""
-    package = Path(varaccel.__file__).parent
-    for folder in (package / "weights", package.parent / "weights"):
-        if (folder / "manifest.json").is_file():
-            return folder
-    raise CheckpointError(
-        f"no shipped models beside {package}; reinstall varaccel or pass the path of a model folder."
-    )
-
-
-def shipped_models() -> dict[str, Path]:
-    """Names and folders of the models that ship with the library."""
-    folder = weights_folder()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return {name: folder / name for name in manifest["models"]}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from varaccel.errors import InputError
-from varaccel.tokenizers.scales import ScaleSchedule
+from varaccel.nn.scale_schedule import ScaleSchedule
 
 ALWAYS_KEPT = 3
 """Scales of at most so many tokens are kept whole: they say what the picture is as a whole (published code)."""

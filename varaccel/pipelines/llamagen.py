@@ -10,21 +10,22 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from varaccel.decoding.accelerator import Accelerator, Job
-from varaccel.decoding.guidance import Guidance
-from varaccel.decoding.loop import OnStep, Step
-from varaccel.decoding.neighbours import neighbour_table
-from varaccel.decoding.network_drafter import check_same_codes
-from varaccel.decoding.order import Raster
-from varaccel.decoding.sampling import Sampling
-from varaccel.decoding.session import CausalSession
-from varaccel.decoding.statistics import Statistics
+from varaccel.accelerators import Accelerator
+from varaccel.engine.job import Job
+from varaccel.engine.loop import OnStep, Step
+from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
+from varaccel.hosts.causal.guidance import Guidance
+from varaccel.hosts.causal.sampling import Sampling
+from varaccel.hosts.causal.schedule import Raster
+from varaccel.hosts.causal.session import CausalSession
 from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.pixels import to_output
+from varaccel.speculation.network_drafter import check_same_codes
+from varaccel.tokenizers.neighbours import neighbour_table
 from varaccel.tokenizers.vq import VQModel
 
 

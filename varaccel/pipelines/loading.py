@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from varaccel.errors import CheckpointError, unknown_name
-from varaccel.pipelines.catalog import PUBLISHED, shipped_models
+from varaccel.pipelines.catalog import PUBLISHED
+from varaccel.shipped import shipped_models
 
 BORROWED = "borrowed.json"
 """File of a model folder that says which components lie in the folder of another model beside it."""

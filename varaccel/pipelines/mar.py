@@ -13,18 +13,19 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from varaccel.decoding.accelerator import Accelerator, Job
-from varaccel.decoding.canvas import Canvas
-from varaccel.decoding.denoising import HeadSampling, Loop, Sampler, Step, denoising_step
-from varaccel.decoding.graphed_loop import GraphedLoop
-from varaccel.decoding.loop import OnStep
-from varaccel.decoding.loop import Step as Pass
-from varaccel.decoding.masked_guidance import GuidanceSchedule, MaskedGuidance
-from varaccel.decoding.masked_order import CosineGroups, cosine_borders
-from varaccel.decoding.masked_session import MaskedSession, StaleSession
-from varaccel.decoding.statistics import Statistics
-from varaccel.decoding.token_noise import TokenNoise
+from varaccel.accelerators import Accelerator
+from varaccel.engine.canvas import Canvas
+from varaccel.engine.job import Job
+from varaccel.engine.loop import OnStep
+from varaccel.engine.loop import Step as Pass
+from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
+from varaccel.hosts.masked.cuda_graph import GraphedLoop
+from varaccel.hosts.masked.denoising import HeadSampling, Loop, Sampler, Step, denoising_step
+from varaccel.hosts.masked.guidance import GuidanceSchedule, MaskedGuidance
+from varaccel.hosts.masked.noise import TokenNoise
+from varaccel.hosts.masked.schedule import CosineGroups, cosine_borders
+from varaccel.hosts.masked.session import MaskedSession, StaleSession
 from varaccel.models.mar import MARTransformer
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
 from varaccel.pipelines.output import ImageOutput

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from varaccel.decoding.statistics import Statistics
+from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
 from varaccel.pipelines.acceptance_map import acceptance_map
 

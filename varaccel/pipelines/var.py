@@ -11,17 +11,18 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from varaccel.decoding.accelerator import Accelerator, Job
-from varaccel.decoding.canvas import Canvas
-from varaccel.decoding.feature_map import FeatureMap
-from varaccel.decoding.loop import OnStep, Step
-from varaccel.decoding.options import positive_integer
-from varaccel.decoding.published_rng import PublishedDraws
-from varaccel.decoding.scale_order import Scales
-from varaccel.decoding.scale_sampling import ScaleGuidance, ScaleSampling
-from varaccel.decoding.scale_session import ScaleSession
-from varaccel.decoding.statistics import Statistics
+from varaccel.accelerators import Accelerator
+from varaccel.engine.canvas import Canvas
+from varaccel.engine.job import Job
+from varaccel.engine.loop import OnStep, Step
+from varaccel.engine.options import positive_integer
+from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
+from varaccel.hosts.next_scale.feature_map import FeatureMap
+from varaccel.hosts.next_scale.published_rng import PublishedDraws
+from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
+from varaccel.hosts.next_scale.schedule import Scales
+from varaccel.hosts.next_scale.session import ScaleSession
 from varaccel.models.var import VARTransformer
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
 from varaccel.pipelines.inpainting import kept_tokens, mask_tensor, picture_tensor, placed

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from varaccel.errors import CheckpointError, InputError
-from varaccel.models.checkpoints import load_strict, read_published_weights
+from varaccel.nn.checkpoints import load_strict, read_published_weights
 
 MAR_SCALING_FACTOR = 0.2325
 """What latents of `kl16.ckpt` are multiplied by to have about unit variance (published MAR code)."""

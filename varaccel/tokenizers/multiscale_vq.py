@@ -20,9 +20,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varaccel.errors import CheckpointError, InputError
-from varaccel.models.checkpoints import load_strict, read_published_weights
+from varaccel.nn.checkpoints import load_strict, read_published_weights
+from varaccel.nn.scale_schedule import SCALES_256, ScaleSchedule, shared_convolution_table
 from varaccel.tokenizers.blocks import Decoder, Encoder
-from varaccel.tokenizers.scales import SCALES_256, ScaleSchedule, shared_convolution_table
 from varaccel.tokenizers.vq import (
     QUANTIZE_CHUNK,
     VQTrainingOutput,

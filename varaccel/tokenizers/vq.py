@@ -21,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varaccel.errors import InputError, unknown_name
-from varaccel.models.checkpoints import WRAPPERS, load_strict, read_published_weights
+from varaccel.nn.checkpoints import WRAPPERS, load_strict, read_published_weights
 from varaccel.tokenizers.blocks import Decoder, Encoder
 
 # Sites compared with the codebook at once; bounds the score matrix to 256 MB for 16384 codes.

@@ -18,8 +18,8 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from varaccel.errors import InputError
-from varaccel.evaluation.adherence import judge, relation_holds
-from varaccel.evaluation.detector import Detection, DetectorOutput, SceneDetector
+from varaccel.evaluation.metrics.adherence import judge, relation_holds
+from varaccel.models.detector import Detection, DetectorOutput, SceneDetector
 from varaccel.scenes.cache import CachedScenes
 from varaccel.scenes.dataset import Sample, to_tensor
 from varaccel.scenes.world import (

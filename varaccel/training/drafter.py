@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from varaccel.decoding.cache import KVCache
-from varaccel.decoding.guidance import Guidance
-from varaccel.decoding.reading import Reading, prefix_mask
 from varaccel.errors import InputError
+from varaccel.hosts.causal.guidance import Guidance
 from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
+from varaccel.nn.attention_inputs import Reading, prefix_mask
+from varaccel.nn.kv_cache import KVCache
 from varaccel.training.llamagen import Condition, SampleOrder
 from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varaccel.decoding.diffusion_schedule import TRAINING_STEPS, DiffusionSchedule
-from varaccel.decoding.rows import rows_of
 from varaccel.errors import InputError
 from varaccel.models.diffusion_head import DiffusionHead
 from varaccel.models.mar import MARTransformer
+from varaccel.nn.gather import rows_of
+from varaccel.nn.noise_schedule import TRAINING_STEPS, DiffusionSchedule
 from varaccel.training import tokens
 from varaccel.training.precision import quick_bfloat16
 from varaccel.training.run import Budget, TrainingRun, model_settings

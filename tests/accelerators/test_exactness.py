@@ -1,0 +1,423 @@
+"""Exact methods draw from the law of plain decoding, measured on models whose pictures can all be listed.
+
+A network of three codes on a grid of three by three has 19683 pictures. One teacher-forced pass over all of them
+gives the whole law; a call for thousands of pictures is then held against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import drafting_pipeline
+from varaccel import LlamaGenPipeline
+from varaccel.accelerators import Accelerator, jacobi, speculative
+from varaccel.accelerators.jacobi import Jacobi, JacobiProposer
+from varaccel.accelerators.lantern import Lantern
+from varaccel.accelerators.plain import Plain
+from varaccel.accelerators.speculative import LayerSkip, Speculative
+from varaccel.engine.distribution import Categorical
+from varaccel.hosts.causal.guidance import Guidance
+from varaccel.hosts.causal.sampling import Sampling
+from varaccel.speculation.loop import Draws, Outcome
+from varaccel.speculation.rejection import Exact, Verdict
+from varaccel.speculation.tree import DraftTree, DynamicTree
+
+CODES, GRID = 3, 3
+PLACES = GRID**2
+PICTURES = 2048
+# what is drawn together, at the start, at the end, across a row border, and far apart
+GROUPS = ((0, 1, 2, 3), (6, 7, 8), (2, 3, 5, 6), (0, 4, 8), (4, 5, 6, 7))
+SHARPNESS = {"c2i": 0.8, "t2i": 0.25}
+NAMES = {"c2i": 1, "t2i": "a red sphere"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A law: whose, and how it is guided and filtered."""
+
+    host: str = "c2i"
+    guidance: float = 1.0
+    interval: int = -1
+    sampling: Sampling = field(default_factory=Sampling)
+
+    @property
+    def pipe(self) -> LlamaGenPipeline:
+        return drafting_pipeline(self.host, CODES, GRID, SHARPNESS[self.host])
+
+    def draw(self, accelerator: Accelerator, pictures: int = PICTURES, **options: Any) -> Any:
+        if "generator" not in options:
+            options = {"seed": 0, **options}
+        return self.pipe(
+            NAMES[self.host],
+            num_images_per_prompt=pictures,
+            guidance_scale=self.guidance,
+            guidance_interval=self.interval,
+            temperature=self.sampling.temperature,
+            top_k=self.sampling.top_k,
+            top_p=self.sampling.top_p,
+            accelerator=accelerator,
+            output_type="latent",
+            **options,
+        )
+
+
+FREE = Setting()
+GUIDED = Setting("t2i", 2.5)
+FILTERED = Setting("c2i", 2.5, sampling=Sampling(0.8, top_k=2))
+NUCLEUS = Setting("c2i", 1.0, sampling=Sampling(1.2, top_p=0.8))
+HALF_GUIDED = Setting("t2i", 2.5, interval=3)
+SETTINGS = {
+    "free": FREE,
+    "guided": GUIDED,
+    "filtered": FILTERED,
+    "nucleus": NUCLEUS,
+    "half guided": HALF_GUIDED,
+}
+
+
+@cache
+def exact_law(setting: Setting) -> Tensor:
+    """[V, ..., V] the probability of every picture, from teacher-forced passes alone."""
+    model = setting.pipe.transformer
+    guidance = Guidance(setting.guidance, setting.interval)
+    pictures = torch.cartesian_prod(*[torch.arange(CODES)] * PLACES)
+    condition, mask = setting.pipe._condition([NAMES[setting.host]])
+    total = torch.zeros(len(pictures), dtype=torch.float64)
+    with torch.inference_mode():
+        for part, out in zip(pictures.split(4096), total.split(4096), strict=True):
+
+            def logits(condition: Tensor, part: Tensor = part) -> Tensor:
+                wide = condition.expand(len(part), *condition.shape[1:])
+                masks = None if mask is None else mask.expand(len(part), -1)
+                return model(wide, part[:, :-1], masks)[:, model.prefix_length - 1 :]
+
+            law = logits(condition)
+            if guidance.enabled:
+                guided = guidance.combine(law, logits(model.unconditional(condition)))
+                active = torch.tensor([guidance.active_at(place) for place in range(PLACES)])
+                law = torch.where(active[:, None], guided, law)
+            log_probs = setting.sampling.filter(law).double().log_softmax(-1)
+            out += log_probs.gather(-1, part.unsqueeze(-1)).squeeze(-1).sum(-1)
+    assert total.exp().sum() == pytest.approx(1, abs=1e-6)
+    return total.exp().view([CODES] * PLACES)
+
+
+def marginal(law: Tensor, group: tuple[int, ...]) -> Tensor:
+    """[V ** len(group)] the joint law of some places."""
+    return law.sum(dim=[place for place in range(law.dim()) if place not in group]).flatten()
+
+
+def counts(drawn: Tensor, group: tuple[int, ...]) -> Tensor:
+    index = sum(drawn[:, place] * CODES**power for power, place in enumerate(reversed(group)))
+    assert isinstance(index, Tensor)
+    return torch.bincount(index, minlength=CODES ** len(group)).double()
+
+
+def chi_square(observed: Tensor, expected: Tensor) -> float:
+    """Pearson's statistic as a standard normal number (Wilson and Hilferty 1931); rare cells are pooled."""
+    assert observed[expected == 0].sum() == 0, "what is impossible was drawn"
+    rare = expected < 5
+    if rare.any():
+        observed = torch.cat([observed[~rare], observed[rare].sum().view(1)])
+        expected = torch.cat([expected[~rare], expected[rare].sum().view(1)])
+    possible = expected > 0
+    freedom = int(possible.sum()) - 1
+    statistic = ((observed - expected) ** 2 / expected)[possible].sum().item()
+    spread = 2 / (9 * freedom)
+    return ((statistic / freedom) ** (1 / 3) - 1 + spread) / spread**0.5
+
+
+def misfit(drawn: Tensor, law: Tensor) -> float:
+    """How far pictures [n, N] are from the law, in standard deviations; the worst of several measures.
+
+    Besides the joint laws of groups of places, the mean log-probability of whole pictures, which no group sees.
+    """
+    drawn = drawn.flatten(1)
+    scores = [chi_square(counts(drawn, group), len(drawn) * marginal(law, group)) for group in GROUPS]
+    weights = law[law > 0]
+    mean = (weights * weights.log()).sum()
+    variance = (weights * (weights.log() - mean) ** 2).sum()
+    found = law[tuple(drawn.T)].log().mean()
+    scores.append(float((found - mean).abs() / (variance / len(drawn)).sqrt()))
+    return max(scores)
+
+
+# one number in 300 000 lies beyond; a few hundred are looked at, with fixed seeds
+LIMIT = 4.5
+
+
+def sampled(law: Tensor, seed: int, pictures: int = PICTURES) -> Tensor:
+    index = torch.multinomial(
+        law.flatten(), pictures, replacement=True, generator=torch.Generator().manual_seed(seed)
+    )
+    return torch.stack(torch.unravel_index(index, law.shape), dim=1)
+
+
+# -- the measure itself --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_plain_decoding_follows_the_law(setting: Setting) -> None:
+    assert misfit(setting.draw(Plain()).images, exact_law(setting)) < LIMIT
+
+
+def test_the_measure_is_calibrated() -> None:
+    """Draws from the law itself: never beyond the limit, and not far below it either."""
+    law = exact_law(GUIDED)
+    scores = [misfit(sampled(law, seed), law) for seed in range(40)]
+    assert max(scores) < LIMIT
+    assert 0.5 < sum(scores) / len(scores) < 2.0
+    assert misfit(sampled(law**1.1 / (law**1.1).sum(), 0), law) > LIMIT, "a tenth colder"
+
+
+def test_total_variation_is_at_the_noise_floor() -> None:
+    """The same in the everyday measure: no further from the law than as many draws from the law are."""
+    law = exact_law(GUIDED)
+    drawn = GUIDED.draw(Speculative("small", tree=4)).images.flatten(1)
+    for group in GROUPS:
+        expected = marginal(law, group)
+
+        def variation(tokens: Tensor, group: Any = group, expected: Tensor = expected) -> float:
+            return float((counts(tokens, group) / len(tokens) - expected).abs().sum() / 2)
+
+        floor = max(variation(sampled(law, seed)) for seed in range(10))
+        assert variation(drawn) < 1.5 * floor
+
+
+# -- exact methods -------------------------------------------------------------------------------------
+
+DYNAMIC = DynamicTree(top_k=2, depth=2, total=8)
+BUSHY = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]
+SHAPES = {str(DYNAMIC): "dynamic", str(BUSHY): "bushy"}
+
+EXACT: list[tuple[Setting, Accelerator]] = [
+    # Jacobi: couplings, fills and windows against each other
+    (FREE, Jacobi(window=4, coupling="none", fill="left")),
+    (GUIDED, Jacobi(window=3, coupling="none", fill="above")),
+    (FILTERED, Jacobi(window=9, coupling="none", fill="random")),
+    (HALF_GUIDED, Jacobi(window=5, coupling="none", fill="above")),
+    (FREE, Jacobi(window=2, coupling="maximal", fill="random")),
+    (FREE, Jacobi(window=9, coupling="maximal", fill="above")),
+    (GUIDED, Jacobi(window=5, coupling="maximal", fill="left")),
+    (FILTERED, Jacobi(window=4, coupling="maximal", fill="above")),
+    (NUCLEUS, Jacobi(window=3, coupling="maximal", fill="left")),
+    (FREE, Jacobi(window=5, coupling="gumbel", fill="above")),
+    (GUIDED, Jacobi(window=9, coupling="gumbel", fill="left")),
+    (FILTERED, Jacobi(window=3, coupling="gumbel", fill="random")),
+    # chains
+    (FREE, Speculative("small", tree=3)),
+    (GUIDED, Speculative("eagle", tree=2)),
+    (FILTERED, Speculative("layers", tree=5)),
+    (NUCLEUS, Speculative("small", tree=9)),
+    (HALF_GUIDED, Speculative("small", tree=4)),
+    (HALF_GUIDED, Speculative("eagle", tree=4)),
+    (FILTERED, Speculative("eagle", tree=4, adaptive=True)),
+    (GUIDED, Speculative("small", tree=5, adaptive=True)),
+    # trees of guesses without replacement; the named ones have more children than there are codes
+    (FREE, Speculative("eagle", tree=BUSHY)),
+    (GUIDED, Speculative("small", tree=BUSHY)),
+    (FILTERED, Speculative("small", tree="mc_sim_7b_63")),
+    (NUCLEUS, Speculative("eagle", tree="mc_sim_7b_63")),
+    (GUIDED, Speculative(LayerSkip((0,)), tree=BUSHY, adaptive=True)),
+    # independent guesses
+    (FREE, Speculative("eagle", tree=4, verification="k_sequential")),
+    (GUIDED, Speculative("small", tree=BUSHY, verification="k_sequential")),
+    (NUCLEUS, Speculative("eagle", tree="mc_sim_7b_63", verification="k_sequential")),
+    (FILTERED, Speculative("layers", tree=BUSHY, verification="k_sequential", adaptive=True)),
+    # the likeliest guesses, judged by chance or by matching
+    (FREE, Speculative("small", tree=DYNAMIC, verification="recursive")),
+    (GUIDED, Speculative("eagle", tree=DYNAMIC, verification="recursive")),
+    (FILTERED, Speculative("layers", tree=DYNAMIC, verification="recursive")),
+    (FREE, Speculative("eagle", tree=DYNAMIC)),
+    (GUIDED, Speculative("small", tree=BUSHY, verification="matching")),
+    (NUCLEUS, Speculative("small", tree=3, verification="matching", adaptive=True)),
+    # guesses and answers drawn with the same noise
+    (FREE, Speculative("eagle", tree=5, verification="gumbel", adaptive=True)),
+    (GUIDED, Speculative("small", tree=BUSHY, verification="gumbel")),
+    (FILTERED, Speculative("layers", tree=DYNAMIC, verification="gumbel")),
+    # LANTERN that borrows nothing
+    (FILTERED, Lantern(k=0, drafter="small", tree=BUSHY)),
+    (FILTERED, Lantern(k=2, delta=0.0, drafter="eagle", tree=BUSHY)),
+    (GUIDED, Lantern(k=2, multiplier=1.0, drafter="small", tree=4)),
+    (FILTERED, Lantern(k=2, delta=0.0, drafter="small", tree=DYNAMIC)),
+    (NUCLEUS, Lantern(k=1, multiplier=1.0, drafter="layers", tree=BUSHY, adaptive=True)),
+]
+
+
+def label(value: Any) -> str | None:
+    if isinstance(value, Setting):
+        return next(name for name, setting in SETTINGS.items() if setting == value)
+    if isinstance(value, Accelerator):
+        default = type(value)()
+        changed = [
+            getattr(value, f.name)
+            for f in fields(value)
+            if getattr(value, f.name) != getattr(default, f.name)
+        ]
+        return "-".join([value.name, *(SHAPES.get(str(v), str(v)) for v in changed)])
+    return None
+
+
+@pytest.mark.parametrize(("setting", "accelerator"), EXACT, ids=label)
+def test_exact(setting: Setting, accelerator: Accelerator) -> None:
+    """Pictures follow the law, and each is the one that would have been drawn alone or with any others."""
+    out = setting.draw(accelerator)
+    assert out.stats.lossless
+    assert misfit(out.images, exact_law(setting)) < LIMIT
+    # something must have been accepted and something rejected
+    assert out.stats.mean_accepted > 0
+    passes = torch.tensor(out.stats.picture_passes)
+    assert passes.min() < passes.max() <= PLACES
+
+    # the quickest two and the slowest two, together and alone
+    order = passes.argsort(stable=True)
+    chosen = torch.stack([order[0], order[-1], order[1], order[-2]])
+    seeds = chosen.tolist()
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    four = setting.draw(accelerator, 4, generator=generators())
+    assert torch.equal(four.images, out.images[chosen])
+    assert torch.equal(four.written, out.written[chosen])
+    assert four.stats.picture_passes == tuple(passes[chosen].tolist())
+    for index in (0, 1):
+        alone = setting.draw(accelerator, 1, generator=generators()[index : index + 1])
+        assert torch.equal(alone.images[0], four.images[index])
+        assert torch.equal(alone.written[0], four.written[index])
+        assert alone.stats.accepted[0] == four.stats.accepted[index]
+
+
+def test_exact_on_a_larger_picture() -> None:
+    """Four codes on four by four: too many pictures to list, but not too many beginnings."""
+    pipe = drafting_pipeline("c2i", 4, 4, 0.5)
+    length, model = 7, pipe.transformer
+    beginnings = torch.cartesian_prod(*[torch.arange(4)] * length)
+    with torch.inference_mode():
+        rows = [
+            model(torch.ones(len(part), dtype=torch.int64), part[:, :-1]) for part in beginnings.split(4096)
+        ]
+        log_probs = torch.cat(rows).double().log_softmax(-1).gather(-1, beginnings.unsqueeze(-1))
+    law = log_probs.sum((1, 2)).exp().view([4] * length)
+    for accelerator in (
+        Jacobi(8, "maximal"),
+        Speculative("eagle", tree=[[0], [1], [0, 0], [0, 1], [0, 0, 0]]),
+    ):
+        drawn = pipe(
+            1,
+            num_images_per_prompt=PICTURES,
+            seed=0,
+            guidance_scale=1.0,
+            accelerator=accelerator,
+            output_type="latent",
+        ).images.flatten(1)
+        for group in ((0, 1, 2), (3, 4, 5), (0, 3, 6), (5, 6)):
+            index = sum(drawn[:, place] * 4**power for power, place in enumerate(reversed(group)))
+            observed = torch.bincount(index, minlength=4 ** len(group)).double()
+            assert chi_square(observed, PICTURES * marginal(law, group)) < LIMIT
+
+
+# -- what is not exact is seen -------------------------------------------------------------------------
+
+
+class Altered:
+    """The exact rule with one thing about it changed."""
+
+    def __init__(self, change: Callable[[DraftTree, Tensor, Tensor], Verdict]) -> None:
+        self.verify = change
+
+
+def _without_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+    """Accepts with u <= p instead of u <= p / q."""
+    if tree.draft is None:
+        return Exact().verify(tree, target, uniforms)
+    parents = tree.parents.clamp(min=0).unsqueeze(-1).expand(-1, -1, target.shape[-1])
+    q = tree.draft.gather(1, parents).gather(-1, tree.tokens.unsqueeze(-1)).squeeze(-1)
+    return Exact().verify(tree, target, uniforms / q.clamp(min=1e-9))
+
+
+def _without_residual(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+    """Draws what follows a rejection from the plain law."""
+    verdict = Exact().verify(tree, target, uniforms)
+    last = verdict.nodes.gather(1, verdict.length.unsqueeze(1))[:, 0]
+    return replace(verdict, probs=target[torch.arange(len(target)), last])
+
+
+def _wrong_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+    """Believes that guesses were drawn evenly."""
+    if tree.draft is None:
+        return Exact().verify(tree, target, uniforms)
+    even = torch.full_like(tree.draft, 1 / target.shape[-1])
+    return Exact().verify(DraftTree(tree.tokens, tree.parents, tree.proposal, even), target, uniforms)
+
+
+def _eldest_alone(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+    """Judges later siblings as if they had been drawn with replacement."""
+    return Exact().verify(replace(tree, proposal="independent"), target, uniforms)
+
+
+@pytest.mark.parametrize(
+    ("module", "accelerator", "change"),
+    [
+        (jacobi, Jacobi(4, "none"), _without_draft),
+        (jacobi, Jacobi(4, "none"), _without_residual),
+        (jacobi, Jacobi(4, "none"), _wrong_draft),
+        (jacobi, Jacobi(4, "maximal"), _wrong_draft),
+        (speculative, Speculative("eagle", tree=3), _without_draft),
+        (speculative, Speculative("eagle", tree=3), _without_residual),
+        (speculative, Speculative("eagle", tree=BUSHY), _wrong_draft),
+        (speculative, Speculative("small", tree=[[0], [1], [0, 0], [0, 1]]), _eldest_alone),
+        (speculative, Speculative("small", tree=DYNAMIC, verification="recursive"), _without_residual),
+    ],
+    ids=lambda v: getattr(v, "__name__", None) or label(v),
+)
+def test_a_broken_rule_is_seen(
+    module: Any,
+    accelerator: Accelerator,
+    change: Callable[[DraftTree, Tensor, Tensor], Verdict],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "Exact", lambda: Altered(change))
+    assert misfit(FILTERED.draw(accelerator).images, exact_law(FILTERED)) > 2 * LIMIT
+
+
+def test_a_broken_coupling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses that stay where they may but are else drawn from the whole law follow no law that is known."""
+
+    def answer(self: JacobiProposer, outcome: Outcome, draws: Draws) -> Tensor:
+        law, width = outcome.law, self.nodes - 1
+        assert outcome.tree.draft is not None
+        guess = outcome.tree.tokens[:, 1:].unsqueeze(-1)
+        p, q = law.probs[:, :width], outcome.tree.draft[:, :width]
+        kept = draws.drafting[:, self.nodes : self.nodes + width] < (p / q).gather(-1, guess).squeeze(-1)
+        fresh = Categorical(law.logits).sample(draws.drafting[:, : self.nodes])
+        return torch.cat([torch.where(kept, guess.squeeze(-1), fresh[:, :width]), fresh[:, width:]], dim=1)
+
+    monkeypatch.setattr(JacobiProposer, "_answer", answer)
+    assert misfit(FREE.draw(Jacobi(9, "maximal", "left"), 2 * PICTURES).images, exact_law(FREE)) > 2 * LIMIT
+
+
+@pytest.mark.parametrize(
+    "accelerator",
+    [
+        Lantern(k=2, delta=0.5, drafter="small"),
+        Lantern(k=1, multiplier=3.0, drafter="eagle", tree=BUSHY),
+        Lantern(k=2, delta=0.3, drafter="small", tree=DYNAMIC),
+        Lantern(k=2, delta=0.3, drafter="small", tree=DYNAMIC, residual="dynamic"),
+        Lantern(k=2, multiplier=2.0, drafter="small", tree=BUSHY, residual="static"),
+        Lantern(k=2, multiplier=2.0, drafter="small", tree=BUSHY, residual="static_b"),
+        Jacobi(order=1),
+    ],
+    ids=label,
+)
+def test_what_is_approximate_says_so(accelerator: Accelerator) -> None:
+    out = FREE.draw(accelerator)
+    assert not out.stats.lossless
+    assert misfit(out.images, exact_law(FREE)) > 2 * LIMIT

@@ -1,0 +1,490 @@
+"""Runs of pictures: the same files however the work is split, and after whatever interruption."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.scripts import ROOT, load_script
+from tests.tiny import CLASSES, PROMPTS, pipeline
+from varaccel import InputError, Plain, ZipAR
+from varaccel.evaluation.metrics.rounding import compare_batch_sizes
+from varaccel.evaluation.sampling import image_run as picture_run
+from varaccel.evaluation.sampling.image_run import PictureRun, RunSettings, read_prompts, to_pixels
+from varaccel.evaluation.sampling.presets import IMAGENET_256, PRESETS, get_preset
+from varaccel.evaluation.sampling.prompt_lists import default_source, list_prompts
+from varaccel.pipelines.catalog import PUBLISHED
+from varaccel.pipelines.memory import OutOfMemory
+from varaccel.shipped import shipped_models
+
+CALLS: dict[str, dict[str, Any]] = {
+    "c2i": {},
+    "var-class": {},
+    "mar-class": {"num_iterations": 4, "head_steps": 5},
+}
+
+
+def new_run(
+    folder: Path, model: str = "c2i", count: int = 21, accelerator: Any = None, **others: Any
+) -> PictureRun:
+    pipe = pipeline(model)
+    prompts = list_prompts(pipe, "classes", count)
+    settings = RunSettings.of(
+        pipe,
+        prompts,
+        accelerator or Plain(),
+        **{"model": model, "source": "classes", "call": CALLS[model], "seed": 5, "batch_size": 4, **others},
+    )
+    return PictureRun(folder, settings, prompts)
+
+
+def drawn(folder: Path, model: str = "c2i", accelerator: Any = None, **others: Any) -> PictureRun:
+    run = new_run(folder, model, accelerator=accelerator, **others)
+    run.draw(pipeline(model), accelerator or Plain(), progress=False)
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "pictures").iterdir())}
+
+
+# -- what is drawn -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", CALLS)
+def test_pictures_are_those_of_single_calls(tmp_path: Path, model: str) -> None:
+    run = drawn(tmp_path / "run", model, count=6)
+    pipe = pipeline(model)
+    for index in range(6):
+        expected = pipe(run.prompts[index], seed=5 + index, **CALLS[model]).images[0]
+        with Image.open(run.picture_path(index)) as found:
+            difference = np.abs(np.asarray(found, int) - np.asarray(expected, int))
+        assert difference.max() <= 1  # another batch may round another way
+    assert read_prompts(tmp_path / "run") == [0, 1, 2, 3, 4, 0]
+
+
+def test_settings_and_cost_are_recorded(tmp_path: Path) -> None:
+    run = drawn(tmp_path / "run", accelerator=ZipAR(window=2))
+    settings = RunSettings.read(tmp_path / "run")
+    assert settings == run.settings
+    assert settings is not None
+    assert settings.accelerator == "zipar"
+    assert settings.options["window"] == 2
+    summary = run.summary()
+    assert summary.pictures == 21
+    assert not summary.lossless
+    assert summary.passes == pipeline("c2i")(0, accelerator=ZipAR(window=2)).stats.passes
+    assert summary.tokens_per_pass == pytest.approx(16 / summary.passes)
+
+
+def test_pixels_are_resized_before_they_are_rounded() -> None:
+    images = torch.linspace(-1.3, 1.3, 2 * 3 * 24 * 24).view(2, 3, 24, 24)
+    resized = torch.nn.functional.interpolate(images, (16, 16), mode="bicubic", align_corners=False)
+    nearest = to_pixels(images, 16, "nearest")
+    assert nearest.shape == (2, 16, 16, 3)
+    assert nearest.dtype == torch.uint8
+    expected = (resized * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert torch.equal(nearest, expected)
+    down = to_pixels(images, 16, "down")
+    exact = (resized.clamp(-1, 1).permute(0, 2, 3, 1) + 1) * 127.5
+    assert torch.equal(down, exact.floor().to(torch.uint8))
+
+
+# -- how the work is split -----------------------------------------------------------------------------
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+from tests.evaluation.test_image_run import drawn
+for model in sys.argv[2:]:
+    drawn(Path(sys.argv[1]) / model, model, count=45)
+"""
+
+
+def test_two_processes_write_the_same_files(tmp_path: Path) -> None:
+    script = tmp_path / "draw.py"
+    script.write_text(_SCRIPT)
+    models = ("c2i", "mar-class")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(str(script), str(tmp_path / "two"), *models),
+        ],
+        check=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=240,
+    )
+    for model in models:
+        drawn(tmp_path / "one" / model, model, count=45)
+        one, two = contents(tmp_path / "one" / model), contents(tmp_path / "two" / model)
+        assert len(one) == 45
+        assert one == two
+        assert len(list((tmp_path / "two" / model / "statistics").iterdir())) == 12
+
+
+@pytest.mark.parametrize("model", CALLS)
+def test_another_batch_size_draws_the_same_numbers(model: str) -> None:
+    report = compare_batch_sizes(
+        pipeline(model),
+        [i % len(CLASSES) for i in range(40)],
+        (1, 7),
+        seed=3,
+        progress=False,
+        **CALLS[model],
+    )
+    # one in a hundred is what rounding may change in float32
+    assert report.changed.share <= 0.025, str(report)
+    assert "of 40 pictures differ" in str(report)
+    assert (report.largest is None) == (model != "mar-class")
+
+
+def test_other_seeds_are_other_pictures() -> None:
+    """The comparison sees a difference where there is one."""
+
+    class Drifting:
+        """Draws with seeds that depend on the batch."""
+
+        def __call__(self, prompts: list[Any], *, seed: int, **call: Any) -> Any:
+            return pipeline("c2i")(prompts, seed=seed * len(prompts), **call)
+
+    report = compare_batch_sizes(Drifting(), [0] * 12, (2, 3), progress=False)
+    assert report.changed.share > 0.5
+    with pytest.raises(InputError, match="batch sizes of at least 1"):
+        compare_batch_sizes(Drifting(), [0], (0, 1))
+
+
+# -- interruptions -------------------------------------------------------------------------------------
+
+
+def _draw_slowly(folder: str) -> None:
+    """Draw with some time between batches, in which the process can be killed."""
+    run = new_run(Path(folder), count=60, batch_size=3)
+    pipe = pipeline("c2i")
+
+    def slow(*prompts: Any, **call: Any) -> Any:
+        time.sleep(0.02)
+        return pipe(*prompts, **call)
+
+    run.draw(slow, Plain(), progress=False)
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    moments = random.Random(0)
+    kills = 0
+    for _ in range(4):
+        process = context.Process(target=_draw_slowly, args=(str(folder),))
+        # a kill may have left a temporary folder among them, which the next run clears away
+        before = len(list((folder / "pictures").glob("*.png")))
+        process.start()
+        assert process.pid is not None
+        while process.is_alive() and len(list((folder / "pictures").glob("*.png"))) <= before:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.15))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+    assert kills >= 2
+    # what is there after a kill is whole
+    for path in (folder / "pictures").glob("*.png"):
+        with Image.open(path) as picture:
+            picture.load()
+    drawn(folder, count=60, batch_size=3)
+    drawn(tmp_path / "whole", count=60, batch_size=3)
+    assert contents(folder) == contents(tmp_path / "whole")
+    assert sorted(p.name for p in (folder / "statistics").iterdir()) == [f"{b:06}.json" for b in range(20)]
+
+
+def test_only_what_is_missing_is_drawn_again(tmp_path: Path) -> None:
+    run = drawn(tmp_path / "run")
+    whole = contents(tmp_path / "run")
+    run.picture_path(2).unlink()  # of batch 0
+    cut = run.picture_path(9)  # of batch 2
+    cut.write_bytes(cut.read_bytes()[:-7])
+    run.statistics_path(4).unlink()
+    untouched = run.picture_path(14).stat().st_mtime_ns
+    calls: list[int] = []
+
+    def counting(prompts: list[Any], *, seed: int, **call: Any) -> Any:
+        calls.append(seed - 5)
+        return pipeline("c2i")(prompts, seed=seed, **call)
+
+    again = new_run(tmp_path / "run")
+    again.draw(counting, Plain(), progress=False)
+    assert calls == [0, 8, 16]
+    assert contents(tmp_path / "run") == whole
+    assert run.picture_path(14).stat().st_mtime_ns == untouched
+    assert not again.missing()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_whole_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = Image.Image.save
+    written = []
+
+    def full(self: Image.Image, path: Any, *args: Any, **kwargs: Any) -> None:
+        if len(written) == 6:
+            Path(path).write_bytes(b"half a pict")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        saved(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(InputError, match=r"No space left on device.*what is there is kept"):
+        drawn(tmp_path / "run")
+    monkeypatch.undo()
+    assert len(contents(tmp_path / "run")) == 6
+    drawn(tmp_path / "run")
+    drawn(tmp_path / "whole")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
+    drawn(tmp_path / "run")
+    left = tmp_path / "run" / "pictures" / ".000003.png.abc.tmp"
+    left.mkdir()
+    (left / "000003.png").write_bytes(b"half")
+    new_run(tmp_path / "run").begin()
+    assert not left.exists()
+
+
+# -- folders that hold something else ------------------------------------------------------------------
+
+
+def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:
+    drawn(tmp_path / "run")
+    with pytest.raises(InputError, match=r"other settings \(seed 5 instead of 6\)"):
+        drawn(tmp_path / "run", seed=6)
+    with pytest.raises(InputError, match="accelerator 'plain' instead of 'zipar'"):
+        drawn(tmp_path / "run", accelerator=ZipAR(window=2))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("do not touch")
+    with pytest.raises(InputError, match="something else than a run"):
+        drawn(tmp_path / "other")
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(InputError, match="does not describe a run"):
+        drawn(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="could be written"):
+        drawn(tmp_path / "file" / "run")
+
+
+def test_a_run_that_drew_nothing_may_change_its_mind(tmp_path: Path) -> None:
+    """Such as one whose batch was too large for the memory."""
+
+    def too_large(*_: Any, **__: Any) -> None:
+        raise OutOfMemory("out of memory: make fewer pictures in one call.")
+
+    with pytest.raises(OutOfMemory):
+        new_run(tmp_path / "run", batch_size=21).draw(too_large, Plain(), progress=False)
+    drawn(tmp_path / "run", batch_size=3)
+    assert len(contents(tmp_path / "run")) == 21
+    with pytest.raises(InputError, match="batch_size 3 instead of 21"):
+        drawn(tmp_path / "run", batch_size=21)
+
+
+def test_processes_that_do_not_find_each_other_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes were launched"):
+        drawn(tmp_path / "run")
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    for options, words in (
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"image_size": 0}, "image_size must be at least 1"),
+        ({"rounding": "up"}, "unknown rounding"),
+    ):
+        with pytest.raises(InputError, match=words):
+            new_run(tmp_path, **options)
+    with pytest.raises(InputError, match="21 pictures need as many prompts"):
+        PictureRun(tmp_path, new_run(tmp_path).settings, [0])
+
+
+# -- one file ------------------------------------------------------------------------------------------
+
+
+def test_the_batch_file_holds_all_pictures(tmp_path: Path) -> None:
+    run = drawn(tmp_path / "run")
+    path = run.write_batch_file(progress=False)
+    with np.load(path) as file:
+        assert file["arr_0"].shape == (21, 8, 8, 3)
+        for index in range(21):
+            with Image.open(run.picture_path(index)) as picture:
+                assert np.array_equal(file["arr_0"][index], np.asarray(picture))
+        assert file["arr_1"].tolist() == run.prompts
+    run.picture_path(20).unlink()
+    with pytest.raises(InputError, match=r"000020\.png is missing"):
+        run.write_batch_file()
+
+
+# -- what is asked for ---------------------------------------------------------------------------------
+
+
+def test_classes_are_asked_for_evenly_or_at_random() -> None:
+    pipe = pipeline("c2i")
+    even = list_prompts(pipe, "classes", 50)
+    assert [even.count(label) for label in range(len(CLASSES))] == [10] * 5
+    drawn_labels = list_prompts(pipe, "classes:random", 2000, seed=1)
+    assert drawn_labels == list_prompts(pipe, "classes:random", 2000, seed=1)
+    assert drawn_labels != list_prompts(pipe, "classes:random", 2000, seed=2)
+    assert all(abs(drawn_labels.count(label) - 400) < 80 for label in range(5))
+
+
+def test_prompts_of_a_file_are_repeated_in_turn(tmp_path: Path) -> None:
+    pipe = pipeline("t2i")
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red cube\n\n  a blue sphere \n")
+    assert list_prompts(pipe, str(path), None) == ["a red cube", "a blue sphere"]
+    assert list_prompts(pipe, str(path), 5) == ["a red cube", "a blue sphere"] * 2 + ["a red cube"]
+    path.write_text("\n")
+    with pytest.raises(InputError, match="holds no prompts"):
+        list_prompts(pipe, str(path), 2)
+    with pytest.raises(InputError, match="cannot be read as a file of prompts"):
+        list_prompts(pipe, str(tmp_path / "none.txt"), 2)
+
+
+def test_sources_fit_the_model() -> None:
+    with pytest.raises(InputError, match="draws descriptions, not classes"):
+        list_prompts(pipeline("t2i"), "classes", 2)
+    with pytest.raises(InputError, match="draws classes, not descriptions"):
+        list_prompts(pipeline("var-class"), "scenes", 2)
+    with pytest.raises(InputError, match="say how many"):
+        list_prompts(pipeline("c2i"), "classes", None)
+    with pytest.raises(InputError, match="at least 1"):
+        list_prompts(pipeline("c2i"), "classes", 0)
+    assert default_source(pipeline("mar-class"), "mine") == "classes"
+    assert default_source(pipeline("t2i"), "mini-var") == "scenes"
+    with pytest.raises(InputError, match="name a file of prompts"):
+        default_source(pipeline("t2i"), "mine")
+    assert len(PROMPTS) > 1
+
+
+# -- protocols -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_runnable_as_they_stand(name: str) -> None:
+    """Their models exist, and their calls and accelerators are accepted by a model of the family."""
+    from varaccel.evaluation.bench.run import parse_accelerator
+
+    preset = get_preset(name)
+    assert preset.model in {*PUBLISHED, *shipped_models()}
+    assert preset.source
+    family = PUBLISHED[preset.model].family if preset.model in PUBLISHED else None
+    accelerator = parse_accelerator(preset.accelerator)
+    if family is None:
+        assert preset.space == "scenes"
+        return
+    assert preset.reference == IMAGENET_256
+    assert preset.count == 50_000
+    tiny = {"llamagen": "c2i", "var": "var-class", "mar": "mar-class"}[family]
+    pipe = pipeline(tiny)
+    call = dict(preset.call)
+    if family == "mar":
+        call |= {"num_iterations": 4, "head_steps": 2}
+    if family == "var":
+        call["top_k"] = 9  # there are fewer codes
+        if isinstance(call.get("temperature"), list):
+            assert len(call["temperature"]) == 10  # scales of the published models
+            call["temperature"] = call["temperature"][: len(pipe.transformer.schedule)]
+    output = pipe(0, seed=0, output_type="latent", **call)
+    assert len(output.images) == 1
+    assert accelerator.hosts is None or family in accelerator.hosts
+
+
+def test_an_unknown_preset_is_told() -> None:
+    with pytest.raises(InputError, match="did you mean 'llamagen-xl-384'"):
+        get_preset("llamagen-xl-348")
+
+
+# -- the scripts ---------------------------------------------------------------------------------------
+
+
+Script = Callable[..., str]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """Runs a script of eval/ with arguments, checks its exit code, and returns what it printed."""
+
+    def run(name: str, *arguments: object, code: int = 0) -> str:
+        module = load_script(f"eval/{name}")
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        assert module.main() == code
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_preset_is_drawn_measured_and_resumed(tmp_path: Path, script: Script) -> None:
+    arguments = ["--preset", "mini-var", "--count", 12, "--batch-size", 12, "--out", tmp_path / "run"]
+    measured = ["--reference", "scenes:20", "--cache", tmp_path / "cache", "--resamples", 5]
+    told = script("fid.py", *arguments, *measured)
+    assert "prompt adherence" in told
+    assert "no FID" in told
+    assert "count 12 instead of 500" in told
+    assert len(contents(tmp_path / "run")) == 12
+    report = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert report["sets"][0]["run"]["model"] == "mini-var"
+    assert report["sets"][0]["run"]["call"]["guidance_scale"] > 0
+    assert {f["metric"] for f in report["sets"][0]["figures"]} == {
+        *("fid", "is", "kid", "precision", "recall", "adherence")
+    }
+    before = contents(tmp_path / "run")
+    # the run as it is, beside its own file, by sample.py and fid.py
+    script("sample.py", *arguments, "--npz")
+    assert contents(tmp_path / "run") == before
+    told = script("fid.py", tmp_path / "run", tmp_path / "run" / "samples.npz", *measured)
+    assert "within noise (+0" in told
+    told = script("adherence.py", "--run", tmp_path / "run", "--out", tmp_path / "a.json")
+    assert "all objects and relations" in told
+    judged = json.loads((tmp_path / "a.json").read_text())
+    figures = {f["metric"]: f for f in report["sets"][0]["figures"]}
+    assert judged["rates"]["correct"]["share"] == figures["adherence"]["value"]
+
+
+def test_scripts_refuse_in_one_sentence(tmp_path: Path, script: Script) -> None:
+    told = script("fid.py", "--preset", "llamagen-xl-384", "--out", tmp_path / "run", code=2)
+    assert told.startswith("fid.py: llamagen-xl-384 is measured against ADM's reference; fetch https")
+    assert not (tmp_path / "run").exists()
+    assert script("fid.py", code=2).startswith("fid.py: name either pictures or a --preset")
+    assert script("sample.py", "--out", tmp_path, "--model", "mini-vra", code=2).startswith("sample.py: ")
+
+
+def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
+    monkeypatch.setattr("varaccel.evaluation.extra.find_spec", lambda name: None)
+    told = script("fid.py", "somewhere", code=2)
+    assert told == (
+        "fid.py: this needs torch_fidelity and torchmetrics; install it with `pip install varaccel[eval]`.\n"
+    )
+
+
+def test_read_prompts_of_a_damaged_file(tmp_path: Path) -> None:
+    assert read_prompts(tmp_path) is None
+    (tmp_path / picture_run.PROMPTS).write_text("[")
+    with pytest.raises(InputError, match="holds no prompts"):
+        read_prompts(tmp_path)

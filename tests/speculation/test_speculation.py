@@ -1,0 +1,826 @@
+"""The speculative loop and its accelerators: what they read, decide, count and refuse."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.tiny import CODES, GRID, PROMPTS, drafting_pipeline, eagle_head, pipeline, transformer, vq_model
+from varaccel import LlamaGenPipeline, Plain, ZipAR
+from varaccel.accelerators import Accelerator, make_accelerator
+from varaccel.accelerators.jacobi import Jacobi
+from varaccel.accelerators.lantern import Lantern
+from varaccel.accelerators.speculative import LayerSkip, Speculative
+from varaccel.engine.canvas import Canvas
+from varaccel.engine.distribution import Categorical
+from varaccel.engine.job import Job
+from varaccel.engine.loop import Step, decode
+from varaccel.engine.randomness import Randomness, picture_generators
+from varaccel.engine.statistics import Tally
+from varaccel.errors import InputError
+from varaccel.hosts.causal.guidance import Guidance
+from varaccel.hosts.causal.lanes import Fronts, Lanes
+from varaccel.hosts.causal.sampling import Sampling
+from varaccel.hosts.causal.schedule import StaggeredRows
+from varaccel.hosts.causal.session import CausalSession, Guesses
+from varaccel.nn.attention_inputs import Reading
+from varaccel.pipelines.acceptance_map import pass_colors
+from varaccel.speculation import loop as speculation
+from varaccel.speculation import proposers as drafting
+from varaccel.speculation.loop import Outcome
+from varaccel.speculation.proposers import StaticProposer, draw_children
+from varaccel.speculation.tree import DynamicTree, Topology
+
+HOSTS = ("c2i", "t2i")
+PLACES = GRID**2
+DYNAMIC = DynamicTree(top_k=3, depth=2, total=9)
+BUSHY = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0]]
+
+LAWFUL: dict[str, Accelerator] = {
+    "jacobi": Jacobi(),
+    "jacobi 3 left": Jacobi(3, fill="left"),
+    "jacobi 5 random": Jacobi(5, "none", "random"),
+    "jacobi 4 maximal": Jacobi(4, "maximal"),
+    "eagle chain": Speculative("eagle", tree=3),
+    "eagle tree": Speculative("eagle", tree=BUSHY),
+    "eagle dynamic": Speculative("eagle", tree=DYNAMIC),
+    "eagle adaptive": Speculative("eagle", tree=6, adaptive=True),
+    "small chain": Speculative("small", tree=9),
+    "small named tree": Speculative("small", tree="mc_sim_7b_63"),
+    "small adaptive tree": Speculative("small", tree=BUSHY, adaptive=True),
+    "small dynamic": Speculative("small", tree=DYNAMIC, verification="recursive"),
+    "small k_sequential": Speculative("small", tree=BUSHY, verification="k_sequential"),
+    "small gumbel": Speculative("small", tree=BUSHY, verification="gumbel"),
+    "eagle gumbel": Speculative("eagle", tree=5, verification="gumbel", adaptive=True),
+    "layers": Speculative("layers", tree=5),
+    "layers 0": Speculative(LayerSkip((0,)), tree=DYNAMIC),
+    "layers matching": Speculative("layers", tree=BUSHY, verification="matching", adaptive=True),
+    "lantern k 0": Lantern(k=0, drafter="small", tree=BUSHY),
+    "lantern delta 0": Lantern(k=5, delta=0.0, drafter="eagle", tree=DYNAMIC),
+    "lantern multiplier 1": Lantern(k=5, multiplier=1.0, drafter="small", tree=4, adaptive=True),
+}
+ORDERED: dict[str, Callable[[int], Accelerator]] = {
+    "jacobi": lambda order: Jacobi(4, order=order),
+    "jacobi maximal": lambda order: Jacobi(3, "maximal", "random", order=order),
+    "eagle": lambda order: Speculative("eagle", tree=BUSHY, order=order),
+    "small": lambda order: Speculative("small", tree=4, order=order, adaptive=True),
+    "dynamic": lambda order: Speculative("small", tree=DYNAMIC, order=order),
+    "lantern": lambda order: Lantern(k=3, delta=0.2, drafter="layers", tree=BUSHY, order=order),
+}
+RUN: dict[type, Any] = {kind: kind.run for kind in (Jacobi, Speculative, Lantern)}
+LAWS: tuple[dict[str, Any], ...] = (
+    {"guidance_scale": 1.0},
+    {"guidance_scale": 2.5},
+    {"guidance_scale": 2.5, "guidance_interval": 5},
+)
+lawful = pytest.mark.parametrize("name", LAWFUL)
+ordered = pytest.mark.parametrize("name", ORDERED)
+hosts = pytest.mark.parametrize("host", HOSTS)
+
+
+def draw(host: str, accelerator: Any, prompts: Any = None, **options: Any) -> Any:
+    options = {"seed": 5, "output_type": "latent", **options}
+    pipe = drafting_pipeline(host)
+    return pipe(PROMPTS[host] if prompts is None else prompts, accelerator=accelerator, **options)
+
+
+@pytest.fixture
+def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
+    """What became of the guesses of every pass of the calls to come."""
+    seen: list[Outcome] = []
+    settle = speculation._settle
+
+    def watched(*args: Any) -> Outcome:
+        seen.append(settle(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(speculation, "_settle", watched)
+    return seen
+
+
+# -- the picture ---------------------------------------------------------------------------------------
+
+
+@hosts
+@lawful
+def test_without_chance_the_picture_is_that_of_plain_decoding(host: str, name: str) -> None:
+    for law in LAWS:
+        plain = draw(host, Plain(), temperature=0.0, **law)
+        fast = draw(host, LAWFUL[name], temperature=0.0, seed=77, **law)
+        assert fast.stats.lossless
+        assert torch.equal(fast.images, plain.images)
+        assert fast.stats.passes <= PLACES
+
+
+@pytest.mark.parametrize("law", [*LAWS, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.7}], ids=str)
+@hosts
+def test_matching_draws_the_picture_of_plain_decoding(host: str, law: dict[str, Any]) -> None:
+    plain = draw(host, Plain(), **law).images
+    for drafter, tree, adaptive in (
+        ("small", 4, False),
+        ("eagle", BUSHY, False),
+        ("small", BUSHY, True),
+        ("layers", DYNAMIC, False),
+        ("eagle", "dynamic", False),
+    ):
+        accelerator = Speculative(drafter, tree=tree, verification="matching", adaptive=adaptive)
+        out = draw(host, accelerator, **law)
+        assert torch.equal(out.images, plain)
+        assert out.stats.mean_accepted >= 0
+
+
+@hosts
+def test_gumbel_pictures_depend_on_neither_window_nor_fill(host: str) -> None:
+    for law in (*LAWS, {"temperature": 0.8, "top_k": 6}):
+        one = draw(host, Jacobi(1), **law)
+        assert one.stats.picture_passes == (PLACES,) * 3
+        assert one.stats.accepted == (0.0,) * 3
+        for window, fill in ((5, "left"), (16, "above"), (99, "random")):
+            assert torch.equal(draw(host, Jacobi(window, fill=fill), **law).images, one.images)
+
+
+@hosts
+def test_gumbel_pictures_depend_on_no_drafter(host: str) -> None:
+    for law in (*LAWS, {"temperature": 0.8, "top_k": 6}, {"temperature": 0.0}):
+        expected = draw(host, Jacobi(1), **law).images
+        for drafter, tree in (("small", 4), ("eagle", BUSHY), ("layers", "mc_sim_7b_63"), ("small", DYNAMIC)):
+            accelerator = Speculative(drafter, tree=tree, verification="gumbel")
+            assert torch.equal(draw(host, accelerator, **law).images, expected)
+
+
+@pytest.mark.parametrize("coupling", ["none", "gumbel", "maximal"])
+@pytest.mark.parametrize("window", [1, 3, 7, 99])
+def test_every_pass_advances_by_one_to_window(window: int, coupling: Any) -> None:
+    for fill in ("left", "above", "random"):
+        written = draw("c2i", Jacobi(window, coupling, fill), guidance_scale=1.0).written.flatten(1)
+        for row in written:
+            assert (row.diff() >= 0).all(), "from left to right"
+            sizes = row.unique_consecutive(return_counts=True)[1]
+            assert sizes[0] == 1
+            assert sizes.max() <= window
+
+
+@hosts
+@lawful
+def test_pictures_do_not_depend_on_their_batch(host: str, name: str) -> None:
+    together = draw(host, LAWFUL[name])
+    assert together.stats.passes == max(together.stats.picture_passes) <= PLACES
+    for index, prompt in enumerate(PROMPTS[host]):
+        alone = draw(host, LAWFUL[name], prompt, seed=5 + index)
+        assert torch.equal(alone.images[0], together.images[index])
+        assert torch.equal(alone.written[0], together.written[index])
+        assert alone.stats.picture_passes[0] == together.stats.picture_passes[index]
+        assert alone.stats.accepted[0] == together.stats.accepted[index]
+
+
+@pytest.mark.parametrize("name", [*LAWFUL, *(f"{name} in order" for name in ORDERED)])
+def test_fixed_shapes_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = name.removesuffix(" in order")
+    accelerator = ORDERED[base](2) if name != base else LAWFUL[name]
+    pipe = drafting_pipeline("t2i")
+    expected = draw("t2i", accelerator)
+    shapes: set[Any] = set()
+
+    def watched(x: Tensor, reading: Any) -> Tensor:
+        shapes.add((x.shape, reading.length, reading.mask.shape))
+        return pipe.transformer.transform(x, reading)
+
+    monkeypatch.setattr(pipe, "_compiled", watched)
+    fixed = draw("t2i", accelerator)
+    assert torch.equal(fixed.images, expected.images)
+    assert torch.equal(fixed.written, expected.written)
+    # the guided passes, perhaps after those without guesses
+    assert all(length is None for _, length, _ in shapes)
+    assert len(shapes) == 1
+
+
+def test_more_guesses_than_codes() -> None:
+    """Named trees try up to four tokens per node; a model may have three."""
+    pipe = drafting_pipeline("c2i", 3, 3, 0.8)
+
+    def codes(accelerator: Any, **options: Any) -> Tensor:
+        return pipe([0, 1], seed=0, accelerator=accelerator, output_type="latent", **options).images
+
+    sampled, greedy = codes(Plain()), codes(Plain(), temperature=0.0)
+    for tree in ("mc_sim_7b_63", "naive_extend_57", "dynamic"):
+        assert torch.equal(codes(Speculative("small", tree=tree), temperature=0.0), greedy)
+        assert torch.equal(codes(Speculative("small", tree=tree, verification="matching")), sampled)
+        by_noise = codes(Speculative("small", tree=tree, verification="gumbel"))
+        assert torch.equal(by_noise, codes(Jacobi(1)))
+
+
+# -- memory --------------------------------------------------------------------------------------------
+
+
+def true_laws(
+    pipe: LlamaGenPipeline, prompts: Any, tokens: Tensor, guidance: Guidance, sampling: Sampling
+) -> Tensor:
+    """[B, N, V] log-probabilities of every position by one pass without a cache."""
+    model = pipe.transformer
+    condition, mask = pipe._condition(prompts)
+    with torch.inference_mode():
+        logits = model(condition, tokens[:, :-1], mask)[:, model.prefix_length - 1 :]
+        if guidance.enabled:
+            other = model(model.unconditional(condition), tokens[:, :-1], mask)[:, model.prefix_length - 1 :]
+            active = torch.tensor([guidance.active_at(p) for p in range(PLACES)])
+            logits = torch.where(active[:, None], guidance.combine(logits, other), logits)
+    return sampling.filter(logits).log_softmax(-1)
+
+
+@hosts
+@lawful
+def test_laws_are_those_of_a_pass_without_a_cache(host: str, name: str, outcomes: list[Outcome]) -> None:
+    """In every pass, wherever the picture went: after the root and after each accepted guess."""
+    for law in LAWS:
+        outcomes.clear()
+        out = draw(host, LAWFUL[name], **law)
+        guidance = Guidance(law["guidance_scale"], law.get("guidance_interval", -1))
+        truth = true_laws(drafting_pipeline(host), PROMPTS[host], out.images.flatten(1), guidance, Sampling())
+        compared = 0
+        for outcome in outcomes:
+            found = outcome.law.logits.log_softmax(-1)
+            for row in range(3):
+                committed = int(outcome.committed[row])
+                nodes, places = outcome.path[row, :committed], outcome.positions[row, :committed]
+                assert (nodes >= 0).all()
+                torch.testing.assert_close(found[row, nodes], truth[row, places], atol=1e-4, rtol=1e-4)
+                compared += committed
+        assert compared == 3 * (PLACES - 1)
+
+
+@ordered
+@pytest.mark.parametrize(("order", "guidance"), [(1, 2.5), (2, 1.0), (3, 2.5)])
+@torch.inference_mode()
+def test_laws_in_order_are_those_without_scratch(
+    name: str, order: int, guidance: float, outcomes: list[Outcome]
+) -> None:
+    """What came of each pass, read again without scratch slots: first the late token and the roots, then the
+    accepted guesses of one lane after the other, the lowest first, so that none sees guesses of another.
+    """
+    pipe = drafting_pipeline("t2i")
+    out = draw("t2i", ORDERED[name](order), "a red sphere", guidance_scale=guidance)
+    tokens = out.images.flatten(1)
+    condition, mask = pipe._condition(["a red sphere"])
+    again = CausalSession(pipe.transformer, condition, mask, guidance=Guidance(guidance))
+    compared = 0
+    for outcome in outcomes:
+        fronts = outcome.fronts
+        lanes = [lane for lane in range(fronts.start.shape[1]) if fronts.open[0, lane]]
+        late = [] if fronts.refresh is None or fronts.refresh[0] < 0 else [int(fronts.refresh[0])]
+        starts = [int(fronts.start[0, lane]) for lane in lanes]
+        fed = late + [int(fronts.source[0, lane]) for lane in lanes]
+        features = read(again, tokens[:, fed], late + [start - 1 for start in starts])
+        laws = {lane: features[:, len(late) + i : len(late) + i + 1] for i, lane in enumerate(lanes)}
+        for lane, start in reversed(list(zip(lanes, starts, strict=True))):
+            committed = int(outcome.committed[lane])
+            places = list(range(start, start + committed - 1))
+            found = laws[lane]
+            if places:
+                found = torch.cat([found, read(again, tokens[:, places], places)], dim=1)
+            expected = again.law(found, torch.arange(start, start + committed)).logits[0]
+            nodes = outcome.path[lane, :committed]
+            torch.testing.assert_close(outcome.law.logits[lane, nodes], expected, atol=1e-4, rtol=1e-4)
+            compared += committed
+    assert compared == PLACES - 1
+
+
+def read(session: CausalSession, tokens: Tensor, positions: list[int]) -> Tensor:
+    return session.read(Guesses(tokens, torch.tensor([positions])))
+
+
+# -- the order -----------------------------------------------------------------------------------------
+
+
+@hosts
+@ordered
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_pictures_in_order_do_not_depend_on_their_batch(host: str, name: str, order: int) -> None:
+    accelerator, law = ORDERED[name](order), LAWS[order - 1]
+    together = draw(host, accelerator, **law)
+    assert not together.stats.lossless
+    ideal = GRID + (GRID - 1) * order
+    assert together.stats.passes <= ideal, "never slower than without guesses"
+    for index, prompt in enumerate(PROMPTS[host]):
+        alone = draw(host, accelerator, prompt, seed=5 + index, **law)
+        assert torch.equal(alone.images[0], together.images[index])
+        assert torch.equal(alone.written[0], together.written[index])
+
+
+@hosts
+@ordered
+@pytest.mark.parametrize("order", [GRID, GRID + 3])
+def test_a_wide_order_is_raster_order(host: str, name: str, order: int) -> None:
+    wide, raster = draw(host, ORDERED[name](order)), draw(host, ORDERED[name]("raster"))  # type: ignore[arg-type]
+    assert torch.equal(wide.images, raster.images)
+    assert torch.equal(wide.written, raster.written)
+
+
+def worst_children(law: Categorical, numbers: Tensor, proposal: str) -> Tensor:
+    return law.logits.topk(numbers.shape[-1], dim=-1, largest=False).indices
+
+
+@hosts
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_without_luck_the_order_is_that_of_zipar(
+    host: str, order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses that never hold leave nothing behind: ZipAR's passes and ZipAR's pictures, greedy and drawn."""
+    monkeypatch.setattr(drafting, "draw_children", worst_children)
+    everything = LayerSkip((0, 1, 2))
+    for tree in (3, BUSHY):
+        hopeless = Speculative(everything, tree=tree, order=order, verification="matching")
+        # with a filter, the worst tokens are impossible
+        for options in ({"temperature": 0.0}, {"top_k": 12}, {"top_k": 12, "guidance_scale": 1.0}):
+            zipar = draw(host, ZipAR(order), **options)
+            out = draw(host, hopeless, **options)
+            assert out.stats.passes == zipar.stats.passes == GRID + (GRID - 1) * order
+            assert out.stats.mean_accepted == 0
+            assert torch.equal(out.images, zipar.images)
+            assert torch.equal(out.written, zipar.written)
+    alone = draw(host, Jacobi(1, order=order), temperature=0.0)
+    assert torch.equal(alone.images, draw(host, ZipAR(order), temperature=0.0).images)
+    assert alone.stats.passes == GRID + (GRID - 1) * order
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    height=st.integers(1, 6),
+    width=st.integers(1, 7),
+    window=st.integers(1, 8),
+    fixed=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_fronts(height: int, width: int, window: int, fixed: bool, seed: int) -> None:
+    """From any state that can be reached, whatever is accepted."""
+    total, batch = height * width, 3
+    lanes = Lanes.rows(width, total, window)
+    generator = torch.Generator().manual_seed(seed)
+    canvas = Canvas.empty(batch, total)
+    canvas.write(torch.zeros(1, dtype=torch.int64), torch.zeros(batch, 1, dtype=torch.int64), 1)
+    step = 1
+    while not canvas.is_full:
+        step += 1
+        assert step <= total, "every pass decides something"
+        fronts = lanes.fronts(canvas, step, fixed=fixed)
+        check_fronts(fronts, lanes, canvas, step, fixed)
+        positions = torch.full((batch, fronts.start.shape[1], lanes.width), -1)
+        for row, lane in fronts.open.nonzero().tolist():
+            limit = int(fronts.limit[row, lane])
+            # mostly one token, sometimes all that is allowed
+            count = (1, 1, limit, int(torch.randint(1, limit + 1, (), generator=generator)))[
+                int(torch.randint(4, (), generator=generator))
+            ]
+            positions[row, lane, :count] = fronts.start[row, lane] + torch.arange(count)
+        canvas.write(positions.flatten(1), torch.zeros_like(positions.flatten(1)), step)
+
+
+def check_fronts(fronts: Fronts, lanes: Lanes, canvas: Canvas, step: int, fixed: bool) -> None:
+    width, lag = lanes.width, lanes.lag
+    most = lanes.most_open(canvas.num_positions)
+    assert most == min(canvas.num_positions // width, math.ceil(width / lag))
+    if fixed:
+        assert fronts.start.shape[1] == most
+    for row, written in enumerate(canvas.written.view(canvas.batch, -1, width)):
+        done = (written > 0).sum(-1).tolist()
+        for lane, count in enumerate(done):
+            assert (written[lane, :count] > 0).all(), "from left to right"
+        expected = []
+        for lane, count in enumerate(done):
+            above = done[lane - 1] if lane else width
+            allowed = width if above == width else above - lag + 1
+            if count < min(width, allowed):
+                expected.append((lane, count, min(width, allowed) - count, above == width))
+        assert int(fronts.open[row].sum()) == len(expected) <= most
+        if sum(done) < canvas.num_positions:
+            assert expected
+        for slot, (lane, count, limit, full) in enumerate(expected):
+            assert fronts.open[row, slot]
+            start = lane * width + count
+            assert int(fronts.start[row, slot]) == start
+            assert int(fronts.limit[row, slot]) == limit
+            assert int(fronts.end[row, slot]) == width - count >= limit
+            # the row above has `lag` tokens more than what may be decided, or is complete
+            assert full or done[lane - 1] >= count + limit - 1 + lag
+            source = int(fronts.source[row, slot])
+            assert canvas.written[row, source] > 0, "only what is decided can be read"
+            if count or full:
+                assert source == start - 1
+            else:
+                assert source == max(lane - 2, 0) * width + done[max(lane - 2, 0)] - 1
+        closed = slice(len(expected), None)
+        assert (fronts.start[row, closed] == -1).all()
+        assert (fronts.source[row, closed] == -1).all()
+        assert not fronts.limit[row, closed].any()
+        assert not fronts.end[row, closed].any()
+        late = [
+            (lane + 1) * width - 1
+            for lane in range(len(done) - 1)
+            if written[lane, -1] == step - 1 and done[lane + 1] > 0
+        ]
+        assert len(late) <= 1
+        if fronts.refresh is None:
+            assert len(done) == 1
+        else:
+            assert int(fronts.refresh[row]) == (late[0] if late else -1)
+
+
+# -- rows that end in a token of their own ---------------------------------------------------------------
+
+END = CODES - 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(4, 5), (4, 2), (4, 1)])
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 7])
+def test_rows_with_an_end_of_line(width: int, height: int, window: int) -> None:
+    """A model that reads an end of line after every row: known ahead, fed in its turn, never decided."""
+    pitch = width + 1
+    model = transformer("c2i", grid_size=pitch)
+    total = height * pitch
+    ends = torch.arange(width, total, pitch)
+    canvas = Canvas.empty(2, total)
+    canvas.write(ends, torch.full((2, height), END), 1)
+    before = canvas.written[:, ends].clone()
+    order = StaggeredRows(width, window, end_of_line=True)
+    session = CausalSession(model, torch.tensor([0, 3]))
+
+    laws: dict[int, Tensor] = {}
+    original = session.predict
+
+    def predict(canvas: Canvas, feed: Any) -> Any:
+        law = original(canvas, feed)
+        for column, position in enumerate(feed.host.positions):
+            assert position not in laws
+            laws[position] = law.logits[:, column]
+        return law
+
+    session.predict = predict  # type: ignore[method-assign]
+    randomness = Randomness.draw(picture_generators(2, seed=0), total)
+    passes = decode(session, canvas, order, randomness)
+    lag = min(window, width)
+    assert passes == width + (height - 1) * lag
+    assert canvas.is_full
+    assert (canvas.tokens[:, ends] == END).all()
+    assert torch.equal(canvas.written[:, ends], before)
+    inner = [p for p in range(total) if (p + 1) % pitch]
+    assert sorted(laws) == inner
+
+    # every token is fed once, in its own slot, and its true predecessor before it or with it
+    groups = order.groups(total)
+    fed: dict[int, int] = {}
+    for number, group in enumerate(groups):
+        assert group.sources == tuple(p - 1 for p in group.positions)
+        for slot in (*group.refresh, *group.sources):
+            assert slot not in fed
+            if slot >= 0:
+                fed[slot] = number
+    assert sorted(fed) == list(range(total - 2)), "all but the last token and the last end of line"
+
+    # one pass over everything, in which each slot sees what had been fed by then
+    slots = torch.arange(total - 2)
+    when = torch.tensor([fed[slot] for slot in range(total - 2)])
+    sees = (slots[:, None] >= slots) & (when[:, None] >= when)
+    mask = torch.zeros(total - 1, total - 1, dtype=torch.bool)
+    mask[:, 0] = True
+    mask[1:, 1:] = sees
+    with torch.inference_mode():
+        x = torch.cat(
+            [model.embed_condition(torch.tensor([0, 3])), model.embed_tokens(canvas.tokens[:, :-2])], 1
+        )
+        full = model.logits(model.transform(x, Reading(model.rotary_table()[: total - 1], mask=mask)))
+        causal = model(torch.tensor([0, 3]), canvas.tokens[:, :-2])
+    for position in inner:
+        torch.testing.assert_close(laws[position], full[:, position], atol=2e-5, rtol=1e-5)
+    if window >= width:
+        torch.testing.assert_close(full, causal, atol=2e-5, rtol=1e-5)
+        tokens = torch.full((2, total), END)
+        with torch.inference_mode():
+            for position in inner:
+                law = Categorical(model(torch.tensor([0, 3]), tokens[:, :position])[:, -1:])
+                tokens[:, position : position + 1] = law.sample(randomness.at(torch.tensor([position])))
+        assert torch.equal(tokens, canvas.tokens)
+
+
+# -- what is counted -----------------------------------------------------------------------------------
+
+
+@hosts
+@pytest.mark.parametrize("name", [*LAWFUL, *(f"{name} in order" for name in ORDERED)])
+def test_counts_agree_with_the_canvas(host: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = name.removesuffix(" in order")
+    accelerator = ORDERED[base](2) if name != base else LAWFUL[name]
+    tallies: list[Tally] = []
+
+    def remember(self: Accelerator, job: Job) -> Tally:
+        tallies.append(RUN[type(self)](self, job))
+        return tallies[-1]
+
+    monkeypatch.setattr(type(accelerator), "run", remember)
+    out = draw(host, accelerator)
+    (tally,) = tallies
+    written, stats = out.written.flatten(1), out.stats
+    assert tally.passes.tolist() == written.max(1).values.tolist() == list(stats.picture_passes)
+    assert stats.passes == max(stats.picture_passes)
+    # what an attempt decides are its accepted guesses and one token more
+    assert (1 + tally.attempts + tally.accepted == PLACES).all()
+    if name == base:
+        assert tally.attempts.tolist() == [len(row.unique()) - 1 for row in written]
+    assert (tally.attempts >= tally.passes - 1).all()
+    expected = tally.accepted / tally.attempts
+    assert stats.accepted == pytest.approx(expected.tolist())
+    assert stats.mean_accepted == pytest.approx(expected.mean().item())
+    assert (stats.draft_passes > 0) == (accelerator.name != "jacobi")
+    for picture, row in zip(out.acceptance_maps(GRID, legend=False), out.written, strict=True):
+        assert np.array_equal(np.asarray(picture), pass_colors(row.numpy(), stats.passes))
+
+
+@hosts
+@pytest.mark.parametrize(
+    "accelerator", [Jacobi(4), Speculative("eagle"), Speculative("small", order=1)], ids=str
+)
+def test_observers_see_every_pass_and_can_stop(host: str, accelerator: Accelerator) -> None:
+    pipe = drafting_pipeline(host)
+    seen: list[tuple[int, int, Tensor]] = []
+    stop = 99
+
+    def callback(pipe: Any, step: int, decided: int, state: dict[str, Any]) -> None:
+        seen.append((step, decided, state["canvas"].written.clone()))
+        if step == stop:
+            pipe._interrupt = True
+
+    out = draw(host, accelerator, callback_on_step_end=callback)
+    assert [step for step, _, _ in seen] == list(range(out.stats.passes))
+    filled = [0, *(int((written > 0).sum()) for _, _, written in seen)]
+    assert all(after > before for before, after in itertools.pairwise(filled))
+    assert filled[-1] == 3 * PLACES
+    before = torch.zeros_like(seen[0][2])
+    for step, decided, written in seen:
+        changed = written != before
+        assert (written[changed] == step + 1).all()
+        assert decided == int(changed.sum(1).max())
+        before = written
+
+    seen.clear()
+    stop = 2
+    stopped = draw(host, accelerator, callback_on_step_end=callback)
+    assert stopped.stats.passes == len(seen) == 3
+    assert torch.equal(stopped.written.flatten(1), seen[-1][2])
+    assert 0 < int((stopped.written > 0).sum()) < 3 * PLACES
+    assert not stopped.images[stopped.written == 0].any()
+    decided_before = stopped.written > 0
+    assert torch.equal(stopped.images[decided_before], out.images[decided_before])
+    assert torch.equal(draw(host, accelerator).images, out.images), "the next call is not interrupted"
+    assert pipe.interrupt is False
+
+
+def test_progress_rises_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Step] = []
+
+    def watch(self: Jacobi | Speculative | Lantern, job: Job) -> Tally:
+        return RUN[type(self)](self, replace(job, on_step=steps.append))
+
+    for kind in RUN:
+        monkeypatch.setattr(kind, "run", watch)
+    for accelerator in (Jacobi(4), Speculative("small", tree=BUSHY), Lantern(k=3, drafter="eagle", order=2)):
+        steps.clear()
+        passes = max(draw("t2i", accelerator).stats.picture_passes)
+        assert [step.number for step in steps] == list(range(1, passes + 1))
+        progress = [step.progress for step in steps]
+        assert progress == sorted(set(progress))
+        assert progress[0] == pytest.approx(1 / PLACES)
+        assert progress[-1] == 1
+
+
+# -- adaptive depth ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["raster", 2])
+@pytest.mark.parametrize("tree", [6, 2, BUSHY])
+def test_depth_follows_what_was_accepted(
+    tree: Any, order: Any, outcomes: list[Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two levels deeper after a success, one less after a failure, per lane of each picture."""
+    proposers: list[StaticProposer] = []
+    build = StaticProposer.__init__
+
+    def remember(self: StaticProposer, *args: Any, **options: Any) -> None:
+        build(self, *args, **options)
+        proposers.append(self)
+
+    monkeypatch.setattr(StaticProposer, "__init__", remember)
+    draw("c2i", Speculative("small", tree=tree, order=order, adaptive=True))
+    (proposer,) = proposers
+    deepest = proposer.topology.max_depth
+    expected: dict[tuple[int, int], int] = {}
+    sizes = set()
+    for outcome in outcomes:
+        batch, lanes = outcome.fronts.start.shape
+        depths = outcome.tree.depths.max(-1).values.view(batch, lanes)
+        for row, lane in outcome.fronts.open.nonzero().tolist():
+            key = (row, int(outcome.fronts.start[row, lane]) // proposer.lane_width)
+            depth = expected.setdefault(key, min(3, deepest))
+            assert int(depths[row, lane]) == depth <= deepest
+            sizes.add(depth)
+            accepted = int(outcome.committed[row * lanes + lane]) - 1
+            expected[key] = min(depth + 2, deepest) if accepted >= depth else max(depth - 1, 1)
+    for (row, lane), depth in expected.items():
+        assert int(proposer._depths[row, lane]) == depth
+    assert len(sizes) > 1
+
+
+@pytest.mark.parametrize("order", ["raster", 1, 2])
+def test_dynamic_trees_reach_as_far_as_can_be_decided(order: Any, outcomes: list[Outcome]) -> None:
+    draw("c2i", Speculative("small", tree=DYNAMIC, order=order))
+    for outcome in outcomes:
+        fronts, depths = outcome.fronts, outcome.tree.depths
+        reached = depths.max(-1).values.view(fronts.start.shape)
+        assert (reached <= fronts.limit.clamp(min=1)).all()
+        assert ((depths >= 0).sum(-1) <= DYNAMIC.total).all()
+    if order == "raster":
+        assert max(outcome.tree.max_depth for outcome in outcomes) == DYNAMIC.depth + 1
+
+
+def test_how_children_are_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, codes = 60_000, 4
+    logits = torch.randn(codes, generator=generator).expand(rows, 1, codes)
+    numbers = torch.rand(rows, 1, 3, dtype=torch.float64, generator=generator)
+    law = Categorical(logits)
+    p = law.probs[0, 0].double()
+
+    likeliest = draw_children(law, numbers, "deterministic")
+    assert torch.equal(likeliest, p.argsort(descending=True)[:3].expand(rows, 1, 3))
+
+    def frequencies(drawn: Tensor) -> Tensor:
+        flat = drawn[:, 0, 0] * codes + drawn[:, 0, 1]
+        return (torch.bincount(flat, minlength=codes**2).double() / rows).view(codes, codes)
+
+    independent = draw_children(law, numbers, "independent")
+    torch.testing.assert_close(frequencies(independent), p[:, None] * p, atol=0.01, rtol=0)
+    different = draw_children(law, numbers, "without_replacement")
+    expected = (p[:, None] * p / (1 - p[:, None])).fill_diagonal_(0)
+    torch.testing.assert_close(frequencies(different), expected, atol=0.01, rtol=0)
+    assert all(len(set(row)) == 3 for row in different[:500, 0].tolist())
+    # two possible tokens: both are drawn, then any
+    few = Categorical(torch.tensor([[[0.0, -torch.inf, 1.0, -torch.inf]]]))
+    assert set(draw_children(few, numbers[:1], "without_replacement")[0, 0, :2].tolist()) == {0, 2}
+
+
+# -- side effects --------------------------------------------------------------------------------------
+
+
+@hosts
+def test_networks_and_global_randomness_are_left_alone(host: str) -> None:
+    pipe = drafting_pipeline(host)
+    networks = [pipe.transformer, pipe.eagle_head, pipe.draft_transformer]
+    states = [{k: v.clone() for k, v in network.state_dict().items()} for network in networks]
+    attributes = [set(vars(network)) for network in networks]
+    torch.manual_seed(0)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    for accelerator in (*LAWFUL.values(), *(build(2) for build in ORDERED.values())):
+        draw(host, accelerator)
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert np.array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
+    for network, state, names in zip(networks, states, attributes, strict=True):
+        assert set(vars(network)) == names
+        assert not network.training
+        after = network.state_dict()
+        assert after.keys() == state.keys()
+        assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+@hosts
+@pytest.mark.parametrize("name", ["jacobi 5 random", "eagle tree", "small adaptive tree", "lantern k 0"])
+def test_the_same_seed_draws_the_same(host: str, name: str) -> None:
+    first, again, other = (draw(host, LAWFUL[name], seed=seed) for seed in (8, 8, 9))
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.written, again.written)
+    assert not torch.equal(first.images, other.images)
+
+
+def test_auto_takes_the_best_drafter_there_is() -> None:
+    pipe = drafting_pipeline("c2i")
+    auto = draw("c2i", Speculative())
+    assert torch.equal(auto.images, draw("c2i", Speculative("eagle")).images)
+    assert torch.equal(draw("c2i", Speculative(pipe.eagle_head)).images, auto.images)
+    own = draw("c2i", Speculative(pipe.draft_transformer))
+    assert torch.equal(own.images, draw("c2i", Speculative("small")).images)
+    bare = pipeline("c2i")
+    layers = bare([0, 1], seed=0, accelerator=Speculative("layers"), output_type="latent")
+    assert torch.equal(
+        bare([0, 1], seed=0, accelerator="speculative", output_type="latent").images, layers.images
+    )
+    all_layers = draw("c2i", Speculative(LayerSkip((0, 1, 2)), tree=20), temperature=0.0)
+    assert all_layers.stats.passes == 2, "the model agrees with itself: all guesses hold"
+
+
+# -- bad input -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Jacobi(0), r"Jacobi window must be an integer >= 1, got 0\."),
+        (lambda: Jacobi(True), r"Jacobi window must be an integer >= 1, got True\."),
+        (lambda: Jacobi(2.5), r"Jacobi window must be an integer >= 1, got 2\.5\."),
+        (lambda: Jacobi(coupling="gumble"), "unknown Jacobi coupling 'gumble'.*did you mean 'gumbel'"),
+        (lambda: Jacobi(fill="abov"), "unknown Jacobi fill 'abov'.*did you mean 'above'"),
+        (lambda: Jacobi(order="rastr"), "order must be \"raster\" or an integer.*got 'rastr'"),
+        (lambda: Jacobi(order=0), "the ZipAR window given as order must be an integer >= 1, got 0"),
+        (
+            lambda: Speculative(order=False),
+            "the ZipAR window given as order must be an integer >= 1, got False",
+        ),
+        (lambda: Lantern(order=1.5), "the ZipAR window given as order must be an integer >= 1"),
+        (lambda: Speculative(verification="recursiv"), "unknown verification.*did you mean 'recursive'"),
+        (lambda: Speculative("eagel"), "unknown drafter 'eagel'.*did you mean 'eagle'"),
+        (lambda: Lantern(drafter="tiny"), "unknown drafter 'tiny'"),
+        (lambda: Speculative(tree=[[0], [1, 0]]), r"path \[1, 0\] is an orphan: \[1\] is not in the tree\."),
+        (lambda: Lantern(tree=[[0, 0]]), r"\[0\] is not in the tree"),
+        (lambda: Speculative(tree=[]), "at least one path"),
+        (lambda: Speculative(tree=0), "a chain needs an integer length >= 1, got 0"),
+        (lambda: Speculative(tree=True), "a chain needs an integer length >= 1, got True"),
+        (lambda: Speculative(tree="chian"), "unknown tree 'chian'.*did you mean 'chain'"),
+        (lambda: Speculative(tree=2.5), "a tree is a name, a chain length or a list of paths"),
+        (lambda: Speculative(tree=Topology((-1,))), "at least one guess below its root"),
+        (lambda: Lantern(tree=Topology((-1,))), "at least one guess below its root"),
+        (lambda: Speculative(tree="dynamic", verification="k_sequential"), "k_sequential verification needs"),
+        (lambda: Speculative(tree=DYNAMIC, adaptive=True), "leave adaptive off"),
+        (lambda: Lantern(tree="dynamic", adaptive=True), "leave adaptive off"),
+        (lambda: Lantern(k=-1), "k must be an integer >= 0, got -1"),
+        (lambda: Lantern(k=True), "k must be an integer >= 0, got True"),
+        (lambda: Lantern(k=1.5), r"k must be an integer >= 0, got 1\.5"),
+        (lambda: Lantern(delta=-0.1), r"delta must be from 0 to 1, got -0\.1\."),
+        (lambda: Lantern(delta=1.5), r"delta must be from 0 to 1, got 1\.5\."),
+        (lambda: Lantern(delta=float("nan")), "delta must be from 0 to 1, got nan"),
+        (lambda: Lantern(delta=0.1, multiplier=2.0), r"either delta \(LANTERN\) or multiplier"),
+        (lambda: Lantern(multiplier=0.5), r"multiplier must be a number >= 1, got 0\.5\."),
+        (lambda: Lantern(multiplier=float("inf")), "multiplier must be a number >= 1, got inf"),
+        (lambda: Lantern(multiplier=float("nan")), "multiplier must be a number >= 1, got nan"),
+        (lambda: Lantern(residual="statik"), "unknown LANTERN residual 'statik'.*did you mean 'static'"),
+        (lambda: Lantern(tree="dynamic", residual="static"), "is for drawn guesses"),
+        (lambda: Lantern(tree="dynamic", residual="static_b"), "is for drawn guesses"),
+        (lambda: Lantern(tree=4, residual="dynamic"), "is for the guesses of a dynamic tree"),
+        (lambda: make_accelerator("jacobi", {"windw": 3}), "did you mean 'window'"),
+        (lambda: make_accelerator("speculative", {"k": 3}), "unknown option"),
+    ],
+)
+def test_bad_options_are_one_sentence(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        build()
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_fit_the_model_is_refused_in_the_call() -> None:
+    pipe, bare = drafting_pipeline("c2i"), pipeline("c2i")
+    sizes = {"dim": 8, "num_layers": 1, "num_heads": 1}
+
+    def refused(accelerator: Any, message: str, pipe: LlamaGenPipeline = pipe) -> None:
+        with pytest.raises(InputError, match=message) as error:
+            pipe(0, seed=0, accelerator=accelerator)
+        assert "\n" not in str(error.value)
+
+    refused(Lantern(k=CODES), f"k must be smaller than the vocabulary of {CODES}, got {CODES}")
+    for name in ("eagle", "small"):
+        refused(Speculative(name), f"came without a drafter called '{name}'", bare)
+    refused(Lantern(drafter="eagle"), "came without a drafter called 'eagle'", bare)
+    small = transformer("c2i", vocab_size=CODES + 1, **sizes)
+    refused(
+        Speculative(small), rf"another vocabulary \({CODES + 1}\) than the model it drafts for \({CODES}\)"
+    )
+    refused(Speculative(transformer("c2i", grid_size=5, **sizes)), "another grid")
+    refused(Speculative(transformer("t2i", **sizes)), "another kind of condition")
+    refused(Lantern(drafter=transformer("c2i", num_classes=7, **sizes)), "another number of classes")
+    text = drafting_pipeline("t2i")
+    for change, what in (({"prefix_length": 6}, "condition slots"), ({"caption_dim": 8}, "text features")):
+        with pytest.raises(InputError, match=what):
+            text("sphere", seed=0, accelerator=Speculative(transformer("t2i", **sizes, **change)))
+    same = {"dim": 8, "num_layers": 3, "num_heads": 1}
+    for change, what in (
+        ({"vocab_size": CODES + 1}, f"{CODES + 1} instead of {CODES} codes"),
+        ({"grid_size": 5}, "5 instead of 4 tokens per row"),
+        ({"dim": 16}, "16 instead of 8 feature channels"),
+    ):
+        refused(Speculative(eagle_head(transformer("c2i", **{**same, **change}))), what)
+    refused(Speculative(eagle_head(transformer("t2i", **same))), "condition slots")
+    for layers in ((), (3,), (-1,), (0, 0)):
+        refused(Speculative(LayerSkip(layers)), "layers must be different numbers from 0 to 2")
+    refused(Speculative(7), "drafter must be one of auto, eagle, small, layers.*got int")
+    refused(Speculative(None), "got NoneType")
+
+
+def test_a_pipeline_refuses_drafters_of_another_model() -> None:
+    target = transformer("c2i")
+    with pytest.raises(InputError, match="5 instead of 4 tokens per row"):
+        LlamaGenPipeline(target, vq_model(), eagle_head=eagle_head(transformer("c2i", grid_size=5)))
+    with pytest.raises(InputError, match="another grid"):
+        LlamaGenPipeline(target, vq_model(), draft_transformer=transformer("c2i", grid_size=5))

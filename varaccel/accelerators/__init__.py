@@ -1,0 +1,39 @@
+"""Accelerators, one file per method. Importing the package registers all of them."""
+
+from varaccel.accelerators import (
+    auto,
+    code,
+    cspd,
+    feature_cache,
+    fewer_steps,
+    jacobi,
+    lantern,
+    plain,
+    speculative,
+    zipar,
+)
+from varaccel.engine.accelerator import (
+    ACCELERATORS,
+    Accelerator,
+    make_accelerator,
+    register,
+    resolve_accelerator,
+)
+
+__all__ = [
+    "ACCELERATORS",
+    "Accelerator",
+    "auto",
+    "code",
+    "cspd",
+    "feature_cache",
+    "fewer_steps",
+    "jacobi",
+    "lantern",
+    "make_accelerator",
+    "plain",
+    "register",
+    "resolve_accelerator",
+    "speculative",
+    "zipar",
+]

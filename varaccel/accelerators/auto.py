@@ -1,0 +1,99 @@
+"""The accelerator for those who do not want to choose one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import nn
+
+from varaccel.accelerators.fewer_steps import FewerSteps
+from varaccel.accelerators.jacobi import Jacobi
+from varaccel.accelerators.plain import Plain
+from varaccel.accelerators.speculative import Speculative
+from varaccel.accelerators.zipar import ZipAR
+from varaccel.engine.accelerator import Accelerator, register
+from varaccel.engine.balance import measure_balance
+from varaccel.engine.job import Job
+from varaccel.engine.options import check_choice
+from varaccel.engine.statistics import Counts
+from varaccel.hosts.masked.schedule import CosineGroups
+
+Quality = Literal["lossless", "approximate"]
+
+WIDEST_WINDOW, LONGEST_CHAIN = 16, 5
+"""The most that is guessed by Jacobi decoding and by a drafter: what is further ahead hardly ever holds."""
+
+DRAFTER_SHARE = 0.1
+"""The largest drafter that is chosen, as a share of the model's weights."""
+
+
+def _weights(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if p.dim() > 1 and p.requires_grad)
+
+
+@register
+@dataclass(frozen=True)
+class Auto(Accelerator):
+    """As many tokens per pass as the machine reads in the time of one.
+
+    A pass over n rows takes about max(weights / bandwidth, 2 n weights / arithmetic rate), so a device reads
+    n = rate / (2 bandwidth), bytes per weight included, in the time of one: its free tokens, measured once
+    per process. Divided by the rows of the call (pictures, times two if guided) they are the tokens f per
+    picture that cost nothing.
+
+    "lossless": below 2 free tokens one token per pass; else, if the model came with a drafter of at most a
+    tenth of its weights (a larger one takes longer than it saves), a chain of f - 1 guesses, at most 5; else
+    Jacobi decoding with a window of f, at most 16. All three draw with the Gumbel noise of each position and so
+    give the same picture for the same seed, on any machine and in any batch.
+    "approximate": ZipAR with the window that keeps f rows in flight, but no less than half the row.
+
+    Masked models with a diffusion head: no exact method is faster than plain decoding, so "lossless" is that, in as
+    many iterations as the call says; "approximate" is what measured best at unchanged quality (docs/bench-mar.md), an
+    eighth as many iterations as tokens.
+
+    The statistics of a call name what was chosen.
+
+    Attributes:
+        quality: whether the law of plain decoding must be kept.
+
+    Raises:
+        InputError: an unknown quality.
+    """
+
+    name: ClassVar[str] = "auto"
+    lossless: ClassVar[bool] = True
+    hosts: ClassVar[tuple[str, ...]] = ("llamagen", "mar")
+    summary: ClassVar[str] = "chosen by hardware and batch size"
+
+    quality: Quality = "lossless"
+
+    def __post_init__(self) -> None:
+        check_choice("quality", self.quality, get_args(Quality))
+
+    @property
+    def keeps_law(self) -> bool:
+        return self.quality == "lossless"
+
+    def resolve(self, job: Job) -> Accelerator:
+        if isinstance(job.order, CosineGroups):
+            return self._masked(job.order)
+        free = max(1, int(measure_balance(job.device, job.dtype).free_tokens / job.rows))
+        if self.quality == "approximate":
+            width = job.grid_width
+            return ZipAR(window=max(width // 2, -(-width // free)))
+        if free > 1:
+            size = _weights(job.network)
+            for name in ("eagle", "small"):
+                if name in job.drafters and DRAFTER_SHARE * size >= _weights(job.drafters[name]):
+                    tree = min(LONGEST_CHAIN, free - 1)
+                    return Speculative(drafter=name, tree=tree, verification="gumbel")
+        return Jacobi(window=min(WIDEST_WINDOW, free), coupling="gumbel")
+
+    def _masked(self, order: CosineGroups) -> Accelerator:
+        if self.quality == "lossless":
+            return Plain()
+        return FewerSteps(iterations=min(order.iterations, max(1, order.permutation.shape[1] // 8)))
+
+    def run(self, job: Job) -> Counts:
+        return self.resolve(job).run(job)

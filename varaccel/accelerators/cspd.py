@@ -1,0 +1,192 @@
+"""Continuous speculative decoding (CSpD): a small masked model drafts tokens, the large one judges them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from varaccel.accelerators.companion import companion
+from varaccel.accelerators.fewer_steps import MaskedAccelerator
+from varaccel.engine.accelerator import register
+from varaccel.engine.job import Job
+from varaccel.engine.options import check_choice, positive_integer
+from varaccel.engine.statistics import Tally
+from varaccel.errors import InputError
+from varaccel.hosts.masked.denoising import Sampler
+from varaccel.hosts.masked.noise import TokenNoise
+from varaccel.speculation.continuous_loop import Comparison, speculate_in_turn, speculate_jointly
+from varaccel.speculation.continuous_rejection import ContinuousRule, ExactRule, PaperRule, ReferenceRule
+
+if TYPE_CHECKING:  # models import decoding
+    from varaccel.models.mar import MARTransformer
+
+Mode = Literal["reference", "paper", "exact"]
+Verification = Literal["joint", "sequential"]
+
+
+@register
+@dataclass(frozen=True)
+class CSpD(MaskedAccelerator):
+    """A smaller model of the same tokens drafts, the model judges several groups in one pass (arXiv 2411.11925).
+
+    Modes:
+
+    - "reference" is the published code (`ReferenceRule`). In effect it keeps a drafted token if it is close enough to
+      the target's own one, and takes the target's otherwise. What is redrawn depends on the batch, as published.
+    - "paper" is what is printed (`PaperRule`); tokens then carry the noise of their last step, without which they have
+      no density. Real models accept next to nothing.
+    - "exact" compares one denoising step that has noise (`ExactRule`, no factor for the steps before) and runs the
+      steps after it with the target. Each token follows the target's law exactly, given what the target was shown.
+
+    Verification:
+
+    - "joint": one pass that sees none of the drafted tokens, as published. The target's law is then that of deciding
+      the block at once: plain decoding with as many iterations fewer. The time does not depend on what is accepted.
+    - "sequential": each group in sight of those before it, up to the first group with a rejection; one pass over
+      `draft_length` canvases. With mode "exact" and `coupling_step=0` the pictures follow the law of plain decoding
+      with `final_noise=True`. With a later step what later groups saw are drafts, not the tokens that took their place.
+
+    Attributes:
+        mode, verification: see above.
+        draft_length: gamma, groups per block.
+        prefill: share of the iterations, from the start, that the model decides itself.
+        drafter: the small model: a `MARTransformer`, a pipeline that has one, the name of such a pipeline, or None for
+            the one that came with the model.
+        inner_temperature: see the rules; 42 in mode "reference", 1 in mode "paper" if None. Not for "exact".
+        tries: proposals per token that is drawn again; 1000 in mode "exact", 100 otherwise if None.
+        coupling_step: k of the denoising step that mode "exact" compares; tokens themselves, with their last step's
+            noise, if 0.
+        aligned: both models denoise a token with the same noise.
+        iterations, head_steps, head_sampler: see `MaskedAccelerator`.
+
+    Raises:
+        InputError: options out of range or that do not belong to the mode.
+    """
+
+    name: ClassVar[str] = "cspd"
+    lossless: ClassVar[bool] = False
+    summary: ClassVar[str] = "a smaller model drafts continuous tokens, the model keeps or replaces them"
+
+    mode: Mode = "exact"
+    draft_length: int = 4
+    prefill: float = 0.05
+    verification: Verification = "joint"
+    drafter: Any = None
+    inner_temperature: float | None = None
+    tries: int | None = None
+    coupling_step: int = 1
+    aligned: bool = True
+    iterations: int | None = None
+    head_steps: int | None = None
+    head_sampler: Sampler | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("verification", self.verification, get_args(Verification))
+        positive_integer("draft_length", self.draft_length)
+        if not isinstance(self.prefill, (int, float)) or not 0 <= self.prefill <= 1:
+            raise InputError(f"prefill must be a share of the iterations, from 0 to 1, got {self.prefill!r}.")
+        if (
+            isinstance(self.coupling_step, bool)
+            or not isinstance(self.coupling_step, int)
+            or self.coupling_step < 0
+        ):
+            raise InputError(f"coupling_step must be an integer >= 0, got {self.coupling_step!r}.")
+        if self.mode == "exact" and self.inner_temperature is not None:
+            raise InputError("mode 'exact' has no inner_temperature: any but 1 would change the law.")
+        if self.head_sampler not in (None, "ddpm"):
+            raise _no_densities(self.head_sampler)
+        if not isinstance(self.aligned, bool):
+            raise InputError(f"aligned must be true or false, got {self.aligned!r}.")
+        self.rule()  # its options are checked where it is made
+
+    def rule(self) -> ContinuousRule:
+        """What keeps or replaces drafted tokens."""
+        tries = {} if self.tries is None else {"tries": self.tries}
+        if self.mode == "exact":
+            return ExactRule(**tries)
+        inner = {} if self.inner_temperature is None else {"inner_temperature": self.inner_temperature}
+        kind: Any = ReferenceRule if self.mode == "reference" else PaperRule
+        return kind(**tries, **inner)
+
+    @property
+    def compared_step(self) -> int:
+        """k of the step whose Gaussians are compared."""
+        return self.coupling_step if self.mode == "exact" else 0
+
+    def run(self, job: Job) -> Tally:
+        drafter = check_drafter(self.drafter, job)
+        options = self.session_options()
+        if self.mode != "reference" and self.compared_step == 0:
+            options["final_noise"] = True
+        target = job.open_session(**options)
+        draft = job.open_session(drafter, **options)
+        if not target.sampling.noisy:
+            raise _no_densities(target.sampling.sampler)
+        if self.compared_step >= target.sampling.steps:
+            raise InputError(
+                f"coupling_step must be below the {target.sampling.steps} steps of the head, got {self.compared_step}."
+            )
+        noise: TokenNoise = job.randomness  # type: ignore[assignment]
+        comparison = Comparison(
+            self.rule(), self.compared_step, noise, noise if self.aligned else noise.other()
+        )
+        common: dict[str, Any] = {
+            "draft_length": self.draft_length,
+            "prefill": self.prefill,
+            "on_step": job.on_step,
+        }
+        order = self.order(job)
+        if self.verification == "joint":
+            return speculate_jointly(target, draft, job.canvas, order, comparison, **common)
+        verifier = job.open_session(contexts=self.draft_length, **options)
+        return speculate_in_turn(target, verifier, draft, job.canvas, order, comparison, **common)
+
+
+def _no_densities(sampler: str | None) -> InputError:
+    return InputError(
+        f"head_sampler {sampler!r} adds no noise, so draft and target have no densities to compare; use ddpm."
+    )
+
+
+def check_drafter(drafter: Any, job: Job) -> MARTransformer:
+    """The drafter's network, if its tokens and conditions are those of the job's.
+
+    Args:
+        drafter: a network, a pipeline, its name, or None for what came with the model.
+
+    Raises:
+        InputError: there is none, or it has other tokens, conditions or noise, or is on another device.
+        CheckpointError: there is no model of that name.
+    """
+    from varaccel.models.mar import MARTransformer
+
+    chosen = companion(drafter, "draft", job)
+    if chosen is None:
+        raise InputError(
+            "this model came without a smaller one to draft with; pass one, as in CSpD(drafter=small_pipe)."
+        )
+    if not isinstance(chosen, MARTransformer):
+        raise InputError(
+            f"a drafter is a MARTransformer or a pipeline that has one, got {type(chosen).__name__}."
+        )
+    own: Any = job.network
+    condition = "num_classes" if own.config.condition_type == "class" else "caption_dim"
+    for name, what in (
+        ("token_channels", "tokens of {} numbers"),
+        ("grid_size", "a grid of side {}"),
+        ("noise_schedule", "a head trained on {} noise"),
+        ("condition_type", "conditions that are a {}"),
+        (condition, condition + " {}"),
+    ):
+        if chosen.config[name] != own.config[name]:
+            raise InputError(
+                f"the drafter has {what.format(chosen.config[name])} and the model {what.format(own.config[name])}; "
+                "both must be made for the same image tokenizer and the same conditions."
+            )
+    if chosen.device != job.device:
+        raise InputError(
+            f"the drafter is on {chosen.device}, the model on {job.device}; move it there with .to()."
+        )
+    return chosen

@@ -1,0 +1,53 @@
+"""Feature caching: most passes read only what changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from varaccel.accelerators.fewer_steps import MaskedAccelerator
+from varaccel.engine.accelerator import register
+from varaccel.engine.job import Job
+from varaccel.engine.loop import decode
+from varaccel.engine.options import positive_integer
+from varaccel.errors import InputError
+from varaccel.hosts.masked.denoising import Sampler
+
+
+@register
+@dataclass(frozen=True)
+class FeatureCache(MaskedAccelerator):
+    """Reuse the features of unchanged tokens between iterations, in the manner of LazyMAR (arXiv 2503.12450).
+
+    See `StaleSession` for what is kept and what is read. Approximate; exact with `refresh=1`.
+
+    Attributes:
+        refresh: every so manieth pass reads everything; 1 is plain decoding.
+        keep_unconditional: let the other passes do without the unconditional rows of guidance.
+        iterations, head_steps, head_sampler: see `MaskedAccelerator`.
+
+    Raises:
+        InputError: refresh below 1.
+    """
+
+    name: ClassVar[str] = "feature_cache"
+    lossless: ClassVar[bool] = False
+    summary: ClassVar[str] = "most passes read only the tokens that changed"
+
+    refresh: int = 4
+    keep_unconditional: bool = True
+    iterations: int | None = None
+    head_steps: int | None = None
+    head_sampler: Sampler | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive_integer("refresh", self.refresh)
+        if not isinstance(self.keep_unconditional, bool):
+            raise InputError(f"keep_unconditional must be true or false, got {self.keep_unconditional!r}.")
+
+    def run(self, job: Job) -> int:
+        session = job.open_session(
+            refresh=self.refresh, keep_unconditional=self.keep_unconditional, **self.session_options()
+        )
+        return decode(session, job.canvas, self.order(job), job.randomness, job.on_step)

@@ -1,0 +1,200 @@
+"""Speculative Jacobi decoding: the model's own last answers are the guesses of the next pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.accelerator import Accelerator, register
+from varaccel.engine.distribution import Categorical
+from varaccel.engine.job import Job
+from varaccel.engine.options import check_choice, check_order, positive_integer
+from varaccel.engine.randomness import GumbelNoise
+from varaccel.engine.statistics import Tally
+from varaccel.hosts.causal.lanes import Fronts, Lanes
+from varaccel.speculation.loop import Draws, Judge, Outcome, draw_by_noise, judge_by, speculate
+from varaccel.speculation.rejection import Exact, Verdict, match
+from varaccel.speculation.tree import DraftTree, Topology
+
+Coupling = Literal["none", "gumbel", "maximal"]
+Fill = Literal["left", "above", "random"]
+
+
+@register
+@dataclass(frozen=True)
+class Jacobi(Accelerator):
+    """Guess a window of tokens by the model's own answers of the last pass (Teng et al. 2024, arXiv 2410.01699).
+
+    Training-free and exact for every coupling: pictures follow the law of plain decoding. In each pass the
+    model answers for all positions of the window; guesses are accepted from the left, and the answers beyond
+    the first rejection become the guesses of the next pass.
+
+    Attributes:
+        window: tokens read per pass, at least 1 (1 is plain decoding).
+        coupling: how the answer at a position depends on the guess that stands there. "none": drawn afresh
+            (the published method). "maximal": the guess stays with probability min(1, p / q), else what is
+            missing is drawn (maximal coupling). "gumbel": drawn with Gumbel noise that belongs to the
+            position, so that equal laws give equal tokens; the picture does not depend on the window. Coupled
+            guesses change less from pass to pass, so what was guessed after them holds more often.
+        fill: guesses for positions that enter the window: the token to the left, the token above, or a
+            random code.
+        order: "raster", or the window of ZipAR's order, in which every row in flight has a Jacobi window of
+            its own; then the law is that of the order, which is approximate.
+
+    Raises:
+        InputError: window below 1, or an unknown coupling, fill or order.
+    """
+
+    name: ClassVar[str] = "jacobi"
+    lossless: ClassVar[bool] = True
+    hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
+    summary: ClassVar[str] = "the model's own last answers as guesses; training-free"
+
+    window: int = 16
+    coupling: Coupling = "gumbel"
+    fill: Fill = "above"
+    order: int | str = "raster"
+
+    def __post_init__(self) -> None:
+        positive_integer("Jacobi window", self.window)
+        check_choice("Jacobi coupling", self.coupling, get_args(Coupling))
+        check_choice("Jacobi fill", self.fill, get_args(Fill))
+        check_order(self.order)
+
+    @property
+    def keeps_law(self) -> bool:
+        return self.order == "raster"
+
+    def run(self, job: Job) -> Tally:
+        lanes = job.lanes(self.order)
+        window = min(self.window, lanes.width)
+        most = lanes.most_open(job.canvas.num_positions)
+        session = job.open_session(scratch=most * (window - 1))
+        noise = job.randomness.gumbel(job.codes) if self.coupling == "gumbel" else None
+        proposer = JacobiProposer(job, lanes, window, self.coupling, self.fill, noise)
+        judge: Judge = judge_by(Exact()) if noise is None else proposer.judge_by_noise
+        return speculate(session, job.canvas, lanes, proposer, judge, job.randomness, job.on_step)
+
+
+class JacobiProposer:
+    """The window of guesses of every lane and, for each guess, the law that it was drawn from.
+
+    In the window of a lane, entry i stands for the i-th position that the lane decides next.
+    """
+
+    passes = 0
+
+    def __init__(
+        self, job: Job, lanes: Lanes, window: int, coupling: Coupling, fill: Fill, noise: GumbelNoise | None
+    ) -> None:
+        self.canvas, self.lanes, self.grid_width = job.canvas, lanes, job.grid_width
+        self.coupling, self.fill, self.noise, self.codes = coupling, fill, noise, job.codes
+        self.nodes = window
+        # for the answers, for the tests of the guesses that are kept, and for random fills
+        self.draws = 2 * window + (window - 1 if fill == "random" else 0)
+        self.topology = Topology.chain(window - 1) if window > 1 else Topology((-1,))
+        batch, count = job.canvas.batch, job.canvas.num_positions // lanes.width
+        device = job.canvas.written.device
+        # -1: no guess yet
+        self._guesses = torch.full((batch, count, window - 1), -1, device=device)
+        self._laws = (
+            torch.zeros(batch, count, window - 1, job.codes, device=device) if noise is None else None
+        )
+        self._answers: Tensor | None = None
+
+    def propose(self, roots: Tensor, fronts: Fronts, draws: Draws) -> DraftTree:
+        if self.nodes == 1:
+            return DraftTree.from_topology(self.topology, roots.view(-1, 1), proposal="deterministic")
+        lane = self._lane(fronts)
+        guesses = self._guesses.gather(1, lane.unsqueeze(-1).expand(-1, -1, self.nodes - 1))
+        fresh = guesses < 0
+        fill = self._fill(roots, fronts, draws, guesses)
+        guesses = torch.where(fresh, fill, guesses)
+        tokens = torch.cat([roots.unsqueeze(-1), guesses], dim=-1).flatten(0, 1)
+        if self._laws is None:
+            return DraftTree.from_topology(self.topology, tokens, proposal="deterministic")
+        index = lane[..., None, None].expand(-1, -1, *self._laws.shape[2:])
+        laws = self._laws.gather(1, index)
+        # a fresh guess is certain: its law is all on itself
+        certain = torch.zeros_like(laws).scatter_(-1, guesses.unsqueeze(-1), 1.0)
+        laws = torch.where(fresh.unsqueeze(-1), certain, laws)
+        laws = torch.cat([laws, torch.zeros_like(laws[:, :, :1])], dim=2).flatten(0, 1)  # [M, T, V]
+        return DraftTree.from_topology(self.topology, tokens, proposal="without_replacement", draft=laws)
+
+    def judge_by_noise(self, tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
+        """Accept the guesses that the noise of their position draws from the new law."""
+        assert self.noise is not None
+        self._answers = draw_by_noise(law, self.noise, positions)
+        return match(tree, self._answers, law.logits)
+
+    def observe(self, outcome: Outcome, draws: Draws) -> None:
+        if self.nodes == 1:
+            return
+        answers = self._answers if self._laws is None else self._answer(outcome, draws)
+        assert answers is not None
+        fronts, width = outcome.fronts, self.nodes
+        batch, open_ = fronts.start.shape
+        # the window moves on by what was committed; places that enter it have no guess yet
+        source = torch.arange(width - 1, device=answers.device) + outcome.committed.unsqueeze(1)  # [M, L - 1]
+        inside = source < width
+        source = source.clamp(max=width - 1)
+        guesses = torch.where(inside, answers.gather(1, source), -1).view(batch, open_, -1)
+        lane = self._lane(fronts)
+        # filling must not overwrite a lane: it goes to a lane of its own that is cut off again
+        lanes = self._guesses.shape[1]
+        target = torch.where(fronts.open, lane, lanes)
+        self._guesses = _put(self._guesses, target, guesses)
+        if self._laws is not None:
+            probs = outcome.law.probs
+            laws = probs.gather(1, source.unsqueeze(-1).expand(-1, -1, probs.shape[-1]))
+            self._laws = _put(self._laws, target, laws.view(batch, open_, *laws.shape[1:]))
+
+    def _lane(self, fronts: Fronts) -> Tensor:
+        return fronts.start.clamp(min=0) // self.lanes.width
+
+    def _fill(self, roots: Tensor, fronts: Fronts, draws: Draws, guesses: Tensor) -> Tensor:
+        """[B, A, L - 1] guesses for places that have none."""
+        width = guesses.shape[-1]
+        if self.fill == "random":
+            numbers = draws.drafting[:, 2 * self.nodes :].view(guesses.shape)
+            return (numbers * self.codes).long()
+        index = torch.arange(width, device=guesses.device)
+        # the nearest place to the left that has a guess, else the root
+        known = torch.where(guesses >= 0, index, -1).cummax(dim=-1).values
+        left = torch.where(known >= 0, guesses.gather(2, known.clamp(min=0)), roots.unsqueeze(-1))
+        if self.fill == "left":
+            return left
+        above = fronts.start.unsqueeze(-1) + index - self.grid_width  # [B, A, L - 1]
+        place = above.clamp(0, self.canvas.num_positions - 1).flatten(1)
+        decided = (self.canvas.written.gather(1, place) > 0).view(above.shape) & (above >= 0)
+        return torch.where(decided, self.canvas.tokens.gather(1, place).view(above.shape), left)
+
+    def _answer(self, outcome: Outcome, draws: Draws) -> Tensor:
+        """[M, L] a draw from each of the new laws, coupled to the guess that stood there."""
+        numbers = draws.drafting[:, : self.nodes]
+        if self.coupling == "none":
+            return outcome.law.sample(numbers)
+        # the last row has no guess of its own to keep
+        law, width = outcome.law, self.nodes - 1
+        tree = outcome.tree
+        assert tree.draft is not None
+        guess = tree.tokens[:, 1:]
+        old = Categorical(tree.draft[:, :width].log())
+        new = Categorical(law.logits[:, :width], law.greedy)
+        kept = (
+            draws.drafting[:, self.nodes : self.nodes + width]
+            < (new.log_prob(guess) - old.log_prob(guess)).exp()
+        )
+        drawn = torch.where(kept, guess, new.residual(old).sample(numbers[:, :width]))
+        last = Categorical(law.logits[:, width:], law.greedy).sample(numbers[:, width:])
+        return torch.cat([drawn, last], dim=1)
+
+
+def _put(state: Tensor, lane: Tensor, values: Tensor) -> Tensor:
+    """`state` [B, H, ...] with `values` [B, A, ...] at lanes [B, A]; lane H is nowhere."""
+    extended = torch.cat([state, state[:, :1]], dim=1)
+    index = lane.view(*lane.shape, *[1] * (values.dim() - 2)).expand_as(values)
+    return extended.scatter_(1, index, values)[:, :-1]

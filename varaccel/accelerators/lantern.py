@@ -1,0 +1,127 @@
+"""LANTERN: speculative decoding in which nearby codes may stand for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+from torch import Tensor
+
+from varaccel.accelerators.speculative import check_drafting, open_proposer, resolve_drafter, resolve_shape
+from varaccel.engine.accelerator import Accelerator, register
+from varaccel.engine.distribution import Categorical
+from varaccel.engine.job import Job
+from varaccel.engine.options import check_choice, check_order
+from varaccel.engine.statistics import Tally
+from varaccel.errors import InputError
+from varaccel.speculation.loop import Draws, Judge, judge_by, speculate
+from varaccel.speculation.rejection import Relaxed, RelaxedGreedy, Residual, Verdict
+from varaccel.speculation.tree import DraftTree, DynamicTree, Topology
+
+
+@register
+@dataclass(frozen=True)
+class Lantern(Accelerator):
+    """Accept a guess for the sake of its neighbours in the codebook (Jang et al. 2024, arXiv 2410.03355).
+
+    Approximate: before a guess is judged, it is given the mass of its nearest codes, up to a bound. With
+    `delta` (LANTERN) each such move changes the law by at most delta in total variation; with `multiplier`
+    (LANTERN++, arXiv 2502.06352) it raises the guess's probability to at most that multiple. The bound is
+    per move, not for the picture. k = 0, delta = 0 and multiplier = 1 are exact with the residual "paper".
+
+    Attributes:
+        k: nearest codes that may give their mass, fewer than there are codes.
+        delta: additive bound, 0 to 1; 0.1 if neither bound is given.
+        multiplier: multiplicative bound, at least 1.
+        tree: as for `Speculative`. The published settings are "dynamic" for LANTERN, a static tree of drawn
+            guesses for LANTERN++.
+        residual: what a rejected guess leaves of the law: "paper", or one of the public code's three,
+            "dynamic", "static" and "static_b"; see `Relaxed`.
+        drafter: as for `Speculative`.
+        normalise: measure distances between codes of unit length, which is what the image tokenizer decodes;
+            the public code measures between the stored codes.
+        adaptive, order: as for `Speculative`.
+
+    Raises:
+        InputError: an option that cannot be used, or a combination without meaning.
+    """
+
+    name: ClassVar[str] = "lantern"
+    lossless: ClassVar[bool] = False
+    hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
+    summary: ClassVar[str] = "a drafter guesses, nearby codes may stand for each other"
+
+    k: int = 10
+    delta: float | None = None
+    multiplier: float | None = None
+    tree: int | str | Topology | DynamicTree | Sequence[Sequence[int]] = 4
+    residual: Residual = "paper"
+    drafter: Any = "auto"
+    normalise: bool = True
+    adaptive: bool = False
+    order: int | str = "raster"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0:
+            raise InputError(f"LANTERN's k must be an integer >= 0, got {self.k!r}.")
+        if self.delta is not None and self.multiplier is not None:
+            raise InputError("give either delta (LANTERN) or multiplier (LANTERN++), not both.")
+        if self.delta is not None and not 0 <= self.delta <= 1:
+            raise InputError(f"LANTERN's delta must be from 0 to 1, got {self.delta}.")
+        if self.multiplier is not None and not 1 <= self.multiplier < float("inf"):
+            raise InputError(f"LANTERN's multiplier must be a number >= 1, got {self.multiplier}.")
+        check_choice("LANTERN residual", self.residual, get_args(Residual))
+        check_order(self.order)
+        shape = check_drafting(self.drafter, self.tree, self.adaptive)
+        if isinstance(shape, DynamicTree):
+            if self.residual in ("static", "static_b"):
+                raise InputError(
+                    f"residual {self.residual!r} is for drawn guesses, a dynamic tree takes the likeliest; "
+                    'use "paper" or "dynamic".'
+                )
+        elif self.residual == "dynamic":
+            raise InputError(
+                'residual "dynamic" is for the guesses of a dynamic tree, a static tree draws them; '
+                'use "paper", "static" or "static_b".'
+            )
+
+    @property
+    def keeps_law(self) -> bool:
+        relaxed = self.k > 0 and self._delta != 0 and self.multiplier != 1
+        return not relaxed and self.residual == "paper" and self.order == "raster"
+
+    @property
+    def _delta(self) -> float | None:
+        return 0.1 if self.delta is None and self.multiplier is None else self.delta
+
+    def run(self, job: Job) -> Tally:
+        shape = resolve_shape(self.tree)
+        if self.k >= job.codes:
+            raise InputError(f"LANTERN's k must be smaller than the vocabulary of {job.codes}, got {self.k}.")
+        if job.neighbours is None:
+            raise InputError("this model has no codebook of vectors, which LANTERN needs; use Speculative.")
+        table = job.neighbours(self.k, self.normalise).to(job.device)
+        session, lanes, proposer = open_proposer(
+            job,
+            self.order,
+            resolve_drafter(self.drafter, job),
+            shape,
+            "deterministic" if isinstance(shape, DynamicTree) else "without_replacement",
+            self.adaptive,
+        )
+        judge: Judge
+        if session.sampling.greedy:
+            judge = judge_greedily(RelaxedGreedy(table, self.k, self._delta, self.multiplier))
+        else:
+            judge = judge_by(Relaxed(table, self.k, self._delta, self.multiplier, self.residual))
+        return speculate(session, job.canvas, lanes, proposer, judge, job.randomness, job.on_step)
+
+
+def judge_greedily(rule: RelaxedGreedy) -> Judge:
+    """Relaxation weighs the full law, although the likeliest token is taken."""
+
+    def judge(tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
+        return rule.verify(tree, law.logits.softmax(-1), draws.judging[:, : tree.tokens.shape[1]])
+
+    return judge

@@ -1,0 +1,51 @@
+"""ZipAR: rows of a picture in parallel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from varaccel.engine.accelerator import Accelerator, register
+from varaccel.engine.job import Job
+from varaccel.engine.loop import decode
+from varaccel.engine.options import check_choice, positive_integer
+from varaccel.hosts.causal.schedule import StaggeredRows
+
+Mode = Literal["masked", "published"]
+
+
+@register
+@dataclass(frozen=True)
+class ZipAR(Accelerator):
+    """Decode several rows at once, each a window behind the row above (He et al. 2024, arXiv 2412.04062).
+
+    Training-free and approximate: a token does not see the right part of the rows above it that is not there
+    yet. With `window` at least the row width it is raster decoding.
+
+    Attributes:
+        window: lag between rows in tokens, at least 1. Smaller is faster and further from the plain law.
+        mode: "masked" starts every row early, W + (H - 1) * window passes, and hides empty slots from
+            attention. "published" is the published code: the first row is finished before the second
+            starts, 2 W + (H - 2) * window passes, and empty slots are visible with zero key and value.
+
+    Raises:
+        InputError: window below 1, or an unknown mode.
+    """
+
+    name: ClassVar[str] = "zipar"
+    lossless: ClassVar[bool] = False
+    hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
+    summary: ClassVar[str] = "rows in parallel, each a window behind the row above"
+
+    window: int = 8
+    mode: Mode = "masked"
+
+    def __post_init__(self) -> None:
+        positive_integer("ZipAR window", self.window)
+        check_choice("ZipAR mode", self.mode, get_args(Mode))
+
+    def run(self, job: Job) -> int:
+        published = self.mode == "published"
+        order = StaggeredRows(job.grid_width, self.window, first_row_alone=published)
+        session = job.open_session(visibility="causal" if published else "encoded")
+        return decode(session, job.canvas, order, job.randomness, job.on_step)

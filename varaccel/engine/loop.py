@@ -1,0 +1,75 @@
+"""The decoding loop: all control flow of decoding without guesses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.canvas import Canvas
+from varaccel.hosts.causal.schedule import HasPositions, Order
+from varaccel.hosts.causal.session import Session
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an observer is shown after a pass.
+
+    Attributes:
+        number: of the pass, counted from 1; the number that `canvas.written` holds.
+        progress: share of the work that is done, 0 to 1.
+        positions: what the pass decided, [P], or [B, P] with -1 as padding.
+        canvas: the canvas after the pass; observers must not change it.
+    """
+
+    number: int
+    progress: float
+    positions: Tensor
+    canvas: Canvas
+
+    @property
+    def decided(self) -> int:
+        """Tokens decided per picture; the most of any picture if they differ (asks the device then)."""
+        if self.positions.dim() == 1:
+            return self.positions.shape[0]
+        return int((self.positions >= 0).sum(1).max())
+
+
+OnStep = Callable[[Step], None]
+"""The one observation point; it may raise to end the call."""
+
+AnyFeed = TypeVar("AnyFeed", bound=HasPositions)
+
+
+class DrawsTokens(Protocol):
+    """A source of randomness as the loop sees it: `Randomness`, or another stream."""
+
+    def sample(self, law: Any, positions: Tensor) -> Tensor:
+        """Values [B, P] (or [B, P, C]) of `positions` ([P] or [B, P]) drawn from their law."""
+        ...
+
+
+@torch.inference_mode()
+def decode(
+    session: Session[AnyFeed],
+    canvas: Canvas,
+    order: Order[AnyFeed],
+    randomness: DrawsTokens,
+    on_step: OnStep | None = None,
+) -> int:
+    """Fill the canvas in the given order, each group from one prediction. Returns the number of passes.
+
+    Nothing in the loop waits for the device: positions are known ahead or stay on the device, draws are made
+    from numbers drawn ahead.
+    """
+    feeds = order.feeds(canvas)
+    number = 0
+    for number, feed in enumerate(feeds, start=1):
+        law = session.predict(canvas, feed)
+        canvas.write(feed.positions, randomness.sample(law, feed.positions), number)
+        if on_step is not None:
+            on_step(Step(number, number / len(feeds), feed.positions, canvas))
+    return number

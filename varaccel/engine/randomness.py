@@ -1,0 +1,163 @@
+"""The one source of randomness: a generator per picture, spent by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.distribution import Law
+from varaccel.errors import InputError
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """Uniform numbers for every position of every picture, drawn ahead.
+
+    A draw belongs to a picture and a position, not to a moment. So a picture depends neither on its batch nor
+    on the order in which positions are decided: with the same laws, every order gives the same picture. And
+    nothing is drawn inside the decoding loop.
+
+    Speculation needs more: guesses are drawn, tested and drawn again, pass after pass. Those numbers come
+    from `stream` and `gumbel`, each with generators of its own, which the pictures' generators seed: what one
+    of them spends changes nothing for the other.
+
+    Attributes:
+        uniforms: [B, N] float64 in [0, 1), one number per position.
+        stream_seeds, noise_seeds: of each picture.
+    """
+
+    uniforms: Tensor
+    stream_seeds: tuple[int, ...] = field(default=(), repr=False)
+    noise_seeds: tuple[int, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def draw(
+        cls, generators: Sequence[torch.Generator], positions: int, device: torch.device | str = "cpu"
+    ) -> Randomness:
+        """Draw `positions` numbers from each picture's own generator, on the generator's device."""
+        rows = [
+            torch.rand(positions, dtype=torch.float64, generator=g, device=g.device).to(device)
+            for g in generators
+        ]
+        seeds = [torch.randint(2**62, (2,), generator=g, device=g.device).tolist() for g in generators]
+        return cls(torch.stack(rows), tuple(s[0] for s in seeds), tuple(s[1] for s in seeds))
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The numbers of `positions` ([P] or [B, P], -1 = padding): [B, P]."""
+        if positions.dim() == 1:
+            return self.uniforms[:, positions]
+        return self.uniforms.gather(1, positions.clamp(min=0))
+
+    def sample(self, law: Law, positions: Tensor) -> Tensor:
+        """Draw the values of `positions` ([P] or [B, P], -1 = padding) from their law: [B, P] or [B, P, C]."""
+        return law.sample(self.at(positions))
+
+    def stream(self, width: int) -> Stream:
+        """Numbers for the passes to come, `width` per picture and pass."""
+        return Stream(_seeded(self.stream_seeds), width, self.uniforms.device)
+
+    def gumbel(self, codes: int) -> GumbelNoise:
+        """Gumbel noise for every position and each of `codes` codes."""
+        return GumbelNoise(_seeded(self.noise_seeds), self.uniforms.shape[1], codes, self.uniforms.device)
+
+
+def _seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+class Stream:
+    """Uniform numbers per picture and pass, drawn some passes ahead in one copy to the device.
+
+    Every picture passes through the same number of passes from its own point of view, alone or in a batch, so
+    its numbers do not depend on the batch.
+    """
+
+    AHEAD = 16
+
+    def __init__(self, generators: Sequence[torch.Generator], width: int, device: torch.device) -> None:
+        self.generators, self.width, self.device = generators, width, device
+        self._block = torch.empty(0)
+        self._next = self.AHEAD
+
+    def next(self) -> Tensor:
+        """[B, width] float64 in [0, 1) for the next pass."""
+        if self._next == self.AHEAD:
+            shape = (self.AHEAD, self.width)
+            rows = [
+                torch.rand(shape, dtype=torch.float64, generator=g, device=g.device) for g in self.generators
+            ]
+            self._block = torch.stack(rows, dim=1).to(self.device)
+            self._next = 0
+        self._next += 1
+        return self._block[self._next - 1]
+
+
+class GumbelNoise:
+    """Standard Gumbel noise that belongs to a picture, a position and a code.
+
+    Adding it to log-probabilities and taking the largest draws from them (the Gumbel-max trick). Since a
+    position keeps its noise, laws that differ little draw the same code at it. Drawn in blocks of positions
+    when they are first asked for: 4 bytes per position and code.
+    """
+
+    BLOCK = 64
+
+    def __init__(
+        self, generators: Sequence[torch.Generator], positions: int, codes: int, device: torch.device
+    ) -> None:
+        self.generators, self.positions, self.codes, self.device = generators, positions, codes, device
+        self._noise = torch.empty(len(generators), 0, codes, device=device)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Noise of `positions` [B, P]: [B, P, V] float32. Asks the device for the last of them.
+
+        Args:
+            positions: places outside the picture get the noise of its border; their draws are not used.
+        """
+        wanted = min(int(positions.max()) + 1, self.positions)
+        while self._noise.shape[1] < wanted:
+            shape = (min(self.BLOCK, self.positions - self._noise.shape[1]), self.codes)
+            rows = [torch.empty(shape, device=g.device).exponential_(generator=g) for g in self.generators]
+            block = torch.stack(rows).to(self.device).log_().neg_()
+            self._noise = torch.cat([self._noise, block], dim=1)
+        batch = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
+        return self._noise[batch, positions.clamp(0, wanted - 1)]
+
+
+def picture_generators(
+    count: int,
+    seed: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> list[torch.Generator]:
+    """One CPU generator per picture.
+
+    Args:
+        count: number of pictures.
+        seed: picture i gets seed + i, so that it can be made again alone with that seed.
+        generator: instead of a seed, a generator per picture, or one generator from which the pictures'
+            seeds are drawn.
+
+    Raises:
+        InputError: both given, a wrong number of generators, or a seed that is no integer in [0, 2**63).
+    """
+    if seed is not None and generator is not None:
+        raise InputError("pass either seed or generator, not both.")
+    if isinstance(generator, Sequence):
+        if len(generator) != count:
+            raise InputError(f"{count} pictures need {count} generators, one each; got {len(generator)}.")
+        return list(generator)
+    if generator is not None:
+        draws = torch.randint(2**62, (count,), generator=generator, device=generator.device)
+        return [torch.Generator().manual_seed(int(s)) for s in draws]
+    if seed is None:
+        fresh = torch.Generator()
+        first = fresh.seed() % 2**62
+        return [torch.Generator().manual_seed(first + i) for i in range(count)]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED - count:
+        raise InputError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}.")
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]

@@ -1,0 +1,177 @@
+"""What a call cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def telling(accelerator: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that say what was done: the first one if it has a value, and those that are not the default."""
+    from varaccel.engine.accelerator import ACCELERATORS
+
+    usual: dict[str, Any] = {}
+    if accelerator in ACCELERATORS:
+        fields = dataclasses.fields(ACCELERATORS[accelerator])  # type: ignore[arg-type]
+        usual = {f.name: f.default for f in fields if f is not fields[0] or f.default is None}
+    return {k: v for k, v in options.items() if k not in usual or usual[k] != v}
+
+
+def call_label(accelerator: str, options: Mapping[str, Any]) -> str:
+    """An accelerator with its telling options, as a call of it is written."""
+    told = (f"{name}={value}" for name, value in telling(accelerator, options).items())
+    return f"{accelerator}({', '.join(told)})"
+
+
+@dataclass
+class Tally:
+    """Counts of a call whose pictures advance at their own pace.
+
+    Attributes:
+        passes: [B] passes of the host model until the picture was finished, the prefill included.
+        attempts: [B] chains or trees of guesses that were judged.
+        accepted: [B] tokens decided beyond the one that every judgement yields: the guesses that paid off.
+        draft_passes: forward passes of the drafter, shared by all pictures.
+        judged: [B] guesses that were judged, where a rule keeps or replaces each; None where trees are walked down.
+    """
+
+    passes: Tensor
+    attempts: Tensor
+    accepted: Tensor
+    draft_passes: int = 0
+    judged: Tensor | None = None
+
+    @classmethod
+    def start(cls, batch: int, device: torch.device) -> Tally:
+        """Before the first pass, in which nothing is guessed."""
+        zero = torch.zeros(batch, dtype=torch.int64, device=device)
+        return cls(zero, zero.clone(), zero.clone())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One network's share of a call in which several take turns.
+
+    Attributes:
+        name: what it is called.
+        seconds: wall-clock time.
+        passes: its forward passes.
+        tokens: tokens per picture that it decided.
+        cache_bytes: size of its key-value cache.
+    """
+
+    name: str
+    seconds: float
+    passes: int
+    tokens: int
+    cache_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.tokens} tokens in {self.passes} passes, {self.seconds:.2f} s"
+
+
+@dataclass(frozen=True)
+class Relayed:
+    """Counts of a call in which several networks took turns.
+
+    Attributes:
+        passes: forward passes of all of them.
+        stages: what each of them did, in order.
+    """
+
+    passes: int
+    stages: tuple[Stage, ...]
+
+
+Counts = int | Tally | Relayed
+"""What an accelerator tells of a call: passes, or more if pictures have their own pace or networks take turns."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Cost of one pipeline call.
+
+    Attributes:
+        accelerator: name of the accelerator.
+        options: its options.
+        lossless: whether it keeps the law of plain decoding.
+        images: pictures made.
+        tokens: tokens per picture.
+        passes: forward passes of the host model, prefill included; all pictures share them, so where they
+            advance at their own pace it is the number that the slowest needed.
+        rows: network rows per pass, 2 per picture while guided.
+        cache_bytes: size of the key-value cache.
+        seconds: wall-clock time by phase: text, tokens (prefill and steps), decode (tokens to pixels).
+        first_pass_seconds: the part of seconds["tokens"] until the first pass has decided its tokens: the prefill of a
+            raster model, the first scale of a next-scale one, the first iteration of a masked one. 0 if the call was
+            stopped before.
+        picture_passes: passes that each picture needed, empty if all need the same.
+        accepted: of each picture, tokens gained by guesses per pass and chain or tree; empty without guesses.
+        draft_passes: forward passes of the drafter.
+        kept: of each picture, share of the guesses that were kept, where a rule keeps or replaces each.
+        stages: shares of the networks, if several took turns.
+        device, dtype: where and in which precision the host model ran.
+    """
+
+    accelerator: str
+    options: dict[str, Any]
+    lossless: bool
+    images: int
+    tokens: int
+    passes: int
+    rows: int
+    cache_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    first_pass_seconds: float = 0.0
+    picture_passes: tuple[int, ...] = ()
+    accepted: tuple[float, ...] = ()
+    draft_passes: int = 0
+    kept: tuple[float, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> str:
+        """The accelerator with its options, such as `zipar(window=8)`."""
+        return call_label(self.accelerator, self.options)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.tokens / self.passes
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        return asdict(self) | {
+            "tokens_per_pass": self.tokens_per_pass,
+            "total_seconds": self.total_seconds,
+            "mean_accepted": self.mean_accepted,
+        }
+
+    @property
+    def mean_accepted(self) -> float | None:
+        """Mean of `accepted` over the pictures, None without guesses."""
+        return sum(self.accepted) / len(self.accepted) if self.accepted else None
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
+        guessed = "" if not self.accepted else f", {self.mean_accepted:.2f} guesses accepted per pass"
+        if self.kept:
+            guessed += f", {100 * sum(self.kept) / len(self.kept):.0f} % of the guesses kept"
+        if self.draft_passes:
+            guessed += f", {self.draft_passes} drafter passes"
+        stages = "".join(f"; {stage}" for stage in self.stages)
+        return (
+            f"{self.label}: {self.images} pictures of {self.tokens} tokens in {self.passes} "
+            f"passes ({self.tokens_per_pass:.2f} tokens per pass{guessed}), {self.total_seconds:.2f} s "
+            f"({phases}){stages}"
+        )

@@ -1,0 +1,450 @@
+"""Many pictures for an evaluation: the same files however the work was split, and after whatever interruption.
+
+Picture i has seed `seed` + i, and the pictures of a pass are decided by the batch size alone: batch b holds pictures
+b·B to b·B + B - 1. Processes share batches, never parts of them, and an interrupted batch is drawn again whole. So
+files are bit-identical for any number of processes on one kind of device, on a CPU with equally many threads in each;
+another batch size draws the same random numbers, and only rounding can make a difference (see
+`varaccel.evaluation.metrics.rounding`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Self
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import varaccel
+from varaccel.accelerators import Accelerator
+from varaccel.errors import InputError, unknown_name
+from varaccel.evaluation.digests import text_digest, weights_digest
+from varaccel.evaluation.metrics.image_sets import RUN_PICTURES
+from varaccel.files import atomic_path
+from varaccel.pipelines.pixels import Rounding, to_uint8
+
+SETTINGS, PROMPTS, STATISTICS, BATCH_FILE = "run.json", "prompts.json", "statistics", "samples.npz"
+
+_OWN = (SETTINGS, PROMPTS, STATISTICS, RUN_PICTURES)
+_PNG_END = b"IEND\xaeB`\x82"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that pictures of a run depend on.
+
+    Attributes:
+        model: name of the model.
+        weights: digest of its weights.
+        accelerator, options: how it decodes.
+        call: further arguments of the pipeline call.
+        source: where prompts come from: "scenes", "classes", "classes:random" or a file.
+        prompts: digest of the prompts.
+        count: pictures.
+        seed: of the first picture.
+        batch_size: pictures per call.
+        image_size: side that pictures are resized to before they are rounded (bicubic, no antialiasing, as
+            LlamaGen's published sampler does); None: as they are.
+        rounding: to 8 bits, see `to_uint8`.
+        dtype, device, threads, compiled: how the networks ran, which changes rounding; threads of a process, None on
+            a GPU.
+        versions: of varaccel and torch.
+    """
+
+    model: str
+    weights: str
+    accelerator: str
+    options: dict[str, Any]
+    call: dict[str, Any]
+    source: str
+    prompts: str
+    count: int
+    seed: int
+    batch_size: int
+    image_size: int | None = None
+    rounding: Rounding = "nearest"
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int | None = None
+    compiled: bool = False
+    versions: dict[str, str] = field(
+        default_factory=lambda: {"varaccel": varaccel.__version__, "torch": str(torch.__version__)}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("count", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.image_size is not None and self.image_size < 1:
+            raise InputError(f"image_size must be at least 1, got {self.image_size}.")
+        if self.rounding not in ("nearest", "down"):
+            raise unknown_name("rounding", self.rounding, ("nearest", "down"))
+
+    @classmethod
+    def of(
+        cls,
+        pipe: Any,
+        prompts: Sequence[str | int],
+        accelerator: Accelerator,
+        *,
+        model: str,
+        source: str,
+        call: Mapping[str, Any],
+        **others: Any,
+    ) -> Self:
+        """The settings of a run of `pipe`.
+
+        Args:
+            prompts: one per picture.
+            others: further attributes.
+        """
+        # as they come back from a file
+        plain = json.loads(json.dumps([accelerator.options(), dict(call)], default=str))
+        device = pipe.transformer.device.type
+        return cls(
+            model=model,
+            weights=weights_digest(pipe),
+            accelerator=accelerator.name,
+            options=plain[0],
+            call=plain[1],
+            source=source,
+            prompts=text_digest([str(prompt) for prompt in prompts]),
+            count=len(prompts),
+            dtype=str(pipe.transformer.dtype).removeprefix("torch."),
+            device=device,
+            threads=torch.get_num_threads() if device == "cpu" else None,
+            **others,
+        )
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> Self | None:
+        """The settings of a folder, None if it holds no run.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = Path(folder) / SETTINGS
+        if not path.exists():
+            return None
+        known = {f.name for f in fields(cls)}
+        try:
+            values = json.loads(path.read_text())
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} does not describe a run: {error}") from error
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run cost, over all of its pictures.
+
+    Attributes:
+        pictures: drawn.
+        passes: forward passes of the model per call, the mean over calls.
+        tokens_per_pass: tokens of a picture over `passes`.
+        seconds: wall-clock time of all calls by phase, added up over processes; of runs beside other work no figure
+            of speed.
+        lossless: whether all calls kept the law of plain decoding.
+    """
+
+    pictures: int
+    passes: float
+    tokens_per_pass: float
+    seconds: dict[str, float]
+    lossless: bool
+
+
+class PictureRun:
+    """A run in a folder: `pictures/000000.png`, …, `run.json`, `prompts.json` and `statistics/`.
+
+    Args:
+        folder: new, or of an earlier run of the same settings, which then goes on.
+        settings: what pictures depend on.
+        prompts: one per picture: descriptions, or labels of classes.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], settings: RunSettings, prompts: Sequence[str | int]
+    ) -> None:
+        if len(prompts) != settings.count:
+            raise InputError(f"{settings.count} pictures need as many prompts, got {len(prompts)}.")
+        self.folder, self.settings, self.prompts = Path(folder), settings, list(prompts)
+        self.pictures = self.folder / RUN_PICTURES
+        self._digits = max(6, len(str(settings.count - 1)))
+
+    # -- what is there -------------------------------------------------------------------------------------
+
+    @property
+    def batches(self) -> int:
+        return -(-self.settings.count // self.settings.batch_size)
+
+    def picture_path(self, index: int) -> Path:
+        return self.pictures / f"{index:0{self._digits}}.png"
+
+    def statistics_path(self, batch: int) -> Path:
+        return self.folder / STATISTICS / f"{batch:0{self._digits}}.json"
+
+    def indices(self, batch: int) -> range:
+        """The pictures of a batch."""
+        start = batch * self.settings.batch_size
+        return range(start, min(start + self.settings.batch_size, self.settings.count))
+
+    def missing(self) -> list[int]:
+        """Batches of which anything is not there yet."""
+        return [
+            batch
+            for batch in range(self.batches)
+            if not self.statistics_path(batch).is_file()
+            or not all(_whole_png(self.picture_path(index)) for index in self.indices(batch))
+        ]
+
+    def finished_pictures(self) -> int:
+        """Pictures in the folder."""
+        with os.scandir(self.pictures) as entries:
+            return sum(entry.name.endswith(".png") for entry in entries)
+
+    def begin(self) -> list[int]:
+        """Make the folder, or check that its run is this one; the batches that are to be drawn.
+
+        Raises:
+            InputError: the folder holds a run of other settings, or cannot be written to.
+        """
+        earlier = RunSettings.read(self.folder)
+        if earlier != self.settings and not (self.pictures.is_dir() and self.finished_pictures()):
+            earlier = None  # it drew nothing, perhaps for want of memory: nothing is mixed up
+        if earlier is not None and earlier != self.settings:
+            now = asdict(self.settings)
+            other = [
+                f"{name} {value!r} instead of {now[name]!r}"
+                for name, value in asdict(earlier).items()
+                if value != now[name]
+            ]
+            raise InputError(
+                f"{self.folder} holds a run of other settings ({'; '.join(other)}); name another folder, or the "
+                "settings of that run."
+            )
+        try:
+            if earlier is None:
+                if self.folder.is_dir() and any(one.name not in _OWN for one in self.folder.iterdir()):
+                    raise InputError(f"{self.folder} holds something else than a run; name an empty folder.")
+                _write_json(self.prompts, self.folder / PROMPTS)
+                _write_json(asdict(self.settings), self.folder / SETTINGS)
+            for folder in (self.pictures, self.folder / STATISTICS):
+                folder.mkdir(exist_ok=True)
+                for left in folder.glob(".*.tmp"):  # of a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+        except OSError as error:
+            raise _not_written(self.folder, error) from error
+        return self.missing()
+
+    # -- drawing -------------------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        pipe: Any,
+        accelerator: Accelerator,
+        *,
+        state: PartialState | None = None,
+        progress: bool = True,
+    ) -> RunSummary:
+        """Draw what is missing.
+
+        Every process of a distributed launch calls this with the same arguments; each draws its share of the batches.
+
+        Args:
+            pipe: where `settings` came from, on this process's device.
+            accelerator: that of `settings`.
+            state: of the launch, by default `launch_state()`.
+            progress: show a bar with the remaining time (on the main process).
+
+        Raises:
+            InputError: see `begin`; a picture that cannot be written (a full disk). What was drawn is kept.
+        """
+        state = launch_state() if state is None else state
+        todo = self._shared_plan(state)
+        mine = todo[state.process_index :: state.num_processes]
+        hidden = not progress or not state.is_main_process
+        done = self.finished_pictures() if not hidden else 0
+        with tqdm(
+            total=self.settings.count, initial=done, desc="drawing", unit="picture", disable=hidden
+        ) as bar:
+            for batch in mine:
+                self._draw_batch(pipe, accelerator, batch)
+                if not hidden:  # what the others drew counts too
+                    bar.update(self.finished_pictures() - bar.n)
+            state.wait_for_everyone()
+            if not hidden:
+                bar.update(self.finished_pictures() - bar.n)
+        return self.summary()
+
+    def _shared_plan(self, state: PartialState) -> list[int]:
+        """What is to be drawn, seen by the main process before anybody draws, so that all split the same list."""
+        plan: list[Any] = [None, None]
+        if state.is_main_process:
+            try:
+                plan[0] = self.begin()
+            except InputError as error:
+                plan[1] = str(error)
+        if state.num_processes > 1:
+            plan = broadcast_object_list(plan, from_process=0)
+        if plan[1] is not None:
+            raise InputError(plan[1])
+        return list(plan[0])
+
+    def _draw_batch(self, pipe: Any, accelerator: Accelerator, batch: int) -> None:
+        indices = self.indices(batch)
+        output = pipe(
+            self.prompts[indices.start : indices.stop],
+            seed=self.settings.seed + indices.start,
+            accelerator=accelerator,
+            output_type="raw",
+            **self.settings.call,
+        )
+        pixels = to_pixels(output.images, self.settings.image_size, self.settings.rounding).cpu().numpy()
+        try:
+            for index, picture in zip(indices, pixels, strict=True):
+                path = self.picture_path(index)
+                if not _whole_png(path):
+                    with atomic_path(path) as temporary:
+                        Image.fromarray(picture).save(temporary)
+            _write_json(output.stats.to_dict(), self.statistics_path(batch))
+        except OSError as error:
+            raise _not_written(self.folder, error) from error
+
+    def summary(self) -> RunSummary:
+        """What all calls so far cost."""
+        told = [
+            json.loads(self.statistics_path(batch).read_text())
+            for batch in range(self.batches)
+            if self.statistics_path(batch).is_file()
+        ]
+        passes = fmean(one["passes"] for one in told)
+        phases = told[0]["seconds"]
+        return RunSummary(
+            pictures=sum(one["images"] for one in told),
+            passes=passes,
+            tokens_per_pass=told[0]["tokens"] / passes,
+            seconds={phase: sum(one["seconds"][phase] for one in told) for phase in phases},
+            lossless=all(one["lossless"] for one in told),
+        )
+
+    # -- one file of all -----------------------------------------------------------------------------------
+
+    def write_batch_file(self, path: str | os.PathLike[str] | None = None, *, progress: bool = True) -> Path:
+        """All pictures as an ADM-style .npz file, written picture by picture: `arr_0` uint8 [N, H, W, 3], and for
+        models of classes `arr_1`, labels int64 [N].
+
+        Args:
+            path: by default `samples.npz` in the folder.
+
+        Raises:
+            InputError: a picture is missing, or the file cannot be written.
+        """
+        target = Path(path) if path is not None else self.folder / BATCH_FILE
+        paths = [self.picture_path(index) for index in range(self.settings.count)]
+        absent = next((one for one in paths if not _whole_png(one)), None)
+        if absent is not None:
+            raise InputError(f"{absent} is missing, so the run is not finished; go on drawing first.")
+        first = _pixels(paths[0])
+        try:
+            with (
+                atomic_path(target) as temporary,
+                zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+            ):
+                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                    shape = (len(paths), *first.shape)
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for one in tqdm(
+                        paths, desc=target.name, unit="picture", leave=False, disable=not progress
+                    ):
+                        member.write(_pixels(one).tobytes())
+                labels = [prompt for prompt in self.prompts if isinstance(prompt, int)]
+                if len(labels) == len(paths):
+                    with archive.open("arr_1.npy", "w") as member:
+                        np.lib.format.write_array(member, np.asarray(labels, np.int64))
+        except OSError as error:
+            raise _not_written(target, error) from error
+        return target
+
+
+def launch_state(cpu: bool = False) -> PartialState:
+    """This process's place in a launch by `torchrun` or `accelerate launch`; one of one without them.
+
+    Args:
+        cpu: stay on the CPU where there is a GPU.
+
+    Raises:
+        InputError: the launch has several processes that do not find each other.
+    """
+    # without a GPU accelerate takes every process for the only one unless it is told that this is meant
+    state = PartialState(cpu=cpu or not torch.cuda.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != launched:
+        raise InputError(
+            f"{launched} processes were launched, but they do not find each other; launch with torchrun."
+        )
+    return state
+
+
+def read_prompts(folder: str | os.PathLike[str]) -> list[str | int] | None:
+    """The prompts of the run in a folder, None if it holds no run.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = Path(folder) / PROMPTS
+    if not path.exists():
+        return None
+    try:
+        prompts = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} holds no prompts: {error}") from error
+    return list(prompts)
+
+
+def to_pixels(images: Tensor, size: int | None, rounding: Rounding) -> Tensor:
+    """[-1, 1] float [B, 3, H, W] -> uint8 [B, S, S, 3]; resized before it is clamped, as LlamaGen's sampler does."""
+    if size is not None and images.shape[-2:] != (size, size):
+        images = F.interpolate(images.float(), (size, size), mode="bicubic", align_corners=False)
+    return to_uint8(images, rounding)
+
+
+def _whole_png(path: Path) -> bool:
+    """Whether a file is there and ends as a PNG file does: a power failure can leave an empty or cut one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            return file.read() == _PNG_END
+    except OSError:
+        return False
+
+
+def _pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def _write_json(values: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1, default=str) + "\n")
+
+
+def _not_written(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"nothing more could be written to {path} ({error.strerror or error}); make room and run the same command "
+        "again: what is there is kept."
+    )

@@ -1,0 +1,85 @@
+"""The running feature map of a next-scale call: what the decided scales add up to."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.canvas import Canvas
+from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer
+
+
+class Noise(Protocol):
+    """Gumbel noise by position, such as `GumbelNoise`."""
+
+    def at(self, positions: Tensor) -> Tensor: ...
+
+
+class FeatureMap:
+    """Follows a canvas scale by scale; every network of a call reads the same one.
+
+    A hand-over between networks needs nothing else: neither hidden states nor keys cross over.
+
+    Args:
+        quantizer: of the image tokenizer.
+        batch: number of pictures.
+        smooth: noise for softened code vectors: a mean of all codes under a perturbed law instead of the code that
+            was drawn (VAR's "more smooth" sampling, for looks, not for figures); None for the codes themselves.
+
+    Attributes:
+        value: [B, D, n, n] float32, the sum so far; replaced, never changed in place.
+        scales: number of scales in it.
+    """
+
+    def __init__(self, quantizer: MultiScaleQuantizer, batch: int, smooth: Noise | None = None) -> None:
+        self.quantizer = quantizer
+        self.value = quantizer.start(batch)
+        self.scales = 0
+        self._smooth = smooth
+        self._logits: Tensor | None = None
+        self._seen: list[Tensor] = []  # entry s - 1: what scale s sees
+
+    def seen(self, canvas: Canvas, first: int, last: int) -> Tensor:
+        """What the tokens of scales `first` to `last` see of the scales before theirs, [B, P, D] float32.
+
+        Scale 0 sees nothing and has no entries. All scales before `last` must be decided.
+        """
+        self.follow(canvas, last)
+        parts = self._seen[max(first, 1) - 1 : last]
+        return torch.cat(parts, 1) if parts else self.value.new_zeros(len(self.value), 0, self.value.shape[1])
+
+    def expect(self, logits: Tensor) -> None:
+        """Note the filtered logits [B, P, V] that the next scale is about to be drawn from."""
+        self._logits = logits if self._smooth is not None else None
+
+    @torch.inference_mode()
+    def follow(self, canvas: Canvas, scales: int) -> None:
+        """Take in what the canvas holds of the scales before number `scales`."""
+        schedule = self.quantizer.schedule
+        while self.scales < scales:
+            scale = self.scales
+            vectors = self._vectors(canvas, scale)
+            self.value = self.value + self.quantizer.spread(vectors, scale)
+            self.scales += 1
+            if self.scales < len(schedule):
+                self._seen.append(self.quantizer.look(self.value, self.scales))
+
+    def _vectors(self, canvas: Canvas, scale: int) -> Tensor:
+        """Code vectors of a decided scale, [B, p * p, D]."""
+        schedule = self.quantizer.schedule
+        span = schedule.span(scale)
+        vectors = self.quantizer.lookup(canvas.tokens[:, span])
+        if self._smooth is None or self._logits is None:
+            return vectors
+        positions = torch.arange(span.start, span.stop, device=canvas.tokens.device)
+        noise = self._smooth.at(positions.expand(canvas.batch, -1))
+        progress = schedule.progress(scale)
+        temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
+        weights = ((self._logits * (1 + progress) + noise) / temperature).softmax(dim=-1)
+        soft = weights @ self.quantizer.embedding.weight.float()
+        self._logits = None
+        if canvas.fixed is None:
+            return soft
+        return torch.where(canvas.fixed[:, span].unsqueeze(-1), vectors, soft)

@@ -1,0 +1,52 @@
+"""The random stream of VAR's and CoDe's published samplers, for parity with seeded runs of theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.distribution import Categorical
+
+
+@dataclass
+class PublishedDraws:
+    """One generator for all pictures of a call, spent scale by scale.
+
+    A token is the code with the largest p / E, with exponential noise E for every code; that is what a one-sample
+    `torch.multinomial` does. A picture thus depends on its batch. In CoDe the published refiner seeds a generator
+    of its own alike and throws away the draws of the scales that are there already, which leads to the same place
+    in the stream.
+
+    Attributes:
+        generator: on the device of the model. Streams of CPU and GPU differ.
+    """
+
+    generator: torch.Generator
+
+    def sample(self, law: Categorical, positions: Tensor) -> Tensor:
+        """Codes [B, P]; the stream advances by B * P * V numbers, whatever the filters, also if greedy."""
+        batch, count, codes = law.logits.shape
+        noise = self._exponential(batch * count, codes).view(batch, count, codes)
+        return law.logits.argmax(-1) if law.greedy else (law.probs / noise).argmax(-1)
+
+    def gumbel(self, codes: int) -> PublishedNoise:
+        """Gumbel noise from the same stream, for smooth sampling."""
+        return PublishedNoise(self, codes)
+
+    def _exponential(self, *shape: int) -> Tensor:
+        device = self.generator.device
+        return torch.empty(shape, device=device).exponential_(generator=self.generator)
+
+
+@dataclass
+class PublishedNoise:
+    """Gumbel noise in the order in which it is asked for."""
+
+    draws: PublishedDraws
+    codes: int
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Noise [B, P, V] for positions [B, P]."""
+        return self.draws._exponential(*positions.shape, self.codes).log_().neg_()

@@ -1,0 +1,35 @@
+"""Next-scale order: all positions of a scale are decided together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.canvas import Canvas
+from varaccel.nn.scale_schedule import ScaleSchedule
+
+
+@dataclass(frozen=True)
+class ScaleFeed:
+    """One scale.
+
+    Attributes:
+        positions: [p * p] its positions on the canvas.
+        scale: its number, from 0.
+    """
+
+    positions: Tensor
+    scale: int
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scale after scale, coarse to fine (VAR, arXiv 2404.02905, section 3.2)."""
+
+    schedule: ScaleSchedule
+
+    def feeds(self, canvas: Canvas) -> list[ScaleFeed]:
+        positions = torch.arange(canvas.num_positions, device=canvas.written.device)
+        return [ScaleFeed(positions[self.schedule.span(s)], s) for s in range(len(self.schedule))]

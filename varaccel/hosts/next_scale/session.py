@@ -1,0 +1,134 @@
+"""One next-scale network reading one canvas for one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.canvas import Canvas
+from varaccel.engine.distribution import Categorical
+from varaccel.hosts.next_scale.feature_map import FeatureMap
+from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
+from varaccel.hosts.next_scale.schedule import ScaleFeed
+from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.kv_cache import KVCache
+
+if TYPE_CHECKING:  # models import decoding
+    from varaccel.models.var import VARTransformer
+
+
+class ScaleSession:
+    """A next-scale network, its cache and guidance for one call.
+
+    Scales that it has not read yet are read together with the one that is asked for, in one pass under a mask: a
+    network that takes over from another encodes what is there by itself. Keys of the last scale are never stored,
+    since nobody looks at them, and what depends on the condition alone is worked out once.
+
+    Rows of a guided call are [conditional; unconditional].
+
+    Args:
+        network: the model, in eval mode; it is not changed.
+        features: what the decided scales add up to, shared by all sessions of a call.
+        condition: class labels [B], or text features [B, T, C] with `condition_mask` [B, T]; None for no condition.
+        until: number of scales that will be asked for; nothing is kept for those beyond. All if None.
+        cache_dtype: number type of stored keys and values, the network's own if None.
+        transform: replaces `network.transform`, for a compiled version of it.
+    """
+
+    def __init__(
+        self,
+        network: VARTransformer,
+        features: FeatureMap,
+        condition: Tensor | None,
+        condition_mask: Tensor | None = None,
+        *,
+        guidance: ScaleGuidance | None = None,
+        sampling: ScaleSampling | None = None,
+        until: int | None = None,
+        cache_dtype: torch.dtype | None = None,
+        transform: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self.network, self.features = network, features
+        self.guidance = (guidance or ScaleGuidance()) if condition is not None else ScaleGuidance()
+        self.sampling = sampling or ScaleSampling()
+        self.schedule = network.schedule
+        self.until = len(self.schedule) if until is None else until
+        self.batch = len(features.value)
+        self._transform = transform or network.transform
+        self._cache_dtype = cache_dtype
+        self.cache: KVCache | None = None
+        self._encoded = 0  # leading scales whose keys are stored
+        self.reads = 0  # forward passes of the network
+        self.cache_bytes = 0  # size of the cache, also after it was freed
+        with torch.inference_mode():
+            # once per call: built from numbers of the host, which a pass should not wait for
+            self._scales = network.scale_of_tokens()
+            self._positions = network.positions()
+            null = network.modulate(network.null_condition())
+            if condition is None:
+                self._modulation = null.expand(self.batch)
+            else:
+                self._modulation = network.modulate(network.embed_condition(condition, condition_mask))
+                if self.guidance.enabled:
+                    self._modulation = self._modulation.beside(null.expand(self.batch))
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Network rows of a pass."""
+        return self._modulation.rows
+
+    @torch.inference_mode()
+    def predict(self, canvas: Canvas, feed: ScaleFeed) -> Categorical:
+        """The law of a scale, [B, p * p, V], after guidance and filters. All scales before it must be decided."""
+        logits = self.sampling.keep(self.logits(canvas, feed.scale), feed.scale)
+        self.features.expect(logits)
+        return self.sampling.law(logits, feed.scale)
+
+    @torch.inference_mode()
+    def logits(self, canvas: Canvas, scale: int) -> Tensor:
+        """Guided logits of a scale before any filter, [B, p * p, V] float32."""
+        network, modulation = self.network, self._modulation
+        first, rows = self._encoded, self.rows_per_pass
+        span = slice(self.schedule.borders[first], self.schedule.borders[scale + 1])
+        seen = self.features.seen(canvas, first, scale).repeat(rows // self.batch, 1, 1)
+        x = network.embed(modulation.start if first == 0 else None, seen, self._positions[:, span])
+        asked = span.stop - self.schedule.borders[scale]
+        tail = asked if asked < span.stop - span.start else None
+        x = self._transform(x, modulation.blocks, self._reading(first, scale), tail)
+        self.reads += 1
+        strength = self.guidance.strength(self.schedule, scale)
+        if not strength:  # the first scale is never guided
+            head = modulation.head[:, : self.batch]
+            return network.logits(network.head_nm(x[: self.batch], head))
+        # guidance and the output layer are both linear: mixing features first halves the output layer
+        conditional, unconditional = network.head_nm(x, modulation.head).float().split(self.batch)
+        return network.logits((1 + strength) * conditional - strength * unconditional)
+
+    def close(self) -> None:
+        """Free the cache; the session cannot be asked again."""
+        self.cache = None
+        self._encoded = 0
+
+    def _reading(self, first: int, scale: int) -> Reading:
+        borders = self.schedule.borders
+        stored, stop = borders[first], borders[scale + 1]
+        device = self.features.value.device
+        mask = None
+        if scale > first:  # several scales in one pass: none may look ahead
+            scales = self._scales[:stop]
+            mask = scales[stored:].unsqueeze(1) >= scales  # [P, K]
+        if scale == self.until - 1:
+            if self.cache is None:
+                return Reading(mask=mask)
+            return Reading(mask=mask, cache=self.cache, length=stored)
+        if self.cache is None:
+            slots = borders[self.until - 1]
+            self.cache = self.network.new_cache(self.rows_per_pass, slots, self._cache_dtype)
+            self.cache_bytes = self.cache.nbytes
+        self._encoded = scale + 1
+        return Reading(
+            mask=mask, cache=self.cache, slots=torch.arange(stored, stop, device=device), length=stop
+        )

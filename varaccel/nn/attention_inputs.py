@@ -1,0 +1,54 @@
+"""What a forward pass reads: positions, masks and the cache, as arguments of the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varaccel.nn.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one forward pass reads and where it writes: everything about it that is not a weight.
+
+    Attributes:
+        rotary: [P, D / 2, 2] or [B, P, D / 2, 2], rows of the rotary table for the inputs; None for networks
+            that have none.
+        mask: bool, broadcastable to [B, H, P, K], True where a query may look; None means everything.
+        causal: mask to be the lower triangle instead (a full pass without padding).
+        cache: where keys and values are kept; None for a pass that needs no past.
+        slots: [P] or [B, P] int64, cache slots of the inputs; None to look at the cache without storing them
+            (networks with whole scales only).
+        length: number of leading cache slots to attend over, None for all.
+    """
+
+    rotary: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    cache: KVCache | None = None
+    slots: Tensor | None = None
+    length: int | None = None
+
+
+def prefix_mask(condition_mask: Tensor, length: int, start: int = 0) -> Tensor:
+    """Who sees whom: causal, minus unused caption slots, plus the diagonal (a padded slot sees itself).
+
+    Args:
+        condition_mask: [B, T], nonzero where a caption slot is used.
+        length: number of slots, condition included.
+        start: first query slot.
+
+    Returns:
+        [B, 1, length - start, length] bool.
+    """
+    batch, prefix = condition_mask.shape
+    device = condition_mask.device
+    usable = torch.ones(batch, length, dtype=torch.bool, device=device)
+    usable[:, : min(prefix, length)] = condition_mask[:, :length].bool()
+    slots = torch.arange(length, device=device)
+    causal = slots[start:, None] >= slots  # [Q, K]
+    diagonal = slots[start:, None] == slots
+    return ((causal & usable[:, None]) | diagonal).unsqueeze(1)

@@ -1,0 +1,26 @@
+"""What ships with the library, and where it lies: inside the installed package, or beside it in a checkout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from varaccel.errors import CheckpointError
+
+
+def weights_folder() -> Path:
+    """Where the shipped models are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "weights", package.parent / "weights"):
+        if (folder / "manifest.json").is_file():
+            return folder
+    raise CheckpointError(
+        f"no shipped models beside {package}; reinstall varaccel or pass the path of a model folder."
+    )
+
+
+def shipped_models() -> dict[str, Path]:
+    """Names and folders of the models that ship with the library."""
+    folder = weights_folder()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return {name: folder / name for name in manifest["models"]}

@@ -1,0 +1,264 @@
+"""Speculation over groups of continuous tokens: a small model decides some groups, the large one judges them.
+
+The loop of `speculation` is made for causal networks: guesses stand in slots and trees, and the law of each follows
+from one pass. A masked network has neither; what it says about a group changes with every token that is shown to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from varaccel.engine.canvas import Canvas
+from varaccel.engine.loop import OnStep, Step
+from varaccel.engine.statistics import Tally
+from varaccel.hosts.masked.denoising import Denoised
+from varaccel.hosts.masked.distribution import DiffusionLaw
+from varaccel.hosts.masked.noise import TokenNoise
+from varaccel.hosts.masked.schedule import CosineGroups, MaskedFeed
+from varaccel.hosts.masked.session import MaskedSession
+from varaccel.speculation.continuous_rejection import (
+    Aligned,
+    ContinuousRule,
+    Decision,
+    Gaussian,
+    SeededProposals,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Where the denoising paths of draft and target are compared.
+
+    Attributes:
+        rule: keeps or replaces a drafted value.
+        step: k; both Gaussians of this step are compared, the steps below it are the target's. 0 compares tokens.
+        draft_noise: of drafted paths.
+        target_noise: of the target's paths; the same as `draft_noise` for aligned ones.
+    """
+
+    rule: ContinuousRule
+    step: int
+    draft_noise: TokenNoise
+    target_noise: TokenNoise
+
+    def draft(self, law: DiffusionLaw, positions: Tensor) -> tuple[Tensor, Denoised]:
+        """Tokens [B, P, C], and their paths at the compared step."""
+        start, noise = self.draft_noise.paths(positions, law.noisy_steps)
+        path = law.run(start, noise, last=self.step, record=True)
+        return self._finish(law, path.value, noise).unflatten(0, law.shape), path
+
+    def judge(
+        self, law: DiffusionLaw, drafted: Denoised, positions: Tensor, proposals: SeededProposals
+    ) -> tuple[Tensor, Decision]:
+        """What becomes of drafted tokens at `positions` [B, P] (-1 is padding): tokens [B, P, C] and the decision.
+
+        Args:
+            law: the target's.
+            drafted: paths of these tokens, B * P rows.
+        """
+        start, noise = self.target_noise.paths(positions, law.noisy_steps)
+        path = law.run(start, noise, last=self.step, record=True)
+        sigma = (drafted.log_std_sum - path.log_std_sum).double().sum(-1)
+        decision = self.rule.judge(
+            Aligned(
+                drafted.value,
+                Gaussian(drafted.mean, drafted.log_std),
+                Gaussian(path.mean, path.log_std),
+                sigma,
+            ),
+            self.target_noise.accepting(positions),
+            proposals,
+            (positions >= 0).flatten(),
+        )
+        return self._finish(law, decision.values, noise).unflatten(0, law.shape), decision
+
+    def _finish(self, law: DiffusionLaw, value: Tensor, noise: Tensor | None) -> Tensor:
+        return law.run(value, noise, first=self.step - 1).value if self.step else value
+
+
+@torch.inference_mode()
+def speculate_jointly(
+    target: MaskedSession,
+    draft: MaskedSession,
+    canvas: Canvas,
+    order: CosineGroups,
+    comparison: Comparison,
+    *,
+    draft_length: int,
+    prefill: float,
+    on_step: OnStep | None = None,
+) -> Tally:
+    """Fill the canvas; all drafted groups of a block are judged in one pass that sees none of them.
+
+    What is decided is decided for good, so that the number of passes does not depend on what is accepted. The target's
+    law of a block is that of deciding all its groups at once: plain decoding with fewer iterations.
+
+    Source: the published code of continuous speculative decoding (arXiv 2411.11925): the target decides iterations up
+    to `prefill` times their number, blocks end at multiples of `draft_length`, and guidance of a block is that of its
+    last iteration.
+    """
+    feeds = order.feeds(canvas)
+    tally, number = _prefill(target, canvas, feeds, comparison, prefill, on_step)
+    judged = torch.zeros_like(tally.passes)
+    block: list[MaskedFeed] = []
+    paths: list[Denoised] = []
+    for step in range(number, len(feeds)):
+        feed = feeds[step]
+        tokens, path = comparison.draft(draft.predict(canvas, feed), feed.positions)
+        canvas.write(feed.positions, tokens, number + 1)
+        block.append(feed)
+        paths.append(path)
+        if step % draft_length and step < len(feeds) - 1:
+            continue
+        number += 1
+        decided = MaskedFeed(
+            torch.cat([f.positions for f in block], 1), block[0].known, feed.remaining, block[0].number
+        )
+        tokens, decision = comparison.judge(
+            target.predict(canvas, decided),
+            _beside(paths, canvas.batch),
+            decided.positions,
+            _proposals(comparison.target_noise, number, decided.positions.shape[1]),
+        )
+        canvas.write(decided.positions, tokens, number)
+        tally.passes += 1
+        tally.attempts += 1
+        judged += decided.positions.shape[1]
+        tally.accepted += decision.accepted.view(canvas.batch, -1).sum(1)
+        block, paths = [], []
+        if on_step is not None:
+            on_step(Step(number, (step + 1) / len(feeds), decided.positions, canvas))
+    tally.draft_passes, tally.judged = draft.reads, judged
+    return tally
+
+
+@torch.inference_mode()
+def speculate_in_turn(
+    target: MaskedSession,
+    verifier: MaskedSession,
+    draft: MaskedSession,
+    canvas: Canvas,
+    order: CosineGroups,
+    comparison: Comparison,
+    *,
+    draft_length: int,
+    prefill: float,
+    on_step: OnStep | None = None,
+) -> Tally:
+    """Fill the canvas; every drafted group is judged in sight of those before it, up to the first rejection.
+
+    A block of `draft_length` groups costs one pass over as many canvases per picture: attention looks both ways, so
+    nothing of one serves another. Groups after one with a rejected token are drafted again. Pictures advance at their
+    own pace. The device is asked once per block how far they are.
+
+    The law is the target's if a kept token is what later groups of its block were drafted and judged in sight of: if
+    tokens themselves are compared (`Comparison.step` 0) by a rule that keeps the target's law.
+
+    Args:
+        target: for the iterations that it decides itself.
+        verifier: a session of the same network with `draft_length` canvases per picture.
+    """
+    feeds = order.feeds(canvas)
+    batch, device = canvas.batch, canvas.written.device
+    tally, number = _prefill(target, canvas, feeds, comparison, prefill, on_step)
+    judged = torch.zeros_like(tally.passes)
+    steps = [number] * batch
+    while min(steps) < len(feeds):
+        number += 1
+        block = [order.ragged([s + i for s in steps], device) for i in range(draft_length)]
+        paths = []
+        for feed in block:
+            tokens, path = comparison.draft(draft.predict(canvas, feed), feed.positions)
+            canvas.write(feed.positions, tokens, number)
+            paths.append(path)
+        positions = _stack([f.positions for f in block], order.widest)  # [B, G, P]
+        law = _verify(verifier, canvas, block, positions)
+        flat = positions.flatten(1)
+        proposals = _proposals(comparison.target_noise, number, flat.shape[1])
+        tokens, decision = comparison.judge(law, _beside(paths, batch, positions.shape[2]), flat, proposals)
+        accepted = decision.accepted.view(positions.shape)
+        broken = (~accepted).any(2).to(torch.int64)  # [B, G]
+        # all groups before the first that broke, and that one
+        before = broken.cumsum(1) - broken
+        kept = (before == 0).unsqueeze(2) & (positions >= 0)
+        canvas.write(torch.where(kept, positions, -1).flatten(1), tokens, number)
+        # what was drafted after them is taken back
+        canvas.write(torch.where(kept, -1, positions).flatten(1), torch.zeros_like(tokens), 0)
+        tally.passes += (positions >= 0).any(2).any(1)
+        tally.attempts += (positions >= 0).any(2).any(1)
+        judged += kept.sum((1, 2))
+        tally.accepted += (kept & accepted).sum((1, 2))
+        advanced = (before == 0).sum(1).tolist()
+        steps = [min(len(feeds), s + n) for s, n in zip(steps, advanced, strict=True)]
+        if on_step is not None:
+            progress = sum(steps) / (batch * len(feeds))
+            on_step(Step(number, progress, torch.where(kept, positions, -1).flatten(1), canvas))
+    tally.draft_passes, tally.judged = draft.reads, judged
+    return tally
+
+
+def _prefill(
+    target: MaskedSession,
+    canvas: Canvas,
+    feeds: Sequence[MaskedFeed],
+    comparison: Comparison,
+    share: float,
+    on_step: OnStep | None,
+) -> tuple[Tally, int]:
+    """Let the target decide the iterations up to `share` times their number, the first always; how many these are."""
+    tally = Tally.start(canvas.batch, canvas.written.device)
+    count = min(len(feeds), int(share * len(feeds)) + 1)
+    for number, feed in enumerate(feeds[:count], start=1):
+        law = target.predict(canvas, feed)
+        canvas.write(feed.positions, comparison.target_noise.sample(law, feed.positions), number)
+        tally.passes += 1
+        if on_step is not None:
+            on_step(Step(number, number / len(feeds), feed.positions, canvas))
+    return tally, count
+
+
+def _beside(paths: list[Denoised], batch: int, width: int = 0) -> Denoised:
+    """Paths of groups, each of B * P_i rows, as paths of one group; every group is filled up to `width` with zeros."""
+
+    def joined(name: str) -> Tensor:
+        parts = [getattr(p, name).unflatten(0, (batch, -1)) for p in paths]
+        filled = [F.pad(part, (0, 0, 0, max(0, width - part.shape[1]))) for part in parts]
+        return torch.cat(filled, 1).flatten(0, 1)
+
+    return Denoised(joined("value"), joined("mean"), joined("log_std"), joined("log_std_sum"))
+
+
+def _stack(indices: list[Tensor], width: int) -> Tensor:
+    """Lists of positions [B, P_i] as [B, G, width], padded with -1."""
+    return torch.stack([F.pad(index, (0, width - index.shape[1]), value=-1) for index in indices], 1)
+
+
+def _verify(
+    verifier: MaskedSession, canvas: Canvas, block: list[MaskedFeed], positions: Tensor
+) -> DiffusionLaw:
+    """The target's law of all groups, [B, G * P], each in sight of what was known when it was drafted."""
+    groups = len(block)
+    known = _stack([f.known for f in block], max(f.known.shape[1] for f in block))  # [B, G, K]
+    remaining = torch.stack([torch.as_tensor(f.remaining, device=known.device) for f in block], 1)  # [B, G]
+    many = Canvas(canvas.tokens.repeat_interleave(groups, 0), canvas.written.repeat_interleave(groups, 0))
+    feed = MaskedFeed(
+        positions.flatten(0, 1), known.flatten(0, 1), remaining.flatten(), block[0].number, padded=True
+    )
+    law = verifier.predict(many, feed)
+    conditions = law.conditions.unflatten(0, (-1, groups)).flatten(1, 2)  # [R, G * P, D]
+    return DiffusionLaw(law.process, conditions, law.scale)
+
+
+def _proposals(noise: TokenNoise, verification: int, rows: int) -> SeededProposals:
+    """Numbers for tokens that are drawn again: a function of the picture and of how often it was judged before.
+
+    Args:
+        rows: judged per picture, padding included; must not depend on the batch.
+    """
+    seeds = [(seed + 1 + verification) % 2**62 for seed in noise.seeds]
+    return SeededProposals(seeds, rows, noise.start.shape[2], noise.start.device)

@@ -1,0 +1,136 @@
+"""Drafting with an EAGLE head, which continues the target's own features."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.canvas import Canvas
+from varaccel.engine.distribution import Categorical
+from varaccel.hosts.causal.cache_slots import Memory, scratch_slots, spread
+from varaccel.hosts.causal.lanes import Fronts
+from varaccel.hosts.causal.session import CausalSession
+from varaccel.nn.attention_inputs import Reading
+from varaccel.speculation.loop import Outcome
+from varaccel.speculation.network_drafter import guess_positions
+from varaccel.speculation.proposers import Branch
+
+if TYPE_CHECKING:
+    from varaccel.models.eagle import EagleHead
+
+
+class EagleReader:
+    """Feeds an EAGLE head with what the target has found, and with its own guesses.
+
+    A pair joins the feature that predicted a token with the token, and stands at the token's position. Pairs
+    of decided tokens carry the target's features, pairs of guesses those that the head has guessed. Both
+    branches of a guided call are drafted, from their own features; laws come from the guided logits.
+
+    A lane that has just begun from a stand-in has no pair yet; its guesses are drawn from the law of a feature
+    of zeros and will rarely hold, which costs no exactness.
+
+    Args:
+        head: drafter of the session's network.
+        session: of the target.
+        canvas: of the call.
+        scratch: scratch entries per lane.
+        lanes: lanes that are open at once at most.
+    """
+
+    def __init__(
+        self, head: EagleHead, session: CausalSession, canvas: Canvas, scratch: int, lanes: int
+    ) -> None:
+        self.head, self.session, self.canvas, self.scratch = head, session, canvas, scratch
+        rows = session.rows_per_pass
+        self.memory = Memory(
+            head.new_cache(rows, spare=lanes * scratch + 1),
+            head.rotary_table(head.device),
+            prefix=head.prefix_pairs,
+            scratch=lanes * scratch,
+        )
+        self.passes = 0
+        self._fronts: Fronts | None = None
+        # pairs that the head has not read yet: tokens and positions [B, P], features [R, P, dim]
+        self._pairs: tuple[Tensor, Tensor, Tensor] | None = None
+        self._root = torch.empty(0)  # [R, A, dim] feature guessed after each root
+        self._guessed = torch.empty(0)  # [R, A, S, dim] features guessed after guesses
+
+    def begin(self, roots: Tensor, fronts: Fronts) -> Categorical:
+        self._fronts = fronts
+        if self._pairs is None:
+            self._read_prefix()
+        assert self._pairs is not None
+        tokens, positions, features = self._pairs
+        guessed = self._read(tokens, positions, features)  # [R, P, dim]
+        here = (positions.unsqueeze(1) == (fronts.start - 1).unsqueeze(-1)) & fronts.open.unsqueeze(-1)
+        found, place = here.to(torch.uint8).max(dim=-1)  # [B, A]
+        repeats = guessed.shape[0] // roots.shape[0]
+        index = place.repeat(repeats, 1).unsqueeze(-1).expand(-1, -1, guessed.shape[-1])
+        self._root = guessed.gather(1, index) * found.repeat(repeats, 1).unsqueeze(-1)
+        self._guessed = guessed.new_zeros(*self._root.shape[:2], self.scratch, guessed.shape[-1])
+        return self._law(self._root, fronts.start.clamp(min=0))
+
+    def extend(self, branch: Branch) -> Categorical:
+        assert self._fronts is not None
+        batch, lanes, count = branch.tokens.shape
+        rows, _, _, dim = self._guessed.shape
+        known = torch.cat([self._root.unsqueeze(2), self._guessed], dim=2)  # [R, A, 1 + S, dim]
+        parents = (branch.parents + 1).repeat(rows // batch, 1, 1).unsqueeze(-1)
+        before = known.gather(2, parents.expand(-1, -1, -1, dim)).flatten(1, 2)
+        positions = guess_positions(self._fronts, branch)
+        entries = branch.first + torch.arange(count, device=positions.device)
+        features = self._read(
+            branch.tokens.flatten(1),
+            positions.flatten(1),
+            before,
+            scratch_slots(lanes, self.scratch, entries).flatten().expand(batch, -1),
+            spread(branch.visible, self.scratch, self.memory.scratch),
+        )
+        self._guessed[:, :, branch.first : branch.first + count] = features.unflatten(1, (lanes, count))
+        return self._law(features, (positions + 1).flatten(1))
+
+    def observe(self, outcome: Outcome) -> None:
+        """Every decided token makes a pair with the target feature that predicted it."""
+        features = outcome.features  # [R, A, T, dim]
+        rows, lanes, _, dim = features.shape
+        batch = self.canvas.batch
+        path = outcome.path.clamp(min=0).view(batch, lanes, -1).repeat(rows // batch, 1, 1)
+        taken = features.gather(2, path.unsqueeze(-1).expand(-1, -1, -1, dim))  # [R, A, D + 1, dim]
+        self._pairs = (
+            outcome.tokens.view(batch, -1),
+            outcome.positions.view(batch, -1),
+            taken.flatten(1, 2),
+        )
+
+    def _read_prefix(self) -> None:
+        features, pairs = self.session.prefix_features, self.head.prefix_pairs
+        if pairs:
+            tokens = torch.zeros(features.shape[0], pairs, dtype=torch.int64, device=features.device)
+            slots = torch.arange(pairs, device=features.device)
+            reading = Reading(
+                self.memory.rotary[:pairs], causal=True, cache=self.memory.cache, slots=slots, length=pairs
+            )
+            self.head.transform(self.head.fuse(tokens, features[:, :-1]), reading)
+        first = torch.zeros(self.canvas.batch, 1, dtype=torch.int64, device=features.device)
+        self._pairs = (self.canvas.tokens[:, :1], first, features[:, -1:])
+
+    def _read(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        features: Tensor,
+        scratch: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        rows = features.shape[0]
+        length = None if self.session.static_shapes else self.memory.base + int(positions.max()) + 1
+        reading = self.memory.reading(positions, rows=rows, scratch=scratch, visible=visible, length=length)
+        self.passes += 1
+        joined = self.head.fuse(tokens.repeat(rows // tokens.shape[0], 1), features)
+        return self.head.transform(joined, reading)
+
+    def _law(self, features: Tensor, positions: Tensor) -> Categorical:
+        assert self._fronts is not None
+        return self.session.law(features, positions).by_lane(self._fronts.start.shape[1])

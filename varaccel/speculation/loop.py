@@ -1,0 +1,270 @@
+"""The speculative loop: guess several tokens, judge them all in one pass, keep what the rule accepts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.canvas import Canvas
+from varaccel.engine.distribution import Categorical
+from varaccel.engine.loop import OnStep, Step
+from varaccel.engine.randomness import GumbelNoise, Randomness, Stream
+from varaccel.engine.statistics import Tally
+from varaccel.hosts.causal.cache_slots import scratch_slots, spread
+from varaccel.hosts.causal.lanes import Fronts, Lanes
+from varaccel.hosts.causal.session import CausalSession, Guesses
+from varaccel.speculation.rejection import Rule, Verdict, match
+from varaccel.speculation.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The uniform numbers of one pass, float64 in [0, 1).
+
+    Attributes:
+        judging: [M, T] for the rule, one per node.
+        extra: [M, 1] for the token after the accepted ones.
+        drafting: [M, D] for the drafter, as many as it asked for.
+    """
+
+    judging: Tensor
+    extra: Tensor
+    drafting: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the guesses of one pass. M = B * A sequences: the open lanes of all pictures.
+
+    Attributes:
+        fronts: where the lanes stood before the pass.
+        tree: what was guessed.
+        law: [M, T, V] the target law after each node.
+        features: [R, M / B, T, dim] target features at the nodes, R = 2 B while guided.
+        path: [M, D + 1] nodes that were accepted, root first, -1 padded.
+        committed: [M] tokens that were decided: accepted ones, then one drawn by the rule.
+        tokens: [M, D + 1] these tokens; entries from `committed` on carry no meaning.
+        positions: [M, D + 1] their positions, -1 from `committed` on.
+    """
+
+    fronts: Fronts
+    tree: DraftTree
+    law: Categorical
+    features: Tensor
+    path: Tensor
+    committed: Tensor
+    tokens: Tensor
+    positions: Tensor
+
+
+class Judge(Protocol):
+    """Decides about guesses."""
+
+    def __call__(self, tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
+        """Judge M trees.
+
+        Args:
+            law: [M, T, V] the target law after each node.
+            positions: [M, T] what each law is the law of; some place in the picture where a node stands
+                outside its lane or predicts what is beyond it.
+        """
+        ...
+
+
+def judge_by(rule: Rule) -> Judge:
+    """A rule that tests each guess with a number of its own."""
+
+    def judge(tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
+        return rule.verify(tree, law.probs, draws.judging[:, : tree.tokens.shape[1]])
+
+    return judge
+
+
+def judge_by_matching(randomness: Randomness) -> Judge:
+    """Draw each token as plain decoding does, with the number of its position; accept guesses that equal it.
+
+    The pictures are those of plain decoding with the same seed, token for token. For guesses that are no
+    draws themselves (a dynamic tree) no exact rule accepts more.
+    """
+
+    def judge(tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
+        numbers = randomness.at(positions.view(randomness.uniforms.shape[0], -1)).view(positions.shape)
+        return match(tree, law.sample(numbers), law.logits)
+
+    return judge
+
+
+def judge_by_noise(noise: GumbelNoise) -> Judge:
+    """Draw each token with the Gumbel noise of its position; accept guesses that equal it.
+
+    The picture is a function of the seed alone: neither the drafter nor the tree changes it, only how many
+    passes it takes. Guesses that were drawn with the same noise hold most often.
+
+    Source: Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative Decoding"
+    (arXiv 2408.07978).
+    """
+
+    def judge(tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
+        return match(tree, draw_by_noise(law, noise, positions), law.logits)
+
+    return judge
+
+
+def draw_by_noise(law: Categorical, noise: GumbelNoise, positions: Tensor) -> Tensor:
+    """[M, T] codes from laws [M, T, V] with the noise of `positions` [M, T]."""
+    here = noise.at(positions.view(len(noise.generators), -1)).view(law.logits.shape)
+    return law.perturbed(here).argmax(dim=-1)
+
+
+class Proposer(Protocol):
+    """A drafter at work on one call.
+
+    Attributes:
+        nodes: nodes of a tree at most, the root included.
+        draws: uniform numbers that it needs per lane and pass.
+        passes: forward passes of its own networks so far.
+    """
+
+    nodes: int
+    draws: int
+
+    @property
+    def passes(self) -> int: ...
+
+    def propose(self, roots: Tensor, fronts: Fronts, draws: Draws) -> DraftTree:
+        """Guess what follows `roots` [B, A], the tokens before the lanes' next positions."""
+        ...
+
+    def observe(self, outcome: Outcome, draws: Draws) -> None:
+        """Learn what became of the guesses."""
+        ...
+
+
+@torch.inference_mode()
+def speculate(
+    session: CausalSession,
+    canvas: Canvas,
+    lanes: Lanes,
+    proposer: Proposer,
+    judge: Judge,
+    randomness: Randomness,
+    on_step: OnStep | None = None,
+) -> Tally:
+    """Fill the canvas by guessing and judging. Every picture, and every lane of it, has its own pace.
+
+    The first pass reads the condition and decides position 0 as plain decoding does. Every later pass reads,
+    for each open lane, its last token and a tree of guesses; the rule walks down the tree and yields the law
+    of one more token. So each pass decides at least one token per open lane.
+
+    The device is asked once per pass how far the pictures are.
+    """
+    width = proposer.nodes
+    most = lanes.most_open(canvas.num_positions)
+    stream = randomness.stream(most * (width + 1 + proposer.draws))
+    first = torch.zeros(1, dtype=torch.int64, device=canvas.written.device)
+    canvas.write(first, session.first_law().sample(randomness.at(first)), 1)
+    tally = Tally.start(canvas.batch, canvas.written.device)
+    tally.passes += 1
+    step = 1
+    if on_step is not None:
+        on_step(Step(step, 1 / canvas.num_positions, first, canvas))
+    while not canvas.is_full:
+        step += 1
+        fronts = lanes.fronts(canvas, step, fixed=session.static_shapes)
+        draws = _draws(stream, most, fronts.start.shape[1], width)
+        roots = canvas.tokens.gather(1, fronts.source.clamp(min=0))
+        tree = proposer.propose(roots, fronts, draws)
+        outcome = _settle(session, canvas, fronts, tree, judge, draws)
+        proposer.observe(outcome, draws)
+        positions = outcome.positions.view(canvas.batch, -1)
+        canvas.write(positions, outcome.tokens.view(canvas.batch, -1), step)
+        open_ = fronts.open.sum(1)
+        written = (positions >= 0).sum(1)
+        tally.passes += open_ > 0
+        tally.attempts += open_
+        tally.accepted += written - open_
+        if on_step is not None:
+            progress = float((canvas.written > 0).float().mean())
+            on_step(Step(step, progress, positions, canvas))
+    tally.draft_passes = proposer.passes
+    return tally
+
+
+def _draws(stream: Stream, most: int, lanes: int, nodes: int) -> Draws:
+    numbers = stream.next()  # [B, ...]
+    # the number of lanes read depends on the batch; the numbers that a lane gets must not
+    numbers = numbers.view(numbers.shape[0], most, -1)[:, :lanes].flatten(0, 1)
+    judging, extra, drafting = numbers.split([nodes, 1, numbers.shape[1] - nodes - 1], dim=1)
+    return Draws(judging, extra, drafting)
+
+
+def _settle(
+    session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTree, judge: Judge, draws: Draws
+) -> Outcome:
+    batch, lanes = fronts.start.shape
+    nodes = tree.tokens.shape[1]
+    start, limit, end = (x.reshape(-1, 1) for x in (fronts.start, fronts.limit, fronts.end))
+    depths = tree.depths
+    # node of depth d stands for position start - 1 + d; what lies beyond the lane does not exist
+    inside = (start >= 0) & (depths >= 0) & (depths <= end)
+    stands = torch.where(inside, start - 1 + depths, -1)  # [M, T]
+    features = _read(session, canvas, fronts, tree, stands)  # [R, A * T, dim]
+    predicted = torch.where(inside, (stands + 1).clamp(max=canvas.num_positions - 1), 0)
+    predicted = predicted.view(batch, lanes * nodes)
+    law = session.law(features, predicted).by_lane(lanes)
+    verdict = judge(tree, law, draws, predicted.view(stands.shape))
+    extra = Categorical(verdict.probs.log().unsqueeze(1)).sample(draws.extra)  # [M, 1]
+    committed = torch.minimum(verdict.length + 1, limit.squeeze(1))  # 0 where the lane is closed
+    path = verdict.nodes  # [M, D + 1]
+    index = torch.arange(path.shape[1], device=path.device)
+    below = torch.cat([path[:, 1:], torch.full_like(path[:, :1], -1)], dim=1)
+    tokens = torch.where(
+        index < verdict.length.unsqueeze(1), tree.tokens.gather(1, below.clamp(min=0)), extra
+    )
+    positions = torch.where(index < committed.unsqueeze(1), start + index, -1)
+    if nodes > 1:
+        accepted = index < torch.minimum(verdict.length, committed).unsqueeze(1)
+        first = torch.arange(lanes, device=path.device).repeat(batch).unsqueeze(1) * (nodes - 1)
+        session.memory.keep(
+            (first + below.clamp(min=1) - 1).view(batch, -1),
+            torch.where(accepted, start + index, -1).view(batch, -1),
+        )
+    return Outcome(
+        fronts=fronts,
+        tree=tree,
+        law=law,
+        features=features.unflatten(1, (lanes, nodes)),
+        path=path,
+        committed=committed,
+        tokens=tokens,
+        positions=positions,
+    )
+
+
+def _read(session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTree, stands: Tensor) -> Tensor:
+    """Features [R, A * T, dim] at all nodes, from one pass over late tokens, roots and guesses."""
+    batch, lanes = fronts.start.shape
+    nodes = tree.tokens.shape[1]
+    guesses = nodes - 1
+    device = stands.device
+    # the root is read in the slot of its position, guess i of a lane in scratch entry i - 1 of that lane
+    entries = torch.arange(-1, guesses, device=device)
+    scratch = (
+        torch.where(entries >= 0, scratch_slots(lanes, guesses, entries), -1).flatten().expand(batch, -1)
+    )
+    sees = tree.ancestors.view(batch, lanes, nodes, nodes)[..., 1:]  # [B, A, T, T - 1]
+    visible = spread(sees, guesses, session.memory.scratch)
+    tokens = tree.tokens.view(batch, -1)
+    positions = stands.view(batch, -1)
+    late = fronts.refresh is not None
+    if fronts.refresh is not None:  # a true last token takes the place of the stand-in that was read for it
+        refresh = fronts.refresh.unsqueeze(1)
+        tokens = torch.cat([canvas.tokens.gather(1, refresh.clamp(min=0)), tokens], dim=1)
+        positions = torch.cat([refresh, positions], dim=1)
+        scratch = torch.cat([torch.full_like(refresh, -1), scratch], dim=1)
+        visible = torch.cat([torch.zeros_like(visible[:, :1]), visible], dim=1)
+    features = session.read(Guesses(tokens, positions, scratch, visible), fronts.start)
+    return features[:, 1:] if late else features

@@ -1,0 +1,137 @@
+"""Drafting with a network of the same kind as the target: a smaller model, or some layers of the target itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.canvas import Canvas
+from varaccel.engine.distribution import Categorical
+from varaccel.errors import InputError
+from varaccel.hosts.causal.cache_slots import scratch_slots, spread
+from varaccel.hosts.causal.lanes import Fronts
+from varaccel.hosts.causal.session import CausalSession, Guesses
+from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.kv_cache import KVCache
+from varaccel.speculation.loop import Outcome
+from varaccel.speculation.proposers import Branch
+
+
+def check_same_codes(drafter: Any, target: Any) -> None:
+    """Refuse a draft model that does not speak about the same codes at the same places under the same conditions.
+
+    Raises:
+        InputError: another vocabulary, grid, kind or width of condition.
+    """
+    facts = {
+        "vocabulary": "vocab_size",
+        "grid": "grid_size",
+        "kind of condition": "model_type",
+        "number of condition slots": "prefix_length",
+        "width of text features": "caption_dim",
+        "number of classes": "num_classes",
+    }
+    skipped = {"num_classes"} if target.config.model_type == "t2i" else {"caption_dim", "prefix_length"}
+    for what, name in facts.items():
+        ours, theirs = getattr(target.config, name), getattr(drafter.config, name)
+        if name not in skipped and ours != theirs:
+            raise InputError(
+                f"the draft model has another {what} ({theirs}) than the model it drafts for ({ours}); "
+                "use one that was trained on the same image tokenizer and conditions."
+            )
+
+
+class LayerSubset:
+    """Some layers of a network as a network of its own, on the same weights.
+
+    Args:
+        network: a `LlamaGenTransformer`.
+        layers: numbers of the layers that are run, in order.
+    """
+
+    def __init__(self, network: Any, layers: tuple[int, ...]) -> None:
+        depth = network.config.num_layers
+        if not layers or any(not 0 <= i < depth for i in layers) or len(set(layers)) < len(layers):
+            raise InputError(f"layers must be different numbers from 0 to {depth - 1}, got {list(layers)}.")
+        self.network, self.layers = network, layers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
+
+    def transform(self, x: Tensor, reading: Reading) -> Tensor:
+        return self.network.transform(x, reading, self.layers)
+
+    def new_cache(self, batch: int, spare: int = 0) -> KVCache:
+        return self.network.new_cache(batch, spare, len(self.layers))
+
+
+class NetworkReader:
+    """Reads a canvas and guesses with a session of its own.
+
+    What was decided in the last pass is read anew from the canvas, whether or not the guesses held: that is
+    one pass with a few more tokens, and the cache needs no repair.
+
+    Args:
+        session: of the draft network, with `scratch` entries for every lane.
+        canvas: of the call.
+        depth: most tokens of a lane that a pass decides, less one.
+        scratch: scratch entries per lane.
+    """
+
+    def __init__(self, session: CausalSession, canvas: Canvas, depth: int, scratch: int) -> None:
+        self.session, self.canvas, self.depth, self.scratch = session, canvas, depth, scratch
+        self._fronts: Fronts | None = None
+
+    @property
+    def passes(self) -> int:
+        return self.session.reads
+
+    def begin(self, roots: Tensor, fronts: Fronts) -> Categorical:
+        self._fronts = fronts
+        lanes = roots.shape[1]
+        back = torch.arange(-self.depth, 1, device=roots.device)
+        ends = torch.where(fronts.open, fronts.start - 1, -1)
+        if fronts.refresh is not None:  # the end of a lane that was finished
+            ends = torch.cat([fronts.refresh.unsqueeze(1), ends], dim=1)
+        positions = ends.unsqueeze(-1) + back  # [B, A, K] or [B, 1 + A, K]
+        place = positions.clamp(min=0).flatten(1)
+        decided = (self.canvas.written.gather(1, place) > 0).view(positions.shape)
+        tokens = self.canvas.tokens.gather(1, place).view(positions.shape).clone()
+        tokens[:, -lanes:, -1] = roots  # which may be stand-ins
+        decided[:, -lanes:, -1] = True
+        used = decided & (positions >= 0) & (ends >= 0).unsqueeze(-1)
+        positions = torch.where(used, positions, -1)
+        features = self._read(tokens.flatten(1), positions.flatten(1))
+        features = features.view(features.shape[0], -1, len(back), features.shape[-1])[:, -lanes:, -1]
+        return self._law(features, fronts.start.clamp(min=0), lanes)
+
+    def extend(self, branch: Branch) -> Categorical:
+        assert self._fronts is not None
+        batch, lanes, count = branch.tokens.shape
+        positions = guess_positions(self._fronts, branch)
+        entries = branch.first + torch.arange(count, device=positions.device)
+        scratch = scratch_slots(lanes, self.scratch, entries).flatten().expand(batch, -1)
+        visible = spread(branch.visible, self.scratch, self.session.memory.scratch)
+        features = self._read(branch.tokens.flatten(1), positions.flatten(1), scratch, visible)
+        return self._law(features, (positions + 1).flatten(1), lanes)
+
+    def observe(self, outcome: Outcome) -> None:
+        pass
+
+    def _read(
+        self, tokens: Tensor, positions: Tensor, scratch: Tensor | None = None, visible: Tensor | None = None
+    ) -> Tensor:
+        assert self._fronts is not None
+        return self.session.read(Guesses(tokens, positions, scratch, visible), self._fronts.start)
+
+    def _law(self, features: Tensor, positions: Tensor, lanes: int) -> Categorical:
+        return self.session.law(features, positions).by_lane(lanes)
+
+
+def guess_positions(fronts: Fronts, branch: Branch) -> Tensor:
+    """[B, A, n] positions that the guesses of a branch stand for, -1 beyond the end of the lane."""
+    inside = fronts.open & (branch.depth <= fronts.end)
+    positions = torch.where(inside, fronts.start - 1 + branch.depth, -1)
+    return positions.unsqueeze(-1).expand_as(branch.tokens)

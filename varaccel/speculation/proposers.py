@@ -1,0 +1,290 @@
+"""Trees of guesses from a drafter: how its laws become tokens, whatever network the laws come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.distribution import Categorical
+from varaccel.engine.randomness import GumbelNoise
+from varaccel.hosts.causal.lanes import Fronts
+from varaccel.speculation.loop import Draws, Outcome
+from varaccel.speculation.tree import Beam, DraftTree, DynamicTree, Proposal, Topology
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Guesses that a drafter is to continue, n per lane.
+
+    Attributes:
+        tokens: [B, A, n] codes.
+        parents: [B, A, n] scratch entry of the guess that each continues, -1 for the root.
+        depth: steps from the root, the same for all.
+        first: scratch entry of the first of them; the others follow.
+        visible: [B, A, n, S] bool, which scratch entries of its lane each sees; S entries from the first on.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depth: int
+    first: int
+    visible: Tensor
+
+
+class BranchReader(Protocol):
+    """A drafter's network at work on one call. M = B * A sequences.
+
+    Attributes:
+        passes: forward passes so far.
+    """
+
+    @property
+    def passes(self) -> int: ...
+
+    def begin(self, roots: Tensor, fronts: Fronts) -> Categorical:
+        """Catch up with the canvas; the law [M, 1, V] of what follows the roots [B, A]."""
+        ...
+
+    def extend(self, branch: Branch) -> Categorical:
+        """The laws [M, n, V] of what follows guesses."""
+        ...
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn what became of the guesses."""
+        ...
+
+
+@lru_cache(maxsize=64)
+def cut(topology: Topology, depth: int) -> Topology:
+    """The tree down to `depth` steps below its root; nodes must be numbered level by level."""
+    count = sum(d <= depth for d in topology.depths)
+    return Topology(topology.parents[:count], topology.ranks[:count])
+
+
+def draw_children(law: Categorical, numbers: Tensor, proposal: Proposal) -> Tensor:
+    """Tokens that continue a node: [M, n, R] from laws [M, n, V].
+
+    Args:
+        numbers: [M, n, R] uniform numbers; not used for deterministic children, the R likeliest.
+    """
+    count = numbers.shape[-1]
+    if proposal == "deterministic":
+        # with fewer codes than children the last one is guessed again, which changes nothing
+        codes = min(count, law.logits.shape[-1])
+        return law.logits.topk(codes, dim=-1).indices[..., [min(i, codes - 1) for i in range(count)]]
+    left = law.probs
+    tokens: list[Tensor] = []
+    for child in range(count):
+        if child and proposal == "without_replacement":
+            left = left.scatter(-1, tokens[-1].unsqueeze(-1), 0.0)
+            # what was exhausted is filled up with any token; rules do not look at children of mass zero
+            left = torch.where(left.sum(-1, keepdim=True) > 0, left, 1.0)
+        tokens.append(Categorical(left.log()).sample(numbers[..., child]))
+    return torch.stack(tokens, dim=-1)
+
+
+class StaticProposer:
+    """Trees of one shape, cut to the depth that has paid off so far if `adaptive`.
+
+    With `adaptive`, a lane whose guesses were all accepted is guessed two levels deeper next time, otherwise
+    one level less deep (the schedule of assisted generation in transformers). Each lane of each picture has a
+    depth of its own, so pictures do not depend on their batch.
+
+    With `noise`, children are the likeliest after the noise of their position is added: draws, but the same as
+    the target's wherever the laws are the same. They are "deterministic" for the rule, which draws alike.
+    """
+
+    def __init__(
+        self,
+        reader: BranchReader,
+        topology: Topology,
+        proposal: Proposal,
+        lanes: int,
+        *,
+        lane_width: int,
+        batch: int,
+        device: torch.device,
+        adaptive: bool = False,
+        fixed: bool = False,
+        noise: GumbelNoise | None = None,
+    ) -> None:
+        self.noise = noise
+        self.reader, self.topology, self.proposal = reader, topology, proposal
+        self.nodes = self.draws = topology.num_nodes
+        self.lane_width, self.adaptive, self.fixed = lane_width, adaptive, fixed
+        self._depths = torch.full((batch, lanes), min(3, topology.max_depth), device=device)
+
+    @property
+    def passes(self) -> int:
+        return self.reader.passes
+
+    def propose(self, roots: Tensor, fronts: Fronts, draws: Draws) -> DraftTree:
+        topology, reach = self.topology, None
+        if self.adaptive:
+            reach = self._depths.gather(1, self._lane(fronts))  # [B, A]
+            if not self.fixed:
+                topology = cut(topology, int(torch.where(fronts.open, reach, 0).max()))
+        batch, open_ = roots.shape
+        law = self.reader.begin(roots, fronts)
+        greedy = law.greedy
+        proposal: Proposal = "deterministic" if greedy else self.proposal
+        nodes = topology.num_nodes
+        tokens = torch.zeros(batch * open_, nodes, dtype=torch.int64, device=roots.device)
+        tokens[:, 0] = roots.flatten()
+        drawn_from = None
+        if proposal != "deterministic":
+            drawn_from = torch.zeros(batch * open_, nodes, law.logits.shape[-1], device=roots.device)
+        for level in _levels(topology, roots.device):
+            if level.depth:
+                law = self.reader.extend(level.branch(tokens, batch, open_))
+            if drawn_from is not None:
+                drawn_from[:, level.nodes] = law.probs
+            numbers = draws.drafting[:, level.children]
+            if self.noise is not None:  # the noise that the target draws with at the children's position
+                place = (fronts.start.clamp(min=0) + level.depth).unsqueeze(-1)
+                noise = self.noise.at(place.expand(-1, -1, len(level.nodes)).flatten(1)).view(
+                    law.logits.shape
+                )
+                law = Categorical(law.perturbed(noise), greedy)
+            children = draw_children(law, numbers, proposal)  # [M, n, width]
+            tokens[:, level.children[level.real]] = children[:, level.real]
+        tree = DraftTree.from_topology(topology, tokens, proposal=proposal, draft=drawn_from)
+        if reach is None:
+            return tree
+        deep = tree.depths > reach.view(-1, 1)
+        return DraftTree(tokens, torch.where(deep, -1, tree.parents), proposal, drawn_from)
+
+    def observe(self, outcome: Outcome, draws: Draws) -> None:
+        self.reader.observe(outcome)
+        if not self.adaptive:
+            return
+        fronts = outcome.fronts
+        lane = self._lane(fronts)
+        depth = self._depths.gather(1, lane)
+        accepted = (outcome.committed - 1).view(depth.shape)
+        longer = (depth + 2).clamp(max=self.topology.max_depth)
+        changed = torch.where(accepted >= depth, longer, (depth - 1).clamp(min=1))
+        self._depths.scatter_(1, lane, torch.where(fronts.open, changed, depth))
+
+    def _lane(self, fronts: Fronts) -> Tensor:
+        return fronts.start.clamp(min=0) // self.lane_width
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """The nodes of one depth that have children, as the reader and the draws need them.
+
+    Attributes:
+        depth: steps from the root.
+        nodes: [n] node numbers.
+        first: scratch entry of the first of them; the others follow.
+        parents: [n] scratch entry of the parent of each, -1 for the root.
+        sees: [n, S] bool, the scratch entries that each continues, itself included.
+        children: [n, width] node numbers; 0 where a node has fewer.
+        real: [n, width] bool, where it has them.
+    """
+
+    depth: int
+    nodes: Tensor
+    first: int
+    parents: Tensor
+    sees: Tensor
+    children: Tensor
+    real: Tensor
+
+    def branch(self, tokens: Tensor, batch: int, lanes: int) -> Branch:
+        """These nodes of `tokens` [M, T], to be continued."""
+        return Branch(
+            tokens[:, self.nodes].view(batch, lanes, -1),
+            self.parents.expand(batch, lanes, -1),
+            self.depth,
+            self.first,
+            self.sees.expand(batch, lanes, -1, -1),
+        )
+
+
+@lru_cache(maxsize=64)
+def _levels(topology: Topology, device: torch.device) -> tuple[_Level, ...]:
+    # scratch entries of the guesses that are continued, in the order in which they are read; the root has none
+    entries = {node: entry for entry, node in enumerate(topology.internal[1:])}
+    levels = []
+    for depth, level in enumerate(topology.levels):
+        nodes = [node for node in level if topology.children[node]]
+        if not nodes:
+            break
+        sees = torch.zeros(len(nodes), len(entries), dtype=torch.bool)
+        for row, node in enumerate(nodes):
+            while node:
+                sees[row, entries[node]] = True
+                node = topology.parents[node]
+        width = max(len(topology.children[node]) for node in nodes)
+        # a missing child draws with the number of the root, which no other node uses
+        children = torch.tensor(
+            [[*topology.children[n], *[0] * (width - len(topology.children[n]))] for n in nodes],
+            device=device,
+        )
+        levels.append(
+            _Level(
+                depth,
+                torch.tensor(nodes, device=device),
+                entries.get(nodes[0], -1),
+                torch.tensor([entries.get(topology.parents[n], -1) for n in nodes], device=device),
+                sees.to(device),
+                children,
+                children > 0,
+            )
+        )
+    return tuple(levels)
+
+
+class DynamicProposer:
+    """Trees that grow where the drafter is sure (EAGLE-2, arXiv 2406.16858)."""
+
+    draws = 0
+
+    def __init__(self, reader: BranchReader, shape: DynamicTree) -> None:
+        self.reader, self.shape = reader, shape
+        self.nodes = self.most_nodes(shape)
+
+    @staticmethod
+    def most_nodes(shape: DynamicTree) -> int:
+        """Nodes of a tree at most, the root included."""
+        return min(shape.total, 1 + shape.top_k + shape.depth * shape.top_k**2)
+
+    @property
+    def passes(self) -> int:
+        return self.reader.passes
+
+    def propose(self, roots: Tensor, fronts: Fronts, draws: Draws) -> DraftTree:
+        batch, lanes = roots.shape
+        size = self.shape.depth * self.shape.top_k
+
+        def expand(beam: Beam) -> Tensor:
+            width = beam.tokens.shape[1]
+            visible = beam.visible.new_zeros(*beam.tokens.shape, size)
+            visible[..., : beam.visible.shape[-1]] = beam.visible
+            first = (beam.level - 1) * width
+            parents = (
+                beam.rows + (beam.level - 2) * width if beam.level > 1 else torch.full_like(beam.rows, -1)
+            )
+            branch = Branch(
+                beam.tokens.view(batch, lanes, width),
+                parents.view(batch, lanes, width),
+                beam.level,
+                first,
+                visible.view(batch, lanes, width, size),
+            )
+            law = self.reader.extend(branch).logits.log_softmax(-1)
+            # what cannot be decided in this pass would only take places away from what can
+            within = (beam.level < fronts.limit).view(-1, 1, 1)
+            return torch.where(within, law, -torch.inf)
+
+        first = self.reader.begin(roots, fronts).logits.log_softmax(-1)
+        return self.shape.grow(roots.flatten(), first.squeeze(1), expand)
+
+    def observe(self, outcome: Outcome, draws: Draws) -> None:
+        self.reader.observe(outcome)
