@@ -1,9 +1,9 @@
-"""The pictures of the accelerators' pages: what the shipped models draw, and schematics of the methods.
+"""The images of the accelerators' pages: what the shipped models draw, and schematics of the methods.
 
     OMP_NUM_THREADS=1 python docs/accelerator_figures.py [--out docs/accelerators/images] [--only NAME ...]
 
-Strips show the plain picture, the accelerated one of the same prompt and seed, and which pass decided which token.
-Prompts and seeds were chosen so that the plain picture is right; what the accelerator makes of them was not chosen.
+Strips show the plain image, the accelerated one of the same prompt and seed, and which pass decided which token.
+Prompts and seeds were chosen so that the plain image is right; what the accelerator makes of them was not chosen.
 All files are the same in every run on one machine; they are written whole or not at all.
 """
 
@@ -37,7 +37,7 @@ GREY_LIGHT = "#e3e5eb"
 
 @dataclass(frozen=True)
 class Comparison:
-    """A plain and an accelerated picture of one prompt and seed, and the acceptance map of the latter."""
+    """A plain and an accelerated image of one prompt and seed, and the acceptance map of the latter."""
 
     model: str
     prompt: str
@@ -82,7 +82,7 @@ def plain(model: str, prompt: str, seed: int) -> Any:
     return pipeline(model)(prompt, seed=seed)
 
 
-def law(stats: Any) -> str:
+def distribution(stats: Any) -> str:
     return "exact" if stats.lossless else "approximate"
 
 
@@ -93,9 +93,9 @@ def passes(stats: Any) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture with the lines below it; `bar` puts a bar of the colours of that many passes on the second line."""
+    """An image with the lines below it; `bar` puts a bar of the colours of that many passes on the second line."""
 
-    picture: Image.Image
+    image: Image.Image
     lines: Sequence[str]
     bar: int = 0
     frame: str | None = None
@@ -111,14 +111,14 @@ def sheet(title: str, panels: Sequence[Panel], columns: int, side: int = SIDE) -
     lines = wrapped(title, font, width - 2 * MARGIN)
     head = step * len(lines) + 8
     height = 2 * MARGIN + head + rows * (side + text_height) + (rows - 1) * GAP
-    picture = Image.new("RGB", (width, height), GROUND)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), GROUND)
+    draw = ImageDraw.Draw(image)
     for number, line in enumerate(lines):
         draw.text((MARGIN, MARGIN + number * step), line, INK, font)
     for index, panel in enumerate(panels):
         left = MARGIN + index % columns * (side + GAP)
         top = MARGIN + head + index // columns * (side + text_height + GAP)
-        picture.paste(panel.picture.resize((side, side), Image.Resampling.LANCZOS), (left, top))
+        image.paste(panel.image.resize((side, side), Image.Resampling.LANCZOS), (left, top))
         if panel.frame is not None:
             draw.rectangle((left, top, left + side - 1, top + side - 1), outline=panel.frame, width=7)
         for number, line in enumerate(panel.lines):
@@ -126,13 +126,13 @@ def sheet(title: str, panels: Sequence[Panel], columns: int, side: int = SIDE) -
             if panel.bar and number == 1:
                 colors = pass_colors(1 + np.arange(side) * panel.bar // side, panel.bar)
                 bar = Image.fromarray(colors[None]).resize((side, TEXT - 4), Image.Resampling.NEAREST)
-                picture.paste(bar, (left, y + 3))
+                image.paste(bar, (left, y + 3))
             elif panel.bar and number == 2:
                 draw.text((left, y), "pass 1", INK, font)
                 draw.text((left + side, y), line, INK, font, anchor="ra")
             else:
                 draw.text((left + side // 2, y), line, INK, font, anchor="ma")
-    return picture
+    return image
 
 
 def wrapped(text: str, font: Any, width: int) -> list[str]:
@@ -149,8 +149,8 @@ def wrapped(text: str, font: Any, width: int) -> list[str]:
 
 def passes_map(output: Any) -> Panel:
     total = output.stats.passes
-    picture = output.acceptance_maps(size=SIDE, overlay=True, legend=False)[0]
-    return Panel(picture, ("when tokens came", "", str(total)), bar=total)
+    image = output.acceptance_maps(size=SIDE, overlay=True, legend=False)[0]
+    return Panel(image, ("when tokens came", "", str(total)), bar=total)
 
 
 def title(model: str, prompt: str, seed: int) -> str:
@@ -163,8 +163,8 @@ def strip(name: str) -> Image.Image:
     before = plain(case.model, case.prompt, case.seed)
     after = pipeline(case.model)(case.prompt, seed=case.seed, accelerator=case.accelerator, **case.call)
     panels = [
-        Panel(before.images[0], ("plain", passes(before.stats), law(before.stats))),
-        Panel(after.images[0], (case.label, passes(after.stats), law(after.stats))),
+        Panel(before.images[0], ("plain", passes(before.stats), distribution(before.stats))),
+        Panel(after.images[0], (case.label, passes(after.stats), distribution(after.stats))),
         passes_map(after),
     ]
     return sheet(title(case.model, case.prompt, case.seed), panels, 3)
@@ -182,8 +182,8 @@ def families() -> Image.Image:
     return sheet(f"“{prompt}”, seed {seed}, plain decoding", panels, 3)
 
 
-def same_picture() -> Image.Image:
-    """What `auto` chooses from draws one picture: the seed's."""
+def same_image() -> Image.Image:
+    """What `auto` chooses from draws one image: the seed's."""
     pipe = pipeline("mini-llamagen")
     choices = {
         "one token per pass": Jacobi(window=1, coupling="gumbel"),
@@ -193,14 +193,14 @@ def same_picture() -> Image.Image:
     panels = []
     for label, accelerator in choices.items():
         out = pipe(CONE["prompt"], seed=CONE["seed"], accelerator=accelerator)
-        panels.append(Panel(out.images[0], (label, passes(out.stats), law(out.stats))))
-    if any(p.picture.tobytes() != panels[0].picture.tobytes() for p in panels):
-        raise RuntimeError("the three pictures are not equal.")
+        panels.append(Panel(out.images[0], (label, passes(out.stats), distribution(out.stats))))
+    if any(p.image.tobytes() != panels[0].image.tobytes() for p in panels):
+        raise RuntimeError("the three images are not equal.")
     return sheet(title(**CONE) + ": what Auto chooses from", panels, 3)
 
 
 def scales() -> Image.Image:
-    """The scales of a VAR picture as they arrive, four by the model and the rest by the refiner."""
+    """The scales of a VAR image as they arrive, four by the model and the rest by the refiner."""
     pipe = pipeline("mini-var")
     prompt, seed, drafted = CONE["prompt"], CONE["seed"], 4
     sides = pipe.transformer.schedule.sides
@@ -217,11 +217,11 @@ def scales() -> Image.Image:
     )
     panels = [
         Panel(
-            picture,
+            image,
             (f"scale {index + 1}, side {side}", "mini-var" if index < drafted else "refiner"),
             frame=BLUE if index < drafted else "#ff8c1a",
         )
-        for index, (side, picture) in enumerate(zip(sides, shown, strict=True))
+        for index, (side, image) in enumerate(zip(sides, shown, strict=True))
     ]
     panels.append(
         Panel(plain("mini-var", prompt, seed).images[0], ("without CoDe:", "all mini-var"), frame=BLUE)
@@ -233,7 +233,7 @@ def scales() -> Image.Image:
 
 
 class Drawing:
-    """A small SVG picture on a ground of its own, so that it can be read in light and dark palettes.
+    """A small SVG image on a ground of its own, so that it can be read in light and dark palettes.
 
     Its text is 15 units high and its width 420 units, about the width of a phone.
     """
@@ -432,7 +432,7 @@ def draw_speculative() -> Drawing:
     d.text(50, 163, "token", size=14)
     d.text(250, 204, "guesses of the drafter: 6, read in one pass", size=15)
     d.legend(12, 226, [(GREEN_LIGHT, "✓ kept: two tokens, and one more"), (RED_LIGHT, "✗ dropped")])
-    d.text(12, 276, "one more: drawn from the model's law after the last ✓", anchor="start", size=13)
+    d.text(12, 276, "one more: drawn from the model's distribution after the last ✓", anchor="start", size=13)
     return d
 
 
@@ -583,9 +583,7 @@ def draw_auto() -> Drawing:
         for index, line in enumerate(lines):
             d.text(x + width / 2, y + 16 + 22 * index, line, size=14)
 
-    node(
-        70, 12, 280, ["f: tokens per picture that the", "machine reads in the time of one"], GREY_LIGHT, FAINT
-    )
+    node(70, 12, 280, ["f: tokens per image that the", "machine reads in the time of one"], GREY_LIGHT, FAINT)
     node(12, 104, 120, ["f below 2"], BLUE_LIGHT, BLUE)
     node(150, 104, 258, ["f of 2 or more:", "a drafter of ≤ 1/10 of the weights?"], BLUE_LIGHT, BLUE)
     node(12, 210, 120, ["one token", "per pass"], GREEN_LIGHT, GREEN)
@@ -596,7 +594,7 @@ def draw_auto() -> Drawing:
     d.line(72, 136, 72, 208, FAINT, arrow=True)
     d.line(240, 158, 212, 208, FAINT, arrow=True)
     d.line(318, 158, 346, 208, FAINT, arrow=True)
-    d.text(12, 288, "all three draw the same picture for a seed", anchor="start", size=14)
+    d.text(12, 288, "all three draw the same image for a seed", anchor="start", size=14)
     return d
 
 
@@ -608,9 +606,9 @@ def favicon() -> Drawing:
     return d
 
 
-PICTURES: dict[str, Callable[[], Image.Image]] = {
+IMAGES: dict[str, Callable[[], Image.Image]] = {
     "plain": families,
-    "auto": same_picture,
+    "auto": same_image,
     "code": scales,
     **{name: (lambda name=name: strip(name)) for name in COMPARISONS},  # type: ignore[misc]
 }
@@ -630,12 +628,12 @@ SCHEMATICS: dict[str, Callable[[], Drawing]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the pictures of the accelerators' pages.")
+    parser = argparse.ArgumentParser(description="Draw the images of the accelerators' pages.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "accelerators" / "images")
-    parser.add_argument("--only", nargs="+", choices=[*PICTURES, *SCHEMATICS], help="draw these alone")
+    parser.add_argument("--only", nargs="+", choices=[*IMAGES, *SCHEMATICS], help="draw these alone")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    chosen = arguments.only or [*SCHEMATICS, *PICTURES]
+    chosen = arguments.only or [*SCHEMATICS, *IMAGES]
     for name in chosen:
         if name in SCHEMATICS:
             path = arguments.out / f"{name}.svg"
@@ -644,7 +642,7 @@ def main() -> None:
         else:
             path = arguments.out / f"{name}.webp"
             with atomic_path(path) as temporary:
-                PICTURES[name]().save(temporary, "WEBP", quality=92, method=6)
+                IMAGES[name]().save(temporary, "WEBP", quality=92, method=6)
         print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
 
 

@@ -24,7 +24,7 @@ LAST_SECONDS = 4.0
 
 
 def record(browser: str) -> tuple[list[Image.Image], list[float]]:
-    """Pictures of a race from the click to its end, and how many seconds each is seen."""
+    """Images of a race from the click to its end, and how many seconds each is seen."""
     page_ = build(new_studio(PageSettings(models=("mini-llamagen",), concurrency=1)))
     address = serve(page_, prevent_thread_lock=True)
     frames: list[Image.Image] = []
@@ -40,7 +40,7 @@ def record(browser: str) -> tuple[list[Image.Image], list[float]]:
             page.wait_for_timeout(200)
         page.locator("#race:enabled").wait_for()
         page.locator("#race").click()
-        page.locator("#race-panel section[data-phase=drawing] img.picture").nth(1).wait_for()
+        page.locator("#race-panel section[data-phase=drawing] img.image").nth(1).wait_for()
         while True:
             last = ended.count() == 2
             shown = page.locator("#race-panel").screenshot()

@@ -1,9 +1,9 @@
-"""How often generated pictures show what was asked for: prompts from held-out scenes, judged by the scene detector.
+"""How often generated images show what was asked for: prompts from held-out scenes, judged by the scene detector.
 
     python eval/adherence.py --model mini-llamagen --count 500 --out plain.json --grid plain.png
     python eval/adherence.py --model mini-llamagen --count 500 --accelerator zipar -o window=4 --out zipar.json
-    python eval/adherence.py --run runs/mar --grid mar.png                  # pictures of eval/sample.py
-    python eval/adherence.py --renderer --count 500                         # true pictures: the ceiling
+    python eval/adherence.py --run runs/mar --grid mar.png                  # images of eval/sample.py
+    python eval/adherence.py --renderer --count 500                         # true images: the ceiling
     python eval/adherence.py --renderer --tokenizer FOLDER --count 500      # ... that the image tokenizer leaves
 
 Runs of the same model with and without an accelerator are to be compared with the same --count and --seed.
@@ -29,12 +29,12 @@ from varaccel.cli.commands import parse_options
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.metrics.adherence import (
     Adherence,
-    Verdict,
+    VerificationResult,
     draw_captions,
     held_out_prompts,
     score_adherence,
 )
-from varaccel.evaluation.metrics.image_sets import PictureFolder
+from varaccel.evaluation.metrics.image_sets import ImageFolder
 from varaccel.evaluation.sampling.image_run import RunSettings
 from varaccel.evaluation.sampling.prompt_lists import SCENES
 from varaccel.files import atomic_path
@@ -49,22 +49,22 @@ _LINE = 12
 
 
 def render_scenes(seeds: Sequence[int], size: int) -> list[Image.Image]:
-    """The true pictures of `seeds`."""
+    """The true images of `seeds`."""
     return [
         Image.fromarray(render(sample_scene(seed), size).image)
-        for seed in tqdm(seeds, desc="rendering", unit="picture")
+        for seed in tqdm(seeds, desc="rendering", unit="image")
     ]
 
 
 def reconstruct(
-    pictures: Sequence[Image.Image], tokenizer: ImageTokenizer, batch_size: int
+    images: Sequence[Image.Image], tokenizer: ImageTokenizer, batch_size: int
 ) -> list[Image.Image]:
-    """Pictures after a round trip through an image tokenizer: the best that a model on its codes can do."""
-    size = pictures[0].size[0]
-    images = as_batch(pictures, size)
+    """Images after a round trip through an image tokenizer: the best that a model on its codes can do."""
+    size = images[0].size[0]
+    pixels = as_batch(images, size)
     result: list[Image.Image] = []
     with torch.inference_mode():
-        for batch in tqdm(images.split(batch_size), desc="reconstructing", unit="batch"):
+        for batch in tqdm(pixels.split(batch_size), desc="reconstructing", unit="batch"):
             result += to_output(tokenizer.decode_codes(tokenizer.encode(batch).indices), "pil")
     return result
 
@@ -81,21 +81,21 @@ def scene_run(folder: Path) -> RunSettings:
     return settings
 
 
-def run_pictures(folder: Path, settings: RunSettings) -> list[Image.Image]:
-    """The pictures of a finished run.
+def run_images(folder: Path, settings: RunSettings) -> list[Image.Image]:
+    """The images of a finished run.
 
     Raises:
         InputError: some are missing.
     """
-    pictures = PictureFolder(folder)
-    if len(pictures) != settings.count:
+    images = ImageFolder(folder)
+    if len(images) != settings.count:
         raise InputError(
-            f"{folder} holds {len(pictures)} of {settings.count} pictures; go on with eval/sample.py first."
+            f"{folder} holds {len(images)} of {settings.count} images; go on with eval/sample.py first."
         )
-    return [Image.fromarray(pictures[index].permute(1, 2, 0).numpy()) for index in range(len(pictures))]
+    return [Image.fromarray(images[index].permute(1, 2, 0).numpy()) for index in range(len(images))]
 
 
-def _remark(verdict: Verdict) -> str:
+def _remark(verdict: VerificationResult) -> str:
     if verdict.correct:
         return "correct" if verdict.alone else f"correct, {verdict.detected} objects"
     if not verdict.complete:
@@ -104,20 +104,20 @@ def _remark(verdict: Verdict) -> str:
 
 
 def sheet(
-    pictures: Sequence[Image.Image], adherence: Adherence, columns: int = 8, side: int = 160
+    images: Sequence[Image.Image], adherence: Adherence, columns: int = 8, side: int = 160
 ) -> Image.Image:
-    """Pictures with their captions and verdicts: a green bar under a correct picture, a red one under others."""
+    """Images with their captions and verdicts: a green bar under a correct image, a red one under others."""
     texts = [
         textwrap.wrap(verdict.caption, side // 6 - 1, break_long_words=False)
         for verdict in adherence.verdicts
     ]
     height = side + 6 + _LINE * (max(map(len, texts)) + 1) + 4
-    rows = -(-len(pictures) // columns)
-    result = Image.new("RGB", (min(columns, len(pictures)) * (side + 4), rows * height), "white")
+    rows = -(-len(images) // columns)
+    result = Image.new("RGB", (min(columns, len(images)) * (side + 4), rows * height), "white")
     draw = ImageDraw.Draw(result)
-    for index, (picture, verdict, lines) in enumerate(zip(pictures, adherence.verdicts, texts, strict=True)):
+    for index, (image, verdict, lines) in enumerate(zip(images, adherence.verdicts, texts, strict=True)):
         left, top = index % columns * (side + 4), index // columns * height
-        result.paste(picture.convert("RGB").resize((side, side)), (left, top))
+        result.paste(image.convert("RGB").resize((side, side)), (left, top))
         color = "#1a8f3c" if verdict.correct else "#c62828"
         draw.rectangle((left, top + side, left + side - 1, top + side + 4), fill=color)
         for place, (line, ink) in enumerate(
@@ -137,18 +137,18 @@ def _load_pipeline(name: str, device: str | None) -> Callable[..., Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Measure how often generated pictures show what was asked for."
+        description="Measure how often generated images show what was asked for."
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--model", help="name or folder of a text-conditional pipeline of the captioned world"
     )
     source.add_argument(
-        "--run", type=Path, help="judge the pictures of a run of eval/sample.py that has prompts of scenes"
+        "--run", type=Path, help="judge the images of a run of eval/sample.py that has prompts of scenes"
     )
-    source.add_argument("--renderer", action="store_true", help="score true pictures instead: the ceiling")
+    source.add_argument("--renderer", action="store_true", help="score true images instead: the ceiling")
     parser.add_argument(
-        "--tokenizer", type=Path, help="with --renderer: pass the pictures through this image tokenizer"
+        "--tokenizer", type=Path, help="with --renderer: pass the images through this image tokenizer"
     )
     parser.add_argument("--count", type=int, default=500, help="number of prompts")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per call")
@@ -161,10 +161,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="device of the pipeline")
     parser.add_argument("--detector", type=Path, help="folder of the detector; by default the shipped one")
     parser.add_argument(
-        "--unseen-in", type=Path, help="cache of training pictures: use no prompt that is a caption of it"
+        "--unseen-in", type=Path, help="cache of training images: use no prompt that is a caption of it"
     )
     parser.add_argument("--out", type=Path, help="JSON file of the rates and verdicts")
-    parser.add_argument("--grid", type=Path, help="picture of the first --grid-count pictures with verdicts")
+    parser.add_argument("--grid", type=Path, help="image of the first --grid-count images with verdicts")
     parser.add_argument("--grid-count", type=int, default=40)
     return parser
 
@@ -192,14 +192,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         captions = list(prompts.values())
         start = time.perf_counter()
         if settings is not None:
-            pictures = run_pictures(options.run, settings)
+            images = run_images(options.run, settings)
         elif options.renderer:
-            pictures = render_scenes(list(prompts), detector.config.image_size)
+            images = render_scenes(list(prompts), detector.config.image_size)
             if options.tokenizer:
                 tokenizer = load_tokenizer(options.tokenizer).eval()
-                pictures = reconstruct(pictures, tokenizer, options.batch_size)
+                images = reconstruct(images, tokenizer, options.batch_size)
         else:
-            pictures = draw_captions(
+            images = draw_captions(
                 _load_pipeline(options.model, options.device),
                 captions,
                 batch_size=options.batch_size,
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 accelerator=accelerator,
             )
         seconds = time.perf_counter() - start
-        adherence = score_adherence(detector, pictures, captions)
+        adherence = score_adherence(detector, images, captions)
     except VaraccelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.grid:
         first = Adherence(adherence.rates, adherence.verdicts[: options.grid_count])
         with atomic_path(options.grid) as temporary:
-            sheet(pictures[: options.grid_count], first).save(temporary)
+            sheet(images[: options.grid_count], first).save(temporary)
     return 0
 
 

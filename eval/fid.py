@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, KID, precision and recall, CLIP score and prompt adherence of pictures.
+"""FID, sFID, Inception Score, KID, precision and recall, CLIP score and prompt adherence of images.
 
     python eval/fid.py runs/var --reference VIRTUAL_imagenet256_labeled.npz          # a folder, or samples.npz
     python eval/fid.py runs/plain runs/zipar --reference scenes:1000                  # the second beside the first
@@ -31,8 +31,8 @@ def main() -> int:
     options = parser.parse_args()
     try:
         check_extra("torch_fidelity", "torchmetrics")
-        if bool(options.pictures) == (options.preset is not None):
-            raise InputError("name either pictures or a --preset to draw.")
+        if bool(options.images) == (options.preset is not None):
+            raise InputError("name either images or a --preset to draw.")
         if options.preset is not None:
             _follow_preset(options)
         space = _space(options)  # refused before days of drawing
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "pictures", nargs="*", metavar="PICTURES", help="folders, runs or .npz files; or a --preset"
+        "images", nargs="*", metavar="IMAGES", help="folders, runs or .npz files; or a --preset"
     )
     parser.add_argument("--out", type=Path, help="folder of the run that a preset draws")
     parser.add_argument("--reference", help="what to compare with; the preset's own by default")
@@ -72,15 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         "--clip", nargs="?", const="", metavar="CLIP", help="also the CLIP score, with this CLIP"
     )
     parser.add_argument("--recursive", action="store_true", help="search folders of the folders too")
-    parser.add_argument(
-        "--crop", type=int, metavar="SIZE", help="shrink and crop pictures of folders to SIZE"
-    )
+    parser.add_argument("--crop", type=int, metavar="SIZE", help="shrink and crop images of folders to SIZE")
     parser.add_argument(
         "--corrupt", choices=("stop", "skip"), default="stop", help="files that cannot be read"
     )
     parser.add_argument("--resamples", type=int, help="bootstrap resamples for standard errors; 0 for none")
     parser.add_argument(
-        "--feature-batch", type=int, default=64, help="pictures per pass of the feature network"
+        "--feature-batch", type=int, default=64, help="images per pass of the feature network"
     )
     parser.add_argument(
         "--cache", type=Path, default=Path("outputs/features"), help="where features are kept"
@@ -112,7 +110,7 @@ def _drawn(options: argparse.Namespace) -> bool:
     """Draw what the preset says; whether this process goes on to measure it."""
     started = start_run(options, options.out)
     started.draw()
-    options.pictures = [str(options.out)]
+    options.images = [str(options.out)]
     options.json = options.json or options.out / "metrics.json"
     return bool(started.state.is_main_process)
 
@@ -143,7 +141,7 @@ def _measured(options: argparse.Namespace, name: str) -> int:
     clip = None if options.clip is None else load_clip(options.clip or CLIP_MODEL).to(device)
     spatial = name == "inception" and (options.metrics is None or "sfid" in options.metrics)
     report, statistics = measure_sets(
-        options.pictures,
+        options.images,
         load_space(name, weights=options.weights, device=device, spatial=spatial),
         reference=options.reference,
         metrics=options.metrics,

@@ -2,9 +2,9 @@
 
     python eval/greedy.py --model mini-llamagen --count 64 -a jacobi -a speculative:drafter=eagle,tree=5
 
-A method that is exact by its law must also be exact here; rounding can part them where two tokens are equally
+A method that is exact by its distribution must also be exact here; rounding can part them where two tokens are equally
 likely to the last digits, since a pass over several tokens adds up in another order than a pass over one. Where
-pictures differ, the position of each first difference is shown.
+images differ, the position of each first difference is shown.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> int:
         plain = draw(pipe, prompts, None, options.batch_size).flatten(1)
         counts = {}
         for accelerator in tqdm(accelerators, unit="accelerator"):
-            if not accelerator.keeps_law:
+            if not accelerator.lossless:
                 raise InputError(
                     f"{accelerator.name} with these options is approximate, so it need not agree."
                 )

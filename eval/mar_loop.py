@@ -3,7 +3,7 @@
     python eval/mar_loop.py --iterations 64           # mini-mar, shipped weights
     python eval/mar_loop.py --size base --iterations 64 --device cuda --compile
 
-Sizes have random weights: time does not depend on them. Both draw the same pictures from the same noise and take turns.
+Sizes have random weights: time does not depend on them. Both draw the same images from the same noise and take turns.
 What differs: what follows from the condition once per call, the last decoder layer for the wanted positions alone, what
 the head derives from time and condition worked out for all steps in a few matrix products, tokens of guided halves
 projected once; on a GPU one CUDA graph for all steps; with --compile one compiled step.
@@ -39,7 +39,7 @@ def main() -> int:
 
     from varaccel import AutoPipeline, MARTransformer
     from varaccel.cli.commands import write_text
-    from varaccel.engine.randomness import picture_generators
+    from varaccel.engine.randomness import image_generators
     from varaccel.errors import VaraccelError
     from varaccel.evaluation.published.mar import our_shares, published_loop
     from varaccel.evaluation.speed.machine import describe_machine
@@ -60,9 +60,7 @@ def main() -> int:
             model = pipe.transformer
             with torch.inference_mode():
                 condition, mask = pipe._condition(["a red sphere"] * options.batch)
-        noise = TokenNoise.draw(
-            picture_generators(options.batch, 0), model.num_tokens, model.channels, device
-        )
+        noise = TokenNoise.draw(image_generators(options.batch, 0), model.num_tokens, model.channels, device)
         common: dict[str, Any] = {
             "guidance": MaskedGuidance(options.guidance_scale),
             "sampling": HeadSampling(options.head_steps),

@@ -1,11 +1,11 @@
-"""The Pareto report: accelerators of one or several models against plain decoding, as one web page with its pictures.
+"""The Pareto report: accelerators of one or several models against plain decoding, as one web page with its images.
 
     python eval/pareto.py --model mini-llamagen --model mini-var --model mini-mar --out outputs/report
-    python eval/pareto.py --model mini-llamagen -a zipar:window=4 -a zipar:window=2 --pictures 200 --out outputs/zipar
+    python eval/pareto.py --model mini-llamagen -a zipar:window=4 -a zipar:window=2 --images 200 --out outputs/zipar
 
 Writes index.html, which needs no other file, and of every model NAME.json (everything, from the first rows on),
 NAME.md (the tables), NAME.png (speed against quality), NAME-samples.png and, where tokens are one grid, NAME-maps.png.
-An interrupted run goes on with --resume. Without -a, batch sizes and numbers of pictures the three shipped models take
+An interrupted run goes on with --resume. Without -a, batch sizes and numbers of images the three shipped models take
 less than half an hour on one core of a CPU (OMP_NUM_THREADS=1).
 """
 
@@ -27,7 +27,7 @@ from varaccel.cli.commands import (
     load_pipeline,
     move,
     smaller_model,
-    write_picture,
+    write_image,
     write_report,
     write_text,
 )
@@ -46,11 +46,11 @@ class Size:
     """How much of a family is measured if nothing is asked for: its models differ a hundredfold in speed.
 
     Attributes:
-        pictures: to be judged per accelerator.
-        batches: pictures per timed call.
+        images: to be judged per accelerator.
+        batches: images per timed call.
     """
 
-    pictures: int
+    images: int
     batches: tuple[int, ...]
 
 
@@ -64,14 +64,14 @@ class Plan:
     Attributes:
         model: its name.
         grid: accelerators to be compared.
-        pictures, batches: see `Size`.
+        images, batches: see `Size`.
         stem: path of its files without their endings.
         maps: whether its tokens are one grid, so that there are maps of passes.
     """
 
     model: str
     grid: tuple[Accelerator, ...]
-    pictures: int
+    images: int
     batches: tuple[int, ...]
     stem: Path
     maps: bool
@@ -104,31 +104,31 @@ def make_plan(model: str, options: argparse.Namespace) -> Plan:
     else:
         grid = parse_grid(RELEASE_GRIDS[pipe.family])
     size = SIZES[pipe.family]
-    pictures = size.pictures if options.pictures is None else options.pictures
+    images = size.images if options.images is None else options.images
     if pipe.config.get("class_names") is not None:
         raise InputError(f"{model} draws classes, so no prompt can be judged; leave it out.")
     batches = tuple(options.batch or size.batches)
     name = Path(model).name
-    return Plan(model, tuple(grid), pictures, batches, options.out / name, pipe.family != "var")
+    return Plan(model, tuple(grid), images, batches, options.out / name, pipe.family != "var")
 
 
 def measure(plan: Plan, options: argparse.Namespace) -> Section:
     """Run the bench of one model, write its files, and return its section of the page.
 
-    All models of a run are measured against the same true pictures, which are rendered once.
+    All models of a run are measured against the same true images, which are rendered once.
     """
-    print(f"{plan.model}: {len(plan.grid)} accelerators, {plan.pictures} pictures of each", flush=True)
+    print(f"{plan.model}: {len(plan.grid)} accelerators, {plan.images} images of each", flush=True)
     pipe: Any = load_pipeline(plan.model, quiet=True)
     move(pipe, options.device, options.dtype)
     report = bench_held_out(
         pipe,
         plan.grid,
         model=plan.model,
-        pictures=plan.pictures,
+        images=plan.images,
         scenes=options.scenes,
         batches=plan.batches,
         repeats=options.repeats,
-        reference_start=options.pictures or max(size.pictures for size in SIZES.values()),
+        reference_start=options.images or max(size.images for size in SIZES.values()),
         seed=options.seed,
         drawn_together=options.drawn_together,
         finished=earlier_report(plan.json) if options.resume else None,
@@ -138,7 +138,7 @@ def measure(plan: Plan, options: argparse.Namespace) -> Section:
     plot(report, plan.file(".png"))
     samples, maps = plan.file("-samples.png"), plan.file("-maps.png")
     wanted = [samples, maps] if plan.maps else [samples]
-    # pictures of before rows were added lack them
+    # images of before rows were added lack them
     if not all(path.is_file() and path.stat().st_mtime >= plan.json.stat().st_mtime for path in wanted):
         _draw(pipe, plan, options.seed, samples, maps)
     return _section(plan, report, samples, maps)
@@ -146,10 +146,10 @@ def measure(plan: Plan, options: argparse.Namespace) -> Section:
 
 def _draw(pipe: Any, plan: Plan, seed: int, samples: Path, maps: Path) -> None:
     drawn = draw_samples(pipe, plan.grid, held_out_examples(pipe), seed=seed)
-    write_picture(drawn.sheet(), samples)
+    write_image(drawn.sheet(), samples)
     over = drawn.maps()
     if over is not None:
-        write_picture(over, maps)
+        write_image(over, maps)
 
 
 def _section(plan: Plan, report: BenchReport, samples: Path, maps: Path) -> Section:
@@ -176,7 +176,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(
             "two of the models have the same name, so their files would be the same; rename one."
         )
-    for name, least in (("pictures", 1), ("scenes", 0), ("repeats", 1), ("drawn_together", 1)):
+    for name, least in (("images", 1), ("scenes", 0), ("repeats", 1), ("drawn_together", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
@@ -208,17 +208,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--grid", choices=GRIDS, default="release", help="what to compare without -a: few settings, or many"
     )
     sizes = "; ".join(
-        f"{family} {size.pictures}, batch {' and '.join(map(str, size.batches))}"
+        f"{family} {size.images}, batch {' and '.join(map(str, size.batches))}"
         for family, size in SIZES.items()
     )
-    parser.add_argument("--pictures", type=int, help=f"per accelerator, to be judged (by family: {sizes})")
+    parser.add_argument("--images", type=int, help=f"per accelerator, to be judged (by family: {sizes})")
     parser.add_argument(
-        "--scenes", type=int, default=1000, help="true pictures to measure the distance from; 0 = no distance"
+        "--scenes", type=int, default=1000, help="true images to measure the distance from; 0 = no distance"
     )
-    parser.add_argument("--batch", type=int, action="append", help="pictures per timed call; repeatable")
+    parser.add_argument("--batch", type=int, action="append", help="images per timed call; repeatable")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture")
-    parser.add_argument("--drawn-together", type=int, default=10, help="pictures per call that are judged")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image")
+    parser.add_argument("--drawn-together", type=int, default=10, help="images per call that are judged")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--resume", action="store_true", help="keep what --out holds of the same settings")

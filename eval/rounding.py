@@ -1,9 +1,9 @@
-"""How many pictures rounding changes when they are drawn in another batch size.
+"""How many images rounding changes when they are drawn in another batch size.
 
     python eval/rounding.py --model mini-llamagen --count 512 --batch-sizes 16 32
     python eval/rounding.py --preset var-d30 --count 512 --batch-sizes 8 64 --device cuda
 
-The random numbers of a picture do not depend on its batch; matrix products of other shapes round differently.
+The random numbers of an image do not depend on its batch; matrix products of other shapes round differently.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures for an evaluation: N of a model and accelerator, resumable, by one process or many.
+"""Images for an evaluation: N of a model and accelerator, resumable, by one process or many.
 
     python eval/sample.py --model mini-mar --count 500 --out runs/mar
     python eval/sample.py --preset llamagen-xl-384 --batch-size 64 --out runs/llamagen-xl --npz
@@ -34,7 +34,7 @@ def main() -> int:
         summary = started.draw()
         if started.state.is_main_process:
             print(
-                f"{summary.pictures} pictures in {started.run.pictures}: {summary.passes:.4g} passes per call, "
+                f"{summary.images} images in {started.run.images}: {summary.passes:.4g} passes per call, "
                 f"{summary.tokens_per_pass:.2f} tokens per pass, "
                 f"{'lossless' if summary.lossless else 'approximate'}"
             )

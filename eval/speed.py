@@ -42,7 +42,7 @@ def main() -> int:
     )
     parser.add_argument("--model", default="mini-llamagen")
     parser.add_argument("-a", "--accelerator", action="append", help="name:key=value,...; repeatable")
-    parser.add_argument("--batch", type=int, action="append", help="pictures per call; repeatable")
+    parser.add_argument("--batch", type=int, action="append", help="images per call; repeatable")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--compile", default="off", choices=["off", "on", "both"])
     parser.add_argument("--device", default="cpu")
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--num-iterations", type=int, help="passes that decide the tokens (MAR)")
     parser.add_argument("--head-steps", type=int, help="denoising steps of a token (MAR)")
     parser.add_argument("--tokens-only", action="store_true", help="leave out the decoding to pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image")
     parser.add_argument(
         "--out", type=Path, help="also write everything as JSON here, from the first batch on"
     )

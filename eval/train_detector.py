@@ -1,10 +1,10 @@
-"""Train and validate the scene detector, which judges whether generated pictures show what was asked for.
+"""Train and validate the scene detector, which judges whether generated images show what was asked for.
 
     python -m varaccel.scenes.cache --out runs/scenes --count 60000
     python eval/train_detector.py --data runs/scenes --out runs/detector --minutes 10
 
 Run it again to resume, or with more minutes to continue. The detector is exported with half-precision weights and
-validated, from the exported file, on scenes that no training picture may use.
+validated, from the exported file, on scenes that no training image may use.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def blur(images: Tensor, factor: int = 2) -> Tensor:
 
 
 def validate(folder: Path, count: int) -> dict[str, dict[str, float]]:
-    """Metrics of the detector in `folder` on held-out pictures as rendered, blurred and degraded as in training."""
+    """Metrics of the detector in `folder` on held-out images as rendered, blurred and degraded as in training."""
     detector = load_detector(folder)
     size = detector.config.image_size
     samples = [
         make_sample(HELD_OUT_SEED + index, size)
-        for index in tqdm(range(count), desc="rendering held-out scenes", unit="picture", leave=False)
+        for index in tqdm(range(count), desc="rendering held-out scenes", unit="image", leave=False)
     ]
     pixels = np.stack([sample.rendering.image for sample in samples])
     images = torch.stack([to_tensor(image) for image in pixels])
@@ -56,7 +56,7 @@ def validate(folder: Path, count: int) -> dict[str, dict[str, float]]:
 
 
 def table(metrics: dict[str, dict[str, float]]) -> str:
-    """Metrics as a Markdown table, one column per kind of picture."""
+    """Metrics as a Markdown table, one column per kind of image."""
     lines = [f"| | {' | '.join(metrics)} |", f"|---|{'---:|' * len(metrics)}"]
     for name in next(iter(metrics.values())):
         cells = (
@@ -69,12 +69,12 @@ def table(metrics: dict[str, dict[str, float]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train and validate the scene detector.")
-    parser.add_argument("--data", type=Path, required=True, help="cache of training pictures")
+    parser.add_argument("--data", type=Path, required=True, help="cache of training images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; a run there is resumed")
     parser.add_argument("--minutes", type=float, default=10.0, help="training time")
     parser.add_argument("--steps", type=int, help="optimiser steps, if that comes first")
     parser.add_argument("--export", type=Path, help="folder of the detector; by default OUT/detector")
-    parser.add_argument("--held-out", type=int, default=2000, help="pictures to validate on")
+    parser.add_argument("--held-out", type=int, default=2000, help="images to validate on")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args(arguments)
     export = options.export or options.out / "detector"
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = {"steps": run.step, "seconds": round(run.seconds, 1), "held_out": options.held_out, **metrics}
     with atomic_path(options.out / "validation.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"{run.step} steps in {run.seconds / 60:.1f} min; {options.held_out} held-out pictures:\n")
+    print(f"{run.step} steps in {run.seconds / 60:.1f} min; {options.held_out} held-out images:\n")
     print(table(metrics))
     return 0
 

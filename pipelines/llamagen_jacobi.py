@@ -1,4 +1,4 @@
-"""The same law in a third of the passes: speculative Jacobi decoding needs no drafter and no training.
+"""The same distribution in a third of the passes: speculative Jacobi decoding needs no drafter and no training.
 
 python pipelines/llamagen_jacobi.py
 """

@@ -1,4 +1,4 @@
-"""Pictures from prompts with the shipped model, one token per pass.
+"""Images from prompts with the shipped model, one token per pass.
 
 python pipelines/llamagen_plain.py
 """

@@ -1,4 +1,4 @@
-"""The same pictures with ZipAR, and how many passes that saves.
+"""The same images with ZipAR, and how many passes that saves.
 
 python pipelines/llamagen_zipar.py
 """

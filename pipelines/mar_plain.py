@@ -1,4 +1,4 @@
-"""Pictures from prompts with the shipped masked model, tokens in random order and groups that grow.
+"""Images from prompts with the shipped masked model, tokens in random order and groups that grow.
 
 python pipelines/mar_plain.py
 """

@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all stages")
     parser.add_argument("--config", type=Path, default=HERE / "mini_llamagen.json")
-    parser.add_argument("--pictures", type=int, default=60_000, help="training pictures")
+    parser.add_argument("--images", type=int, default=60_000, help="training images")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
     parser.add_argument("--text-steps", type=int, default=1100)
     parser.add_argument("--tokenizer-minutes", type=float, default=60.0)
@@ -114,7 +114,7 @@ def main() -> int:
             adopt_text(options.from_pipeline, out / "mini-text")
         if "scenes" in options.stages:
             command = ["-m", "varaccel.scenes.cache", "--out", out / "scenes"]
-            run(*command, "--count", options.pictures, "--workers", options.workers)
+            run(*command, "--count", options.images, "--workers", options.workers)
         if "text" in options.stages:
             run("-m", "varaccel.training.text", "--out", out / "mini-text", "--steps", options.text_steps)
         if "tokenizer" in options.stages:

@@ -1,4 +1,4 @@
-"""Paint another thing into the middle of a picture, without training for it.
+"""Paint another thing into the middle of an image, without training for it.
 
 python pipelines/var_inpaint.py
 """

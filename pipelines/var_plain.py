@@ -1,4 +1,4 @@
-"""Pictures from prompts with the shipped next-scale model, one scale per pass.
+"""Images from prompts with the shipped next-scale model, one scale per pass.
 
 python pipelines/var_plain.py
 """

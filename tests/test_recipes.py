@@ -4,7 +4,7 @@ What a training recipe asks of other programs (render scenes, train an image tok
 checked against their command lines. Scenes, codes and latents are then really made; the tokenizers and the text
 encoder are those that ship, since training them takes minutes even at their smallest and has tests of its own
 (test_vq_training, test_kl_training, test_text_training). Transformers, refiner and assembling are the recipe's own
-code and run, on a few pictures and with small networks.
+code and run, on a few images and with small networks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from varaccel.training import allocator, stages
 
 RECIPES = ROOT / "pipelines"
 
-# name: the pictures that it writes, and how many lines of statistics it prints
+# name: the images that it writes, and how many lines of statistics it prints
 DRAWING: dict[str, tuple[tuple[str, ...], int]] = {
     "llamagen_combined": (("0", "1"), 3),
     "llamagen_jacobi": (("0", "1", "0-passes", "1-passes"), 2),
@@ -53,7 +53,7 @@ DRAWING: dict[str, tuple[tuple[str, ...], int]] = {
 TRAINING = ("train_mini_llamagen", "train_mini_mar", "train_mini_var")
 TOOLS = ("add_drafters", "weights_manifest")
 
-STATISTICS = re.compile(r"^(\w+)\(.*\): \d+ pictures of \d+ tokens in \d+ passes", re.MULTILINE)
+STATISTICS = re.compile(r"^(\w+)\(.*\): \d+ images of \d+ tokens in \d+ passes", re.MULTILINE)
 
 
 def test_every_recipe_has_a_case() -> None:
@@ -81,9 +81,9 @@ def test_a_recipe_draws_what_it_says(name: str, here: Path, capsys: pytest.Captu
         f"{stem}-{part}.png" if part else f"{stem}.png" for part in parts
     }
     drawn = [Image.open(path) for path in sorted((here / "outputs").iterdir())]
-    assert all(np.asarray(picture.convert("L")).std() > 5 for picture in drawn), "a picture is not flat"
+    assert all(np.asarray(image.convert("L")).std() > 5 for image in drawn), "an image is not flat"
     if name.startswith("llamagen") or name == "var_plain":
-        different = [picture.tobytes() for picture in drawn]
+        different = [image.tobytes() for image in drawn]
         assert len(set(different)) == len(different) - (name == "llamagen_speculative")
     out = capsys.readouterr().out
     told = STATISTICS.findall(out)
@@ -138,7 +138,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         ("mar", ["train_mar"]),
     ):
         trainers = import_module(f"varaccel.training.{module}")
-        for name in names:  # of a few pictures no 512 can be held out
+        for name in names:  # of a few images no 512 can be held out
             monkeypatch.setattr(trainers, name, partial(getattr(trainers, name), validation=8))
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)  # which starts the program anew
     return seen
@@ -162,11 +162,11 @@ def recipe(monkeypatch: pytest.MonkeyPatch, name: str, *options: object) -> int:
     return int(ended.value.code or 0)
 
 
-SMALL = ("--pictures", 16, "--workers", 1, "--minutes", 0.01, "--no-compile", "--tokenizer-minutes", 1)
+SMALL = ("--images", 16, "--workers", 1, "--minutes", 0.01, "--no-compile", "--tokenizer-minutes", 1)
 
 
 def draws(folder: Path, **call: Any) -> Any:
-    """The pipeline in a folder, after it has drawn a picture."""
+    """The pipeline in a folder, after it has drawn an image."""
     pipe = AutoPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red sphere", seed=0, **call).images[0].size == (128, 128)

@@ -31,7 +31,7 @@ CLASSES = ("tench, Tinca tinca", "goldfish", "hammerhead", "cock", "hen")
 
 
 def transformer(model_type: str, seed: int = 0, **changes: object) -> LlamaGenTransformer:
-    """A random model whose laws are neither flat nor certain, so that sampling matters."""
+    """A random model whose distributions are neither flat nor certain, so that sampling matters."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sizes: dict[str, object] = {
@@ -106,7 +106,7 @@ def drafting_pipeline(
     """A pipeline with every drafter, shared by tests, which must not change it.
 
     Args:
-        codes, grid: few enough of them and all its pictures can be listed.
+        codes, grid: few enough of them and all its images can be listed.
         sharpness: factor on the logits.
 
     Attention is made strong, so that every token matters for all that follow and not only for the next.
@@ -165,7 +165,7 @@ def redraw(model: nn.Module, seed: int, std: float = 0.2) -> None:
 
 
 def var_transformer(condition_type: str, seed: int = 0, **changes: object) -> VARTransformer:
-    """A random next-scale model whose laws are neither flat nor certain, so that sampling matters."""
+    """A random next-scale model whose distributions are neither flat nor certain, so that sampling matters."""
     sizes: dict[str, object] = {
         "condition_type": condition_type,
         "depth": 3,

@@ -1,4 +1,4 @@
-"""Train a tokenizer of scenes: 128x128 pictures to 16x16 codes, or to the token maps of seven scales.
+"""Train a tokenizer of scenes: 128x128 images to 16x16 codes, or to the token maps of seven scales.
 
     python -m varaccel.scenes.cache --out runs/scenes --count 60000
     python tokenizers/train_vq_scenes.py --data runs/scenes --out runs/mini-vq --minutes 28
@@ -92,7 +92,7 @@ def main() -> int:
         if not options.no_export_quality:
             quality = asdict(evaluate(model, held_out))
             with atomic_path(options.out / "quality.json") as temporary:
-                temporary.write_text(json.dumps({"pictures": len(held_out), **quality}, indent=2) + "\n")
+                temporary.write_text(json.dumps({"images": len(held_out), **quality}, indent=2) + "\n")
             print(json.dumps(quality))
         trainer.run.plot(["l1", "laplacian", "ssim_loss"])
     except VaraccelError as error:

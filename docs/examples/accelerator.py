@@ -33,15 +33,18 @@ class LateStagger(StaggeredRows):
 @register
 @dataclass(frozen=True)
 class LateZipAR(Accelerator):
-    """ZipAR that begins `rows` rows down the picture; approximate, as ZipAR is."""
+    """ZipAR that begins `rows` rows down the image; approximate, as ZipAR is."""
 
     name: ClassVar[str] = "late-zipar"
-    lossless: ClassVar[bool] = False
     hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
     summary: ClassVar[str] = "the first rows token by token, then rows in parallel"
 
     rows: int = 4
     window: int = 4
+
+    @property
+    def lossless(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         positive_integer("late-zipar rows", self.rows)

@@ -36,7 +36,7 @@ def caches(count: int) -> str:
 
 
 def llamagen() -> list[str]:
-    """Rows: model, weights, cache of one guided picture, which is two rows of prefix, tokens and a spare slot."""
+    """Rows: model, weights, cache of one guided image, which is two rows of prefix, tokens and a spare slot."""
     classes = [("b", 16), ("l", 16), *((name, 24) for name in ("b", "l", "xl", "xxl", "3b"))]
     models = {f"llamagen-c2i-{name}-{16 * grid}": (name, "c2i", grid) for name, grid in classes}
     models |= {f"llamagen-t2i-xl-{16 * grid}": ("xl", "t2i", grid) for grid in (16, 32)}
@@ -48,7 +48,7 @@ def llamagen() -> list[str]:
 
 
 def var() -> list[str]:
-    """Rows: model, weights, cache of one guided picture: all scales but the last, whose keys nobody reads."""
+    """Rows: model, weights, cache of one guided image: all scales but the last, whose keys nobody reads."""
     rows = []
     for depth in (16, 20, 24, 30, 36):
         network = VARTransformer.from_preset(f"d{depth}")
@@ -58,7 +58,7 @@ def var() -> list[str]:
 
 
 def mar() -> list[str]:
-    """Rows: model, weights, and the caches of `feature_cache` for one guided picture; plain decoding has none."""
+    """Rows: model, weights, and the caches of `feature_cache` for one guided image; plain decoding has none."""
     rows = []
     for name in ("base", "large", "huge"):
         network = MARTransformer.from_preset(name)

@@ -1,4 +1,4 @@
-"""Continuous speculative decoding: its course, its special cases, and the law of its pictures."""
+"""Continuous speculative decoding: its course, its special cases, and the distribution of its images."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.tiny import PROMPTS, kl_vae, mar_transformer, pipeline, sizes_of
 from varaccel import CSpD, MARPipeline
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import decode
-from varaccel.engine.randomness import picture_generators
-from varaccel.engine.statistics import Tally
+from varaccel.engine.randomness import image_generators
+from varaccel.engine.statistics import SpeculationStats
 from varaccel.hosts.masked import denoising
 from varaccel.hosts.masked.denoising import HeadSampling
 from varaccel.hosts.masked.guidance import MaskedGuidance
@@ -83,7 +83,7 @@ class Merged:
         ]
 
 
-Answer = tuple[Canvas, Tally, MaskedSession, MaskedSession]
+Answer = tuple[Canvas, SpeculationStats, MaskedSession, MaskedSession]
 
 
 def speculate(
@@ -133,7 +133,7 @@ def speculate(
 
 
 def noise(network: MARTransformer, batch: int, seed: int) -> TokenNoise:
-    generators = picture_generators(batch, seed=seed)
+    generators = image_generators(batch, seed=seed)
     return TokenNoise.draw(generators, network.num_tokens, network.channels, torch.device("cpu"))
 
 
@@ -179,7 +179,7 @@ JOINT = pytest.mark.parametrize(
 
 @JOINT
 def test_a_block_of_own_tokens_is_plain_decoding_in_larger_groups(draft_length: int, prefill: float) -> None:
-    """What the target thinks of a block is the law of deciding it at once, with the same noise."""
+    """What the target thinks of a block is the distribution of deciding it at once, with the same noise."""
     blocks = joint_blocks(10, draft_length, prefill)
     page, tally, own, small = speculate(
         Always(False), sequential=False, draft_length=draft_length, prefill=prefill
@@ -238,8 +238,8 @@ def test_rejecting_everything_in_turn_is_plain_decoding(draft_length: int, step:
     assert own.reads == 1
     assert small.reads == 9 * draft_length
     assert tally.accepted.tolist() == [0] * 3
-    for picture in page.written:
-        assert sorted(set(picture.tolist())) == list(range(1, 11))
+    for image in page.written:
+        assert sorted(set(image.tolist())) == list(range(1, 11))
 
 
 MODES = [
@@ -257,7 +257,7 @@ MODES = [
 @on_hosts
 @pytest.mark.parametrize("accelerator", MODES, ids=lambda a: f"{a.mode}-{a.verification}-{a.coupling_step}")
 def test_a_model_agrees_with_itself(host: str, accelerator: CSpD) -> None:
-    """In sight of the same tokens both paths are one: all is kept, and the picture is that of plain decoding."""
+    """In sight of the same tokens both paths are one: all is kept, and the image is that of plain decoding."""
     itself = replace(accelerator, drafter=pipeline(host).transformer)
     out = drawn(host, accelerator=itself, num_iterations=10)
     assert out.stats.kept == (1.0,) * 3
@@ -334,10 +334,10 @@ def test_one_block_for_everything(host: str, draft_length: int, verification: An
     ],
     ids=lambda a: f"{a.mode}-{a.draft_length}",
 )
-def test_pictures_go_at_their_own_pace(host: str, accelerator: CSpD) -> None:
+def test_images_go_at_their_own_pace(host: str, accelerator: CSpD) -> None:
     together = drawn(host, accelerator=accelerator)
     iterations = accelerator.iterations or TOKENS
-    passes = together.stats.picture_passes
+    passes = together.stats.image_passes
     assert max(passes) == together.stats.passes <= iterations
     assert 0 < sum(together.stats.kept) / 3 < 1, "something is kept, and something is not"
     first = math.floor(accelerator.prefill * iterations) + 1
@@ -345,9 +345,9 @@ def test_pictures_go_at_their_own_pace(host: str, accelerator: CSpD) -> None:
         alone = drawn(host, prompt, seed=3 + index, accelerator=accelerator)
         assert_same(alone.images[0], together.images[index])
         assert torch.equal(alone.written[0], together.written[index])
-        assert alone.stats.picture_passes == (passes[index],)
+        assert alone.stats.image_passes == (passes[index],)
         assert alone.stats.kept[0] == pytest.approx(together.stats.kept[index])
-        # every pass decides something of a picture that is not finished
+        # every pass decides something of an image that is not finished
         assert sorted(set(alone.written.flatten().tolist())) == list(range(1, passes[index] + 1))
         assert first + (iterations - first) / accelerator.draft_length <= passes[index]
 
@@ -366,7 +366,7 @@ def test_what_is_told() -> None:
     assert not stats.lossless
     # 16 iterations: one by the model, blocks that end with iterations 4, 8, 12 and 15
     assert (stats.passes, stats.draft_passes) == (5, 15)
-    assert stats.picture_passes == (5, 5, 5)
+    assert stats.image_passes == (5, 5, 5)
     assert len(stats.kept) == 3
     assert all(0 < share < 1 for share in stats.kept)
     assert all(kept * 15 == pytest.approx(round(kept * 15), abs=1e-5) for kept in stats.kept)
@@ -403,7 +403,7 @@ def test_a_later_step_is_finished_by_the_target(host: str) -> None:
     assert out.images.isfinite().all()
 
 
-# -- its law -------------------------------------------------------------------------------------
+# -- its distribution -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -422,8 +422,8 @@ def friendly_schedule(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget()
 
 
-PICTURES = 6000
-LAW_SIZES: dict[str, Any] = {
+IMAGES = 6000
+DISTRIBUTION_SIZES: dict[str, Any] = {
     "grid_size": 2,
     "token_channels": 2,
     "buffer_size": 2,
@@ -433,7 +433,7 @@ LAW_SIZES: dict[str, Any] = {
     "head_depth": 1,
     "head_width": 16,
 }
-LAW_SAMPLING = HeadSampling(3, final_noise=True)
+DISTRIBUTION_SAMPLING = HeadSampling(3, final_noise=True)
 
 
 @cache
@@ -444,7 +444,9 @@ def pair() -> tuple[MARTransformer, MARTransformer]:
     """
     models = []
     for disturbance in (0.0, 0.4):
-        model, other = (mar_transformer("class", seed=s, **LAW_SIZES).requires_grad_(False) for s in (3, 4))
+        model, other = (
+            mar_transformer("class", seed=s, **DISTRIBUTION_SIZES).requires_grad_(False) for s in (3, 4)
+        )
         for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
             ours.lerp_(theirs, disturbance)
         for block in (*model.encoder_blocks, *model.decoder_blocks):
@@ -482,13 +484,13 @@ def kolmogorov(first: Tensor, second: Tensor) -> float:
 
 
 def p_values(first: Tensor, second: Tensor) -> list[float]:
-    """Of each coordinate (Kolmogorov and Smirnov) and of whole pictures (energy distance)."""
+    """Of each coordinate (Kolmogorov and Smirnov) and of whole images (energy distance)."""
     a, b = first.flatten(1), second.flatten(1)
     each = [kolmogorov(a[:, i], b[:, i]) for i in range(a.shape[1])]
     return [*each, energy(a[:1000], b[:1000])]
 
 
-def pictures(
+def images(
     rule: ContinuousRule | None,
     seed: int,
     networks: tuple[MARTransformer, MARTransformer] | None = None,
@@ -499,13 +501,13 @@ def pictures(
     sequential: bool = True,
     step: int = 0,
 ) -> tuple[Tensor, float]:
-    """Pictures and the share of guesses that was kept; plain decoding without a rule."""
+    """Images and the share of guesses that was kept; plain decoding without a rule."""
     target, draft = networks or pair()
     common: dict[str, Any] = {
-        "labels": (1,) * PICTURES,
+        "labels": (1,) * IMAGES,
         "seed": seed,
         "iterations": iterations,
-        "sampling": LAW_SAMPLING,
+        "sampling": DISTRIBUTION_SAMPLING,
         "guidance": MaskedGuidance(2.0),
     }
     if rule is None:
@@ -524,9 +526,9 @@ def pictures(
 
 
 @cache
-def law(iterations: int = 4) -> Tensor:
-    """Pictures of plain decoding; must be made while the schedule of these tests is in place."""
-    return pictures(None, 10**6, iterations=iterations)[0]
+def distribution(iterations: int = 4) -> Tensor:
+    """Images of plain decoding; must be made while the schedule of these tests is in place."""
+    return images(None, 10**6, iterations=iterations)[0]
 
 
 @cache
@@ -536,10 +538,10 @@ def blind_pair() -> tuple[MARTransformer, MARTransformer]:
 
 
 @cache
-def blind_laws() -> tuple[Tensor, Tensor]:
-    """Pictures of plain decoding with the target and with the draft."""
+def blind_distributions() -> tuple[Tensor, Tensor]:
+    """Images of plain decoding with the target and with the draft."""
     target, draft = blind_pair()
-    return pictures(None, 10**6, (target, draft))[0], pictures(None, 2 * 10**6, (draft, draft))[0]
+    return images(None, 10**6, (target, draft))[0], images(None, 2 * 10**6, (draft, draft))[0]
 
 
 FITS = 1e-3
@@ -548,14 +550,14 @@ FITS = 1e-3
 
 @pytest.mark.usefixtures("friendly_schedule")
 def test_the_measure_is_calibrated() -> None:
-    """The same law again fits; a little of another, and groups decided at once instead of in turn, do not."""
-    again = pictures(None, 2 * 10**6)[0]
-    assert min(p_values(law(), again)) > FITS
-    assert min(p_values(law(), again + 0.06)) < FITS
-    assert energy(law()[:1000].flatten(1), again[:1000].flatten(1) * 1.3) < FITS
-    assert kolmogorov(law()[:, 0, 0], law()[:, 0, 0]) == 1.0
-    at_once = pictures(None, 3 * 10**6, blocks=[[0], [1, 2, 3]])[0]
-    assert min(p_values(law(), at_once)) < FITS
+    """The same distribution again fits; a little of another, and groups decided at once instead of in turn, do not."""
+    again = images(None, 2 * 10**6)[0]
+    assert min(p_values(distribution(), again)) > FITS
+    assert min(p_values(distribution(), again + 0.06)) < FITS
+    assert energy(distribution()[:1000].flatten(1), again[:1000].flatten(1) * 1.3) < FITS
+    assert kolmogorov(distribution()[:, 0, 0], distribution()[:, 0, 0]) == 1.0
+    at_once = images(None, 3 * 10**6, blocks=[[0], [1, 2, 3]])[0]
+    assert min(p_values(distribution(), at_once)) < FITS
 
 
 def test_p_values_of_the_measure_are_even() -> None:
@@ -569,10 +571,12 @@ def test_p_values_of_the_measure_are_even() -> None:
 @pytest.mark.parametrize(
     ("iterations", "draft_length"), [(4, 2), (4, 3), (3, 1), (2, 2)], ids=lambda v: str(v)
 )
-def test_exact_and_sequential_is_the_law_of_plain_decoding(iterations: int, draft_length: int) -> None:
-    tokens, kept = pictures(ExactRule(), 5 * 10**6, iterations=iterations, draft_length=draft_length)
+def test_exact_and_sequential_is_the_distribution_of_plain_decoding(
+    iterations: int, draft_length: int
+) -> None:
+    tokens, kept = images(ExactRule(), 5 * 10**6, iterations=iterations, draft_length=draft_length)
     assert 0.5 < kept < 0.9, "something is kept, and something is not"
-    assert min(p_values(law(iterations), tokens)) > FITS
+    assert min(p_values(distribution(iterations), tokens)) > FITS
 
 
 def inverse(rule: PaperRule) -> ContinuousRule:
@@ -601,19 +605,19 @@ WRONG = {
 @pytest.mark.usefixtures("friendly_schedule")
 @pytest.mark.parametrize("rule", WRONG.values(), ids=WRONG)
 def test_what_is_not_exact_is_seen(rule: ContinuousRule) -> None:
-    tokens, kept = pictures(rule, 5 * 10**6)
+    tokens, kept = images(rule, 5 * 10**6)
     assert kept > 0.3
-    assert min(p_values(law(), tokens)) < FITS / 10
+    assert min(p_values(distribution(), tokens)) < FITS / 10
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("friendly_schedule")
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("step", [0, 1, 2])
-def test_each_token_follows_the_law_at_every_compared_step(step: int, sequential: bool) -> None:
+def test_each_token_follows_the_distribution_at_every_compared_step(step: int, sequential: bool) -> None:
     """Where tokens do not depend on each other, blocks and drafted contexts make no difference."""
-    tokens, kept = pictures(ExactRule(), 5 * 10**6, blind_pair(), step=step, sequential=sequential)
+    tokens, kept = images(ExactRule(), 5 * 10**6, blind_pair(), step=step, sequential=sequential)
     assert 0.3 < kept < 0.95
-    target, draft = blind_laws()
+    target, draft = blind_distributions()
     assert min(p_values(target, tokens)) > FITS
     assert min(p_values(draft, tokens)) < FITS

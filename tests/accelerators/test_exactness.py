@@ -1,7 +1,7 @@
-"""Exact methods draw from the law of plain decoding, measured on models whose pictures can all be listed.
+"""Exact methods draw from the distribution of plain decoding, measured on models whose images can all be listed.
 
-A network of three codes on a grid of three by three has 19683 pictures. One teacher-forced pass over all of them
-gives the whole law; a call for thousands of pictures is then held against it.
+A network of three codes on a grid of three by three has 19683 images. One teacher-forced pass over all of them
+gives the whole distribution; a call for thousands of images is then held against it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from varaccel.accelerators.speculative import LayerSkip, Speculative
 from varaccel.engine.distribution import Categorical
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.sampling import Sampling
-from varaccel.speculation.loop import Draws, Outcome
-from varaccel.speculation.rejection import Exact, Verdict
+from varaccel.speculation.loop import Draws, StepResult
+from varaccel.speculation.rejection import Exact, VerificationResult
 from varaccel.speculation.tree import DraftTree, DynamicTree
 
 CODES, GRID = 3, 3
 PLACES = GRID**2
-PICTURES = 2048
+IMAGES = 2048
 # what is drawn together, at the start, at the end, across a row border, and far apart
 GROUPS = ((0, 1, 2, 3), (6, 7, 8), (2, 3, 5, 6), (0, 4, 8), (4, 5, 6, 7))
 SHARPNESS = {"c2i": 0.8, "t2i": 0.25}
@@ -40,7 +40,7 @@ NAMES = {"c2i": 1, "t2i": "a red sphere"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A law: whose, and how it is guided and filtered."""
+    """A distribution: whose, and how it is guided and filtered."""
 
     host: str = "c2i"
     guidance: float = 1.0
@@ -51,12 +51,12 @@ class Setting:
     def pipe(self) -> LlamaGenPipeline:
         return drafting_pipeline(self.host, CODES, GRID, SHARPNESS[self.host])
 
-    def draw(self, accelerator: Accelerator, pictures: int = PICTURES, **options: Any) -> Any:
+    def draw(self, accelerator: Accelerator, images: int = IMAGES, **options: Any) -> Any:
         if "generator" not in options:
             options = {"seed": 0, **options}
         return self.pipe(
             NAMES[self.host],
-            num_images_per_prompt=pictures,
+            num_images_per_prompt=images,
             guidance_scale=self.guidance,
             guidance_interval=self.interval,
             temperature=self.sampling.temperature,
@@ -83,35 +83,37 @@ SETTINGS = {
 
 
 @cache
-def exact_law(setting: Setting) -> Tensor:
-    """[V, ..., V] the probability of every picture, from teacher-forced passes alone."""
+def exact_distribution(setting: Setting) -> Tensor:
+    """[V, ..., V] the probability of every image, from teacher-forced passes alone."""
     model = setting.pipe.transformer
     guidance = Guidance(setting.guidance, setting.interval)
-    pictures = torch.cartesian_prod(*[torch.arange(CODES)] * PLACES)
+    images = torch.cartesian_prod(*[torch.arange(CODES)] * PLACES)
     condition, mask = setting.pipe._condition([NAMES[setting.host]])
-    total = torch.zeros(len(pictures), dtype=torch.float64)
+    total = torch.zeros(len(images), dtype=torch.float64)
     with torch.inference_mode():
-        for part, out in zip(pictures.split(4096), total.split(4096), strict=True):
+        for part, out in zip(images.split(4096), total.split(4096), strict=True):
 
             def logits(condition: Tensor, part: Tensor = part) -> Tensor:
                 wide = condition.expand(len(part), *condition.shape[1:])
                 masks = None if mask is None else mask.expand(len(part), -1)
                 return model(wide, part[:, :-1], masks)[:, model.prefix_length - 1 :]
 
-            law = logits(condition)
+            distribution = logits(condition)
             if guidance.enabled:
-                guided = guidance.combine(law, logits(model.unconditional(condition)))
+                guided = guidance.combine(distribution, logits(model.unconditional(condition)))
                 active = torch.tensor([guidance.active_at(place) for place in range(PLACES)])
-                law = torch.where(active[:, None], guided, law)
-            log_probs = setting.sampling.filter(law).double().log_softmax(-1)
+                distribution = torch.where(active[:, None], guided, distribution)
+            log_probs = setting.sampling.filter(distribution).double().log_softmax(-1)
             out += log_probs.gather(-1, part.unsqueeze(-1)).squeeze(-1).sum(-1)
     assert total.exp().sum() == pytest.approx(1, abs=1e-6)
     return total.exp().view([CODES] * PLACES)
 
 
-def marginal(law: Tensor, group: tuple[int, ...]) -> Tensor:
-    """[V ** len(group)] the joint law of some places."""
-    return law.sum(dim=[place for place in range(law.dim()) if place not in group]).flatten()
+def marginal(distribution: Tensor, group: tuple[int, ...]) -> Tensor:
+    """[V ** len(group)] the joint distribution of some places."""
+    return distribution.sum(
+        dim=[place for place in range(distribution.dim()) if place not in group]
+    ).flatten()
 
 
 def counts(drawn: Tensor, group: tuple[int, ...]) -> Tensor:
@@ -134,17 +136,19 @@ def chi_square(observed: Tensor, expected: Tensor) -> float:
     return ((statistic / freedom) ** (1 / 3) - 1 + spread) / spread**0.5
 
 
-def misfit(drawn: Tensor, law: Tensor) -> float:
-    """How far pictures [n, N] are from the law, in standard deviations; the worst of several measures.
+def misfit(drawn: Tensor, distribution: Tensor) -> float:
+    """How far images [n, N] are from the distribution, in standard deviations; the worst of several measures.
 
-    Besides the joint laws of groups of places, the mean log-probability of whole pictures, which no group sees.
+    Besides the joint distributions of groups of places, the mean log-probability of whole images, which no group sees.
     """
     drawn = drawn.flatten(1)
-    scores = [chi_square(counts(drawn, group), len(drawn) * marginal(law, group)) for group in GROUPS]
-    weights = law[law > 0]
+    scores = [
+        chi_square(counts(drawn, group), len(drawn) * marginal(distribution, group)) for group in GROUPS
+    ]
+    weights = distribution[distribution > 0]
     mean = (weights * weights.log()).sum()
     variance = (weights * (weights.log() - mean) ** 2).sum()
-    found = law[tuple(drawn.T)].log().mean()
+    found = distribution[tuple(drawn.T)].log().mean()
     scores.append(float((found - mean).abs() / (variance / len(drawn)).sqrt()))
     return max(scores)
 
@@ -153,41 +157,44 @@ def misfit(drawn: Tensor, law: Tensor) -> float:
 LIMIT = 4.5
 
 
-def sampled(law: Tensor, seed: int, pictures: int = PICTURES) -> Tensor:
+def sampled(distribution: Tensor, seed: int, images: int = IMAGES) -> Tensor:
     index = torch.multinomial(
-        law.flatten(), pictures, replacement=True, generator=torch.Generator().manual_seed(seed)
+        distribution.flatten(), images, replacement=True, generator=torch.Generator().manual_seed(seed)
     )
-    return torch.stack(torch.unravel_index(index, law.shape), dim=1)
+    return torch.stack(torch.unravel_index(index, distribution.shape), dim=1)
 
 
 # -- the measure itself --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_plain_decoding_follows_the_law(setting: Setting) -> None:
-    assert misfit(setting.draw(Plain()).images, exact_law(setting)) < LIMIT
+def test_plain_decoding_follows_the_distribution(setting: Setting) -> None:
+    assert misfit(setting.draw(Plain()).images, exact_distribution(setting)) < LIMIT
 
 
 def test_the_measure_is_calibrated() -> None:
-    """Draws from the law itself: never beyond the limit, and not far below it either."""
-    law = exact_law(GUIDED)
-    scores = [misfit(sampled(law, seed), law) for seed in range(40)]
+    """Draws from the distribution itself: never beyond the limit, and not far below it either."""
+    distribution = exact_distribution(GUIDED)
+    scores = [misfit(sampled(distribution, seed), distribution) for seed in range(40)]
     assert max(scores) < LIMIT
     assert 0.5 < sum(scores) / len(scores) < 2.0
-    assert misfit(sampled(law**1.1 / (law**1.1).sum(), 0), law) > LIMIT, "a tenth colder"
+    assert misfit(sampled(distribution**1.1 / (distribution**1.1).sum(), 0), distribution) > LIMIT, (
+        "a tenth colder"
+    )
 
 
 def test_total_variation_is_at_the_noise_floor() -> None:
-    """The same in the everyday measure: no further from the law than as many draws from the law are."""
-    law = exact_law(GUIDED)
+    """The same in the everyday measure: no further from the distribution than as many draws from the
+    distribution are."""
+    distribution = exact_distribution(GUIDED)
     drawn = GUIDED.draw(Speculative("small", tree=4)).images.flatten(1)
     for group in GROUPS:
-        expected = marginal(law, group)
+        expected = marginal(distribution, group)
 
         def variation(tokens: Tensor, group: Any = group, expected: Tensor = expected) -> float:
             return float((counts(tokens, group) / len(tokens) - expected).abs().sum() / 2)
 
-        floor = max(variation(sampled(law, seed)) for seed in range(10))
+        floor = max(variation(sampled(distribution, seed)) for seed in range(10))
         assert variation(drawn) < 1.5 * floor
 
 
@@ -267,13 +274,13 @@ def label(value: Any) -> str | None:
 
 @pytest.mark.parametrize(("setting", "accelerator"), EXACT, ids=label)
 def test_exact(setting: Setting, accelerator: Accelerator) -> None:
-    """Pictures follow the law, and each is the one that would have been drawn alone or with any others."""
+    """Images follow the distribution, and each is the one that would have been drawn alone or with any others."""
     out = setting.draw(accelerator)
     assert out.stats.lossless
-    assert misfit(out.images, exact_law(setting)) < LIMIT
+    assert misfit(out.images, exact_distribution(setting)) < LIMIT
     # something must have been accepted and something rejected
     assert out.stats.mean_accepted > 0
-    passes = torch.tensor(out.stats.picture_passes)
+    passes = torch.tensor(out.stats.image_passes)
     assert passes.min() < passes.max() <= PLACES
 
     # the quickest two and the slowest two, together and alone
@@ -287,7 +294,7 @@ def test_exact(setting: Setting, accelerator: Accelerator) -> None:
     four = setting.draw(accelerator, 4, generator=generators())
     assert torch.equal(four.images, out.images[chosen])
     assert torch.equal(four.written, out.written[chosen])
-    assert four.stats.picture_passes == tuple(passes[chosen].tolist())
+    assert four.stats.image_passes == tuple(passes[chosen].tolist())
     for index in (0, 1):
         alone = setting.draw(accelerator, 1, generator=generators()[index : index + 1])
         assert torch.equal(alone.images[0], four.images[index])
@@ -295,8 +302,8 @@ def test_exact(setting: Setting, accelerator: Accelerator) -> None:
         assert alone.stats.accepted[0] == four.stats.accepted[index]
 
 
-def test_exact_on_a_larger_picture() -> None:
-    """Four codes on four by four: too many pictures to list, but not too many beginnings."""
+def test_exact_on_a_larger_image() -> None:
+    """Four codes on four by four: too many images to list, but not too many beginnings."""
     pipe = drafting_pipeline("c2i", 4, 4, 0.5)
     length, model = 7, pipe.transformer
     beginnings = torch.cartesian_prod(*[torch.arange(4)] * length)
@@ -305,14 +312,14 @@ def test_exact_on_a_larger_picture() -> None:
             model(torch.ones(len(part), dtype=torch.int64), part[:, :-1]) for part in beginnings.split(4096)
         ]
         log_probs = torch.cat(rows).double().log_softmax(-1).gather(-1, beginnings.unsqueeze(-1))
-    law = log_probs.sum((1, 2)).exp().view([4] * length)
+    distribution = log_probs.sum((1, 2)).exp().view([4] * length)
     for accelerator in (
         Jacobi(8, "maximal"),
         Speculative("eagle", tree=[[0], [1], [0, 0], [0, 1], [0, 0, 0]]),
     ):
         drawn = pipe(
             1,
-            num_images_per_prompt=PICTURES,
+            num_images_per_prompt=IMAGES,
             seed=0,
             guidance_scale=1.0,
             accelerator=accelerator,
@@ -321,7 +328,7 @@ def test_exact_on_a_larger_picture() -> None:
         for group in ((0, 1, 2), (3, 4, 5), (0, 3, 6), (5, 6)):
             index = sum(drawn[:, place] * 4**power for power, place in enumerate(reversed(group)))
             observed = torch.bincount(index, minlength=4 ** len(group)).double()
-            assert chi_square(observed, PICTURES * marginal(law, group)) < LIMIT
+            assert chi_square(observed, IMAGES * marginal(distribution, group)) < LIMIT
 
 
 # -- what is not exact is seen -------------------------------------------------------------------------
@@ -330,11 +337,11 @@ def test_exact_on_a_larger_picture() -> None:
 class Altered:
     """The exact rule with one thing about it changed."""
 
-    def __init__(self, change: Callable[[DraftTree, Tensor, Tensor], Verdict]) -> None:
+    def __init__(self, change: Callable[[DraftTree, Tensor, Tensor], VerificationResult]) -> None:
         self.verify = change
 
 
-def _without_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+def _without_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
     """Accepts with u <= p instead of u <= p / q."""
     if tree.draft is None:
         return Exact().verify(tree, target, uniforms)
@@ -343,14 +350,14 @@ def _without_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict
     return Exact().verify(tree, target, uniforms / q.clamp(min=1e-9))
 
 
-def _without_residual(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
-    """Draws what follows a rejection from the plain law."""
+def _without_residual(tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
+    """Draws what follows a rejection from the plain distribution."""
     verdict = Exact().verify(tree, target, uniforms)
     last = verdict.nodes.gather(1, verdict.length.unsqueeze(1))[:, 0]
     return replace(verdict, probs=target[torch.arange(len(target)), last])
 
 
-def _wrong_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+def _wrong_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
     """Believes that guesses were drawn evenly."""
     if tree.draft is None:
         return Exact().verify(tree, target, uniforms)
@@ -358,7 +365,7 @@ def _wrong_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
     return Exact().verify(DraftTree(tree.tokens, tree.parents, tree.proposal, even), target, uniforms)
 
 
-def _eldest_alone(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+def _eldest_alone(tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
     """Judges later siblings as if they had been drawn with replacement."""
     return Exact().verify(replace(tree, proposal="independent"), target, uniforms)
 
@@ -381,27 +388,31 @@ def _eldest_alone(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
 def test_a_broken_rule_is_seen(
     module: Any,
     accelerator: Accelerator,
-    change: Callable[[DraftTree, Tensor, Tensor], Verdict],
+    change: Callable[[DraftTree, Tensor, Tensor], VerificationResult],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "Exact", lambda: Altered(change))
-    assert misfit(FILTERED.draw(accelerator).images, exact_law(FILTERED)) > 2 * LIMIT
+    assert misfit(FILTERED.draw(accelerator).images, exact_distribution(FILTERED)) > 2 * LIMIT
 
 
 def test_a_broken_coupling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guesses that stay where they may but are else drawn from the whole law follow no law that is known."""
+    """Guesses that stay where they may but are else drawn from the whole distribution follow no distribution
+    that is known."""
 
-    def answer(self: JacobiProposer, outcome: Outcome, draws: Draws) -> Tensor:
-        law, width = outcome.law, self.nodes - 1
+    def answer(self: JacobiProposer, outcome: StepResult, draws: Draws) -> Tensor:
+        distribution, width = outcome.distribution, self.nodes - 1
         assert outcome.tree.draft is not None
         guess = outcome.tree.tokens[:, 1:].unsqueeze(-1)
-        p, q = law.probs[:, :width], outcome.tree.draft[:, :width]
+        p, q = distribution.probs[:, :width], outcome.tree.draft[:, :width]
         kept = draws.drafting[:, self.nodes : self.nodes + width] < (p / q).gather(-1, guess).squeeze(-1)
-        fresh = Categorical(law.logits).sample(draws.drafting[:, : self.nodes])
+        fresh = Categorical(distribution.logits).sample(draws.drafting[:, : self.nodes])
         return torch.cat([torch.where(kept, guess.squeeze(-1), fresh[:, :width]), fresh[:, width:]], dim=1)
 
     monkeypatch.setattr(JacobiProposer, "_answer", answer)
-    assert misfit(FREE.draw(Jacobi(9, "maximal", "left"), 2 * PICTURES).images, exact_law(FREE)) > 2 * LIMIT
+    assert (
+        misfit(FREE.draw(Jacobi(9, "maximal", "left"), 2 * IMAGES).images, exact_distribution(FREE))
+        > 2 * LIMIT
+    )
 
 
 @pytest.mark.parametrize(
@@ -420,4 +431,4 @@ def test_a_broken_coupling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_approximate_says_so(accelerator: Accelerator) -> None:
     out = FREE.draw(accelerator)
     assert not out.stats.lossless
-    assert misfit(out.images, exact_law(FREE)) > 2 * LIMIT
+    assert misfit(out.images, exact_distribution(FREE)) > 2 * LIMIT

@@ -1,7 +1,7 @@
 """The real page with the shipped models in a headless Chromium, as visitors use it.
 
 Needs a Chromium; without one the tests are skipped, or fail if VARACCEL_REQUIRE_BROWSER is set. They measure time, so
-they run one after the other, apart from the rest of the suite. VARACCEL_SCREENSHOTS names a folder for pictures of
+they run one after the other, apart from the rest of the suite. VARACCEL_SCREENSHOTS names a folder for images of
 the page.
 """
 
@@ -33,11 +33,11 @@ expect.set_options(timeout=30_000)  # milliseconds; the machine has two cores an
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(420)]
 
-FIRST_PICTURE_SECONDS = 15
+FIRST_IMAGE_SECONDS = 15
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FINISHED = "#race-panel section[data-phase=finished]"
-DRAWING = "#race-panel section[data-phase=drawing] img.picture"
+DRAWING = "#race-panel section[data-phase=drawing] img.image"
 
 
 def chromium() -> str:
@@ -154,7 +154,7 @@ class Visitor:
         expect(self.page.locator(FINISHED)).to_have_count(2, timeout=120_000)
         expect(self.page.locator("#race")).to_be_enabled()
 
-    def picture(self, name: str) -> None:
+    def image(self, name: str) -> None:
         """Save what the whole page looks like, for people."""
         folder = os.environ.get("VARACCEL_SCREENSHOTS")
         if folder:
@@ -184,14 +184,14 @@ def phone(visitors: list[Visitor]) -> Visitor:
 
 
 def test_a_race(visitor: Visitor, tmp_path: Path) -> None:
-    """The first picture comes quickly and grows; at the end the page says what was gained, at what cost."""
+    """The first image comes quickly and grows; at the end the page says what was gained, at what cost."""
     page = visitor.page
-    visitor.picture("race-before")
+    visitor.image("race-before")
     begun = time.monotonic()
     visitor.race()
     page.locator(DRAWING).first.wait_for()
     waited = time.monotonic() - begun
-    assert waited < FIRST_PICTURE_SECONDS
+    assert waited < FIRST_IMAGE_SECONDS
     expect(page.locator("#stop")).to_be_enabled()
     expect(page.locator("#race")).to_be_disabled()
 
@@ -200,10 +200,10 @@ def test_a_race(visitor: Visitor, tmp_path: Path) -> None:
     while page.locator(FINISHED).count() == 0:
         fast.append(int(bars.nth(1).get_attribute("aria-valuenow") or 0))
         if 20 < fast[-1] < 80:
-            visitor.picture("race-under-way")
+            visitor.image("race-under-way")
         page.wait_for_timeout(100)
     assert fast == sorted(fast)
-    assert len(set(fast)) >= 4, "partial pictures, several times"
+    assert len(set(fast)) >= 4, "partial images, several times"
 
     visitor.finished()
     verdict = page.locator("#race-panel .verdict").inner_text()
@@ -216,14 +216,14 @@ def test_a_race(visitor: Visitor, tmp_path: Path) -> None:
     assert ratio == pytest.approx(plain / accelerated, rel=0.02)
     expect(page.locator("#race-panel .cost")).to_contain_text("adherence")
     expect(page.locator("#gallery .grid-container button, #gallery .thumbnail-item")).to_have_count(2)
-    print(f"first picture after {waited:.2f} s, both after {time.monotonic() - begun:.2f} s")
-    visitor.picture("race-after")
+    print(f"first image after {waited:.2f} s, both after {time.monotonic() - begun:.2f} s")
+    visitor.image("race-after")
 
-    page.get_by_text("Reproduce the accelerated picture").click()
+    page.get_by_text("Reproduce the accelerated image").click()
     code = page.locator("#python .cm-content").inner_text()
     assert "ZipAR(window=4)" in code
     ast.parse(code)
-    visitor.picture("race-snippet")
+    visitor.image("race-snippet")
 
 
 def test_the_map_of_passes_comes_and_goes(visitor: Visitor) -> None:
@@ -234,7 +234,7 @@ def test_the_map_of_passes_comes_and_goes(visitor: Visitor) -> None:
     expect(layers.first).to_be_hidden()
     visitor.page.locator("#passes input").check()
     expect(layers.first).to_be_visible()
-    visitor.picture("race-passes")
+    visitor.image("race-passes")
 
 
 def test_a_race_can_be_stopped_and_run_again(visitor: Visitor) -> None:
@@ -247,13 +247,13 @@ def test_a_race_can_be_stopped_and_run_again(visitor: Visitor) -> None:
     expect(page.locator("#race-panel .verdict")).to_have_text("Stopped.", timeout=15_000)
     expect(page.locator("#race-panel section[data-phase=stopped]").first).to_be_visible()
     expect(page.locator("#race")).to_be_enabled()
-    visitor.picture("race-stopped")
+    visitor.image("race-stopped")
     visitor.choose("#model", re.compile("^mini-var$"))
     expect(page.locator("#accelerator input")).to_have_value(re.compile("code"))
     visitor.race()
     visitor.finished()
     expect(page.locator("#race-panel h3").nth(1)).to_contain_text("code(")
-    visitor.picture("race-var")
+    visitor.image("race-var")
 
 
 def test_only_fitting_accelerators_and_options_are_offered(visitor: Visitor) -> None:
@@ -274,7 +274,7 @@ def test_bad_input_is_a_message(visitor: Visitor) -> None:
     visitor.race()
     notice = page.get_by_test_id("toast-body").or_(page.locator(".toast-body")).first
     expect(notice).to_contain_text("holds no text")
-    visitor.picture("race-error")
+    visitor.image("race-error")
     expect(page.locator("#race")).to_be_enabled()
     visitor.prompt('a red sphere <img src=x onerror="document.title=1">')
     visitor.race()
@@ -284,7 +284,7 @@ def test_bad_input_is_a_message(visitor: Visitor) -> None:
 
 
 def test_two_visitors_at_once(visitors: list[Visitor]) -> None:
-    """Both see their own pictures grow at the same time."""
+    """Both see their own images grow at the same time."""
     first, second = visitors
     first.prompt("a large green cone")
     second.prompt("a red sphere at sunset")
@@ -297,9 +297,9 @@ def test_two_visitors_at_once(visitors: list[Visitor]) -> None:
     )
     for person, words in ((first, "a large green cone"), (second, "a red sphere at sunset")):
         person.finished()
-        alt = person.page.locator("#race-panel img.picture").first.get_attribute("alt") or ""
+        alt = person.page.locator("#race-panel img.image").first.get_attribute("alt") or ""
         assert alt.startswith(words)
-    second.picture("race-phone")
+    second.image("race-phone")
 
 
 def test_several_settings_are_compared(visitor: Visitor) -> None:
@@ -316,10 +316,10 @@ def test_several_settings_are_compared(visitor: Visitor) -> None:
     expect(page.locator(".toast-body").first).to_contain_text("line 1")
     expect(page.get_by_role("button", name="Compare")).to_be_enabled()
     visitor.complaints.clear()  # the notice
-    visitor.picture("compare")
+    visitor.image("compare")
 
 
-def test_painting_into_a_picture(visitor: Visitor) -> None:
+def test_painting_into_a_image(visitor: Visitor) -> None:
     page = visitor.page
     page.get_by_role("tab", name="Paint").click()
     page.locator("#inpaint-draw").click()
@@ -336,10 +336,10 @@ def test_painting_into_a_picture(visitor: Visitor) -> None:
         page.mouse.move(middle[0] - 60 + 15 * step, middle[1] + 10 * (step % 2))
     page.mouse.up()
     page.wait_for_timeout(1000)
-    visitor.picture("paint-masked")
+    visitor.image("paint-masked")
     page.locator("#paint").click()
     expect(page.locator("#painted .thumbnail-item, #painted .grid-container button").first).to_be_visible()
-    visitor.picture("paint")
+    visitor.image("paint")
     visitor.complaints.clear()  # the drawing board complains about a missing graphics card
 
 
@@ -347,7 +347,7 @@ def test_the_report_can_be_explored(visitor: Visitor) -> None:
     page = visitor.page
     page.get_by_role("tab", name="Explore").click()
     expect(page.get_by_text("Speed against quality").first).to_be_visible()
-    visitor.picture("explore")
+    visitor.image("explore")
     page.get_by_label("mini-mar", exact=True).first.check()
     expect(page.get_by_text("fewer_steps").first).to_be_visible()
 
@@ -358,7 +358,7 @@ def test_everything_fits_on_a_phone(phone: Visitor) -> None:
     for tab in ("Race", "Compare", "Explore", "Paint"):
         phone.page.get_by_role("tab", name=tab).click()
         phone.page.wait_for_timeout(1000)
-        phone.picture(f"phone-{tab.lower()}")
+        phone.image(f"phone-{tab.lower()}")
         width = phone.page.evaluate("document.scrollingElement.scrollWidth")
         assert width <= PHONE["width"], tab
     phone.complaints.clear()  # the drawing board complains about a missing graphics card
@@ -373,9 +373,9 @@ def test_programs_draw_too(address: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     names: dict[str, Any] = {}
     exec(found[1].replace("http://127.0.0.1:7860", address), names)
-    assert len(names["pictures"]) == 2
-    with Image.open(names["pictures"][0]["image"]) as picture:
-        assert picture.size == (128, 128)
+    assert len(names["images"]) == 2
+    with Image.open(names["images"][0]["image"]) as image:
+        assert image.size == (128, 128)
     assert names["cost"]["passes"] == 76
     names["client"].close()
 

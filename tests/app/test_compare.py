@@ -127,7 +127,7 @@ def test_rows_are_what_the_pipeline_draws(family: str) -> None:
         )
         assert [p.tobytes() for p in row.output.images] == [p.tobytes() for p in expected.images]
         assert (row.stats.passes, row.stats.label) == (expected.stats.passes, expected.stats.label)
-        assert row.law == ("lossless" if expected.stats.lossless else "approximate")
+        assert row.distribution == ("lossless" if expected.stats.lossless else "approximate")
         assert row.speedup == rows[0].stats.seconds["tokens"] / row.stats.seconds["tokens"] > 0
     assert rows[0].speedup == 1
 
@@ -142,7 +142,7 @@ def test_guidance_is_the_models_own_unless_it_is_given() -> None:
 
 
 class Watched:
-    """A pipeline that notes of every call what drew, and whether pictures were asked for."""
+    """A pipeline that notes of every call what drew, and whether images were asked for."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.family = pipe, pipe.family
@@ -213,8 +213,8 @@ def test_the_sheet_shows_all_rows(prompt: str) -> None:
     assert one.height < two.height < 1000
     inside = {color for _, color in two.getcolors(two.width * two.height)}
     for row in rows:
-        for picture in row.output.images:  # enlarged, so only what is even inside survives
-            assert {color for count, color in picture.getcolors() if count > 20} <= inside
+        for image in row.output.images:  # enlarged, so only what is even inside survives
+            assert {color for count, color in image.getcolors() if count > 20} <= inside
     narrow = tab.sheet(list(tab.compare(pipe, "a red sphere", [], count=1, allowed=freely, **CALL)), prompt)
     assert narrow.width < one.width
 
@@ -280,8 +280,8 @@ def note_of(shown: str) -> str:
 def drawn_in(row: str) -> list[bytes]:
     found = []
     for data in re.findall(r'src="data:image/png;base64,([^"]+)"', row):
-        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
-            found.append(picture.tobytes())
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            found.append(image.tobytes())
     return found
 
 
@@ -301,17 +301,17 @@ def test_the_table_grows_row_by_row(draw: Draw) -> None:
     assert [size > (1, 1) for *_, size in seen] == [False] * 4 + [True]
     assert not Path(path).exists(), "the file is the page's own copy from now on"
     last = seen[-1][2]
-    for row, accelerator, law in zip(
+    for row, accelerator, distribution in zip(
         rows_of(last), [Plain(), ZipAR(2), Jacobi(3)], ["exact", "near", "exact"], strict=True
     ):
         expected = pipeline("t2i")(
             "a red sphere", seed=3, guidance_scale=1.5, num_images_per_prompt=2, accelerator=accelerator
         )
-        assert drawn_in(row) == [picture.tobytes() for picture in expected.images]
+        assert drawn_in(row) == [image.tobytes() for image in expected.images]
         assert f'<th scope="row">{accelerator.name}' in row
         assert f'<td data-title="passes">{expected.stats.passes}</td>' in row
         assert f'<td data-title="tokens per pass">{expected.stats.tokens_per_pass:.2f}</td>' in row
-        assert re.search(rf'<b>\d+\.\d\dx</b> <span class="va-law {law}">', row)
+        assert re.search(rf'<b>\d+\.\d\dx</b> <span class="va-distribution {distribution}">', row)
     assert "<b>1.00x</b>" in rows_of(last)[0]
     assert "timed once, on this machine" in last
     assert "varaccel generate &#x27;a red sphere&#x27; --model t2i --seed 3 --count 2" in last
@@ -475,7 +475,7 @@ def test_no_event_is_part_of_the_api(page: Any) -> None:
     assert {one.api_visibility for one in page.fns.values()} == {"private"}
 
 
-def test_large_pictures_are_shown_smaller() -> None:
+def test_large_images_are_shown_smaller() -> None:
     row = next(tab.compare(pipeline("t2i"), "a cube", [], count=1, allowed=freely, **CALL))
     row.output.images[0] = Image.new("RGB", (512, 384), "red")
     wanted = tab.DrawRequest("t2i", "a cube", "plain")

@@ -163,16 +163,19 @@ def test_plots_show_speed_against_quality(model: str, batch: int) -> None:
         bars = [one for one in plot.iter("path") if "bar" in one.attrib["class"].split()]
         assert len(bars) == len(points)
         for point, row in zip(points, report.rows, strict=True):
-            law = "plain" if row.accelerator == "plain" else "exact" if row.lossless else "near"
-            assert law in point.attrib["class"].split()
+            distribution = "plain" if row.accelerator == "plain" else "exact" if row.lossless else "near"
+            assert distribution in point.attrib["class"].split()
             assert f"{row.speed[batch].speedup:.2f}x" in point.attrib["aria-label"]
             inside = [float(text.attrib["x"]) for text in point.iter("text")]
             assert all(left - 20 < x < right + 20 for x in inside)
     assert shown.count("<li ") == len(report.rows)
 
 
-def test_laws_differ_in_shape_and_colour() -> None:
-    shapes = {law: re.sub(r"[\d.,\s-]", "", trade_off._shape(law, 9, 9)) for law in ("exact", "near")}
+def test_distributions_differ_in_shape_and_colour() -> None:
+    shapes = {
+        distribution: re.sub(r"[\d.,\s-]", "", trade_off._shape(distribution, 9, 9))
+        for distribution in ("exact", "near")
+    }
     assert shapes["exact"] != shapes["near"]
     assert trade_off._shape("plain", 9, 9) != trade_off._shape("near", 9, 9)
     for scope in (".va-explore", ".dark .va-explore"):
@@ -217,7 +220,7 @@ def distances(report: BenchReport, std: float) -> BenchReport:
 
 CHANGES: dict[str, Callable[[BenchReport], BenchReport]] = {
     "plain decoding alone": lambda r: dataclasses.replace(r, rows=r.rows[:1]),
-    "no true pictures": lambda r: dataclasses.replace(r, truth=None),
+    "no true images": lambda r: dataclasses.replace(r, truth=None),
     "no distances": lambda r: quality(r, distance=None),
     "all distances alike": lambda r: quality(
         r,
@@ -344,24 +347,24 @@ def test_no_report_is_a_sentence(tmp_path: Path) -> None:
     assert not page.fns
 
 
-# -- pictures ------------------------------------------------------------------------------------------
+# -- images ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_pictures_beside_the_report_are_shown(model: str) -> None:
-    shown = tab.pictures_html(found(RELEASE / f"{model}.json"))
+def test_images_beside_the_report_are_shown(model: str) -> None:
+    shown = tab.images_html(found(RELEASE / f"{model}.json"))
     sheets = [RELEASE / f"{model}-{name}.png" for name in ("samples", "maps")]
     there = [path for path in sheets if path.exists()]
     data = re.findall(r'width="(\d+)" height="(\d+)" src="data:image/webp;base64,([^"]+)"', shown)
     assert len(data) == len(there) >= 1
     for path, (width, height, text) in zip(there, data, strict=True):
-        with Image.open(path) as sheet, Image.open(io.BytesIO(base64.b64decode(text))) as picture:
-            assert sheet.size == picture.size == (int(width), int(height))
+        with Image.open(path) as sheet, Image.open(io.BytesIO(base64.b64decode(text))) as image:
+            assert sheet.size == image.size == (int(width), int(height))
             close = [
                 abs(a - b)
                 for a, b in zip(
                     sheet.convert("L").resize((16, 16)).tobytes(),
-                    picture.convert("L").resize((16, 16)).tobytes(),
+                    image.convert("L").resize((16, 16)).tobytes(),
                     strict=True,
                 )
             ]
@@ -369,14 +372,14 @@ def test_pictures_beside_the_report_are_shown(model: str) -> None:
     assert len(shown) < 700_000, "it goes through the page"
 
 
-def test_pictures_that_are_damaged_or_missing(tmp_path: Path) -> None:
+def test_images_that_are_damaged_or_missing(tmp_path: Path) -> None:
     one = write(tmp_path / "a.b.json", report_of("mini-var"))
-    assert "<img" not in tab.pictures_html(one)
+    assert "<img" not in tab.images_html(one)
     (tmp_path / "a.b-samples.png").write_bytes((RELEASE / "mini-var-samples.png").read_bytes()[:5000])
-    (tmp_path / "a.b-maps.png").write_text("no picture")
-    shown = tab.pictures_html(one)
+    (tmp_path / "a.b-maps.png").write_text("no image")
+    shown = tab.images_html(one)
     for name in ("a.b-samples.png", "a.b-maps.png"):
-        assert f"{name} cannot be read as a picture." in shown
+        assert f"{name} cannot be read as an image." in shown
 
 
 # -- the page ------------------------------------------------------------------------------------------
@@ -428,6 +431,6 @@ def test_selectors_have_no_comma_within_brackets() -> None:
 
 def test_nothing_is_asked_of_other_hosts() -> None:
     found_release = tab.found_reports([RELEASE])
-    for shown in (*map(tab.measured_html, found_release), *map(tab.pictures_html, found_release), tab.CSS):
+    for shown in (*map(tab.measured_html, found_release), *map(tab.images_html, found_release), tab.CSS):
         assert "http" not in re.sub(r"base64,[^\"]+", "", shown)
         assert "url(" not in shown

@@ -24,7 +24,7 @@ from PIL import Image
 from tests.scripts import load_script
 from tests.tiny import GRID, pipeline
 from varaccel.accelerators import ACCELERATORS
-from varaccel.app.inpaint_tab import picture_and_mask
+from varaccel.app.inpaint_tab import image_and_mask
 from varaccel.app.models import ModelShelf, accelerators_of, family_of
 from varaccel.app.notices import shown_on_page
 from varaccel.app.option_controls import chosen_options, options_of
@@ -112,8 +112,8 @@ def test_the_endpoint_draws_what_the_pipeline_draws(client: Client, model: str) 
         PROMPTS[model], seed=3, guidance_scale=2.0, num_images_per_prompt=2, accelerator="plain"
     )
     for shown, image in zip(gallery, expected.images, strict=True):
-        with Image.open(shown["image"]) as picture:
-            assert np.array_equal(np.asarray(picture.convert("RGB")), np.asarray(image))
+        with Image.open(shown["image"]) as drawn:
+            assert np.array_equal(np.asarray(drawn.convert("RGB")), np.asarray(image))
     assert cost["passes"] == expected.stats.passes
     assert cost["lossless"]
 
@@ -164,8 +164,8 @@ def test_two_visitors_at_once(address: str, client: Client) -> None:
     for seed, job in zip((1, 2), jobs, strict=True):
         gallery, _ = job.result(timeout=60)
         expected = pipeline("t2i")("a red sphere", seed=seed, guidance_scale=2.0).images[0]
-        with Image.open(gallery[0]["image"]) as picture:
-            assert np.array_equal(np.asarray(picture.convert("RGB")), np.asarray(expected))
+        with Image.open(gallery[0]["image"]) as drawn:
+            assert np.array_equal(np.asarray(drawn.convert("RGB")), np.asarray(expected))
 
 
 def test_a_call_that_takes_too_long_is_stopped(
@@ -382,13 +382,13 @@ def test_what_lies_on_the_board() -> None:
     background = Image.new("RGBA", (8, 8), "red")
     layer = Image.new("RGBA", (8, 8))
     layer.paste((255, 255, 255, 255), (2, 2, 4, 4))
-    picture, mask = picture_and_mask({"background": background, "layers": [layer], "composite": None})
-    assert picture.getpixel((0, 0)) == (255, 0, 0)
+    image, mask = image_and_mask({"background": background, "layers": [layer], "composite": None})
+    assert image.getpixel((0, 0)) == (255, 0, 0)
     assert np.asarray(mask).sum() == 4 * 255
-    with pytest.raises(InputError, match="no picture"):
-        picture_and_mask(None)
+    with pytest.raises(InputError, match="no image"):
+        image_and_mask(None)
     with pytest.raises(InputError, match="nothing is painted"):
-        picture_and_mask({"background": background, "layers": [Image.new("RGBA", (8, 8))], "composite": None})
+        image_and_mask({"background": background, "layers": [Image.new("RGBA", (8, 8))], "composite": None})
 
 
 def test_painting_as_the_pipeline_paints_within_the_time_limit() -> None:

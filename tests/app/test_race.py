@@ -1,4 +1,4 @@
-"""The race: the pipeline's own pictures, honest clocks, what is shown on the way, and every way to end early."""
+"""The race: the pipeline's own images, honest clocks, what is shown on the way, and every way to end early."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from varaccel import CoDe, FewerSteps, Jacobi, Plain, ZipAR
 from varaccel.accelerators import Accelerator
 from varaccel.app import race as racing
 from varaccel.app.cost import quality_cost
-from varaccel.app.explore import law_badge
+from varaccel.app.explore import distribution_badge
 from varaccel.app.race import Race, Side
 from varaccel.app.race_view import pass_layer, race_html, veil
 from varaccel.app.snippet import DrawRequest
@@ -64,7 +64,7 @@ def test_both_sides_draw_what_the_pipeline_draws(host: str, prompt: str | int, f
     assert [side.phase for side in frames[0]] == ["warming up"] * 2
     for side, accelerator in zip(frames[-1], (Plain(), fast), strict=True):
         expected = pipeline(host)(accelerator=accelerator, **call)
-        assert [p.tobytes() for p in side.pictures] == [p.tobytes() for p in expected.images]
+        assert [p.tobytes() for p in side.images] == [p.tobytes() for p in expected.images]
         assert side.stats is not None
         assert (side.phase, side.passes, side.label) == (
             "finished",
@@ -78,7 +78,7 @@ def test_both_sides_draw_what_the_pipeline_draws(host: str, prompt: str | int, f
             assert side.written is None, "scales have no map"
 
 
-def test_pictures_grow_before_the_end() -> None:
+def test_images_grow_before_the_end() -> None:
     seen: dict[str, list[Side]] = {}
     for sides in race(pipeline("t2i"), ZipAR(1)).frames():
         for side in sides:
@@ -87,7 +87,7 @@ def test_pictures_grow_before_the_end() -> None:
         assert [s.tokens for s in sides] == sorted(s.tokens for s in sides)
         partial = [s for s in sides if s.phase == "drawing"]
         assert partial
-        assert len(partial[0].pictures) == 2
+        assert len(partial[0].images) == 2
         some = partial[0].written
         assert some is not None
         assert some.shape == (2, GRID, GRID)
@@ -123,7 +123,7 @@ def test_what_stops_a_race_leaves_what_there_is() -> None:
         last = sides
         assert number < 100
     assert {side.phase for side in last} <= {"stopped", "finished"}
-    assert any(side.pictures for side in last)
+    assert any(side.images for side in last)
     assert threading.active_count() < 20
 
 
@@ -173,7 +173,7 @@ def test_two_races_at_once_do_not_mix() -> None:
         thread.join(60)
     for seed, sides in ended.items():
         expected = pipeline("t2i")(**{**CALL, "seed": seed}, accelerator=ZipAR(2)).images
-        assert [p.tobytes() for p in sides[1].pictures] == [p.tobytes() for p in expected]
+        assert [p.tobytes() for p in sides[1].images] == [p.tobytes() for p in expected]
     assert len(ended) == 2
 
 
@@ -189,7 +189,7 @@ def side(**changes: Any) -> Side:
         "tokens": 16.0,
         "of": 16,
         "seconds": 2.0,
-        "pictures": (Image.new("RGB", (8, 8), "red"),),
+        "images": (Image.new("RGB", (8, 8), "red"),),
         "written": np.arange(1, 17, dtype=np.int32).reshape(1, 4, 4),
     }
     return Side(**{**values, **changes})
@@ -202,7 +202,7 @@ def test_the_end_of_a_race_says_what_was_gained_and_what_it_cost() -> None:
     assert "7 passes instead of 16" in page
     assert "Approximate: it costs." in page
     assert page.count('class="side ahead"') == 1
-    assert page.count(law_badge("lossless")) == page.count(law_badge("approximate")) == 1
+    assert page.count(distribution_badge("lossless")) == page.count(distribution_badge("approximate")) == 1
 
 
 def test_a_race_under_way_says_how_far_both_are() -> None:
@@ -222,14 +222,14 @@ def test_typed_words_are_text() -> None:
     assert re.findall(r"onerror", page) == ["onerror"] * 2, "in the two alternative texts"
 
 
-def test_pictures_in_the_page_are_the_pictures() -> None:
+def test_images_in_the_page_are_the_images() -> None:
     page = race_html([side(), side()], "a")
-    data = re.findall(r'class="picture"[^>]*src="data:image/png;base64,([^"]+)"', page)
+    data = re.findall(r'class="image"[^>]*src="data:image/png;base64,([^"]+)"', page)
     with Image.open(io.BytesIO(base64.b64decode(data[0]))) as shown:
         assert shown.tobytes() == Image.new("RGB", (8, 8), "red").tobytes()
 
 
-def test_layers_over_a_picture() -> None:
+def test_layers_over_a_image() -> None:
     written = np.array([[1, 2], [0, 3]], np.int32)
     hidden = np.asarray(veil(written))
     assert (hidden[..., 3] > 0).tolist() == [[False, False], [True, False]]
@@ -254,7 +254,7 @@ RELEASE = ROOT / "docs" / "report"
             "mini-llamagen",
             "zipar",
             {"window": 4},
-            "distance to true pictures 13.3 where plain decoding has 3.5.",
+            "distance to true images 13.3 where plain decoding has 3.5.",
         ),
         ("mini-llamagen", "zipar", {"window": 5}, "has not been measured"),
         ("mini-var", "code", {"draft_scales": 4, "refiner": "mini-var-small"}, "240 prompts"),

@@ -1,4 +1,4 @@
-"""Code and commands of the page draw the very pictures that they stand for."""
+"""Code and commands of the page draw the very images that they stand for."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
-    """The pixels of every picture in a folder."""
+def images(folder: Path) -> dict[str, bytes]:
+    """The pixels of every image in a folder."""
     found = {}
     for path in folder.glob("*.png"):
-        with Image.open(path) as picture:
-            found[path.name] = picture.convert("RGB").tobytes()
+        with Image.open(path) as image:
+            found[path.name] = image.convert("RGB").tobytes()
     return found
 
 
@@ -91,7 +91,7 @@ def run_command(command: str, monkeypatch: pytest.MonkeyPatch, model: str, pipe:
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_both_draw_the_pictures_of_the_request(
+def test_both_draw_the_images_of_the_request(
     name: str,
     kind: str,
     tmp_path: Path,
@@ -109,33 +109,33 @@ def test_both_draw_the_pictures_of_the_request(
         accelerator=make_accelerator(name, options),
         **{key: value for key, value in call.items() if value is not None},
     )
-    wanted = {f"picture-{i}.png": picture.tobytes() for i, picture in enumerate(expected.images)}
+    wanted = {f"image-{i}.png": image.tobytes() for i, image in enumerate(expected.images)}
     assert len(set(wanted.values())) == 2
 
     run_python(reproduce_python(request), monkeypatch, "the-model", pipe)
-    assert pictures(tmp_path) == wanted
-    assert f"{expected.stats.label}: 2 pictures" in capsys.readouterr().out
+    assert images(tmp_path) == wanted
+    assert f"{expected.stats.label}: 2 images" in capsys.readouterr().out
     for path in tmp_path.glob("*.png"):
         path.unlink()
 
     told = run_command(reproduce_command(request), monkeypatch, "the-model", pipe)
     assert expected.stats.label in told
-    drawn = pictures(tmp_path)
-    assert drawn.pop("picture.png"), "the sheet of both"
+    drawn = images(tmp_path)
+    assert drawn.pop("image.png"), "the sheet of both"
     assert drawn == wanted
 
     output = pipe(**request.pipeline_call())
-    assert [picture.tobytes() for picture in output.images] == list(wanted.values())
+    assert [image.tobytes() for image in output.images] == list(wanted.values())
 
 
-def test_one_picture_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = DrawRequest("m", "a red sphere", "zipar", {"window": 2}, seed=5)
     expected = pipeline("t2i")("a red sphere", seed=5, accelerator=ZipAR(2)).images[0].tobytes()
     run_python(reproduce_python(request), monkeypatch, "m", pipeline("t2i"))
-    assert pictures(tmp_path) == {"picture.png": expected}
-    (tmp_path / "picture.png").unlink()
+    assert images(tmp_path) == {"image.png": expected}
+    (tmp_path / "image.png").unlink()
     run_command(reproduce_command(request), monkeypatch, "m", pipeline("t2i"))
-    assert pictures(tmp_path) == {"picture.png": expected}
+    assert images(tmp_path) == {"image.png": expected}
 
 
 @pytest.mark.parametrize("name", ACCELERATORS)
@@ -168,7 +168,7 @@ def test_the_readers_see_plain_code_and_a_plain_command() -> None:
         '    accelerator=Speculative(drafter="small", tree=[[0], [1]]),\n'
         ")\n"
         "print(output.stats)\n"
-        'output.images[0].save("picture.png")\n'
+        'output.images[0].save("image.png")\n'
     )
     assert reproduce_command(request) == (
         "varaccel generate 'a red cube' --model mini-llamagen --seed 0 --accelerator speculative "

@@ -23,7 +23,7 @@ from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.mar import MARPipeline
 
 SIZE = GRID * 2
-"""Side of a picture of the tiny models in pixels."""
+"""Side of an image of the tiny models in pixels."""
 
 
 class Run(NamedTuple):
@@ -83,7 +83,7 @@ def mar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def picture(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
 
@@ -102,15 +102,15 @@ def assert_sentence(run: Run, *words: str) -> None:
 # -- generate ------------------------------------------------------------------------------------------
 
 
-def test_one_picture(varaccel: Shell, t2i: Path) -> None:
+def test_one_image(varaccel: Shell, t2i: Path) -> None:
     run = varaccel("generate", "a red sphere", "--model", t2i, "--seed", 5)
     assert run.code == 0
-    assert varaccel.files == ["picture.png"]
+    assert varaccel.files == ["image.png"]
     expected = pipeline("t2i")("a red sphere", seed=5).images[0]
-    assert picture(varaccel.folder / "picture.png").tobytes() == expected.tobytes()
+    assert read_image(varaccel.folder / "image.png").tobytes() == expected.tobytes()
     lines = run.out.splitlines()
-    assert lines[0] == "picture.png"
-    assert lines[1].startswith(f"plain(): 1 pictures of {GRID**2} tokens in {GRID**2} passes")
+    assert lines[0] == "image.png"
+    assert lines[1].startswith(f"plain(): 1 images of {GRID**2} tokens in {GRID**2} passes")
 
 
 def test_same_seed_same_bytes(varaccel: Shell, t2i: Path) -> None:
@@ -121,18 +121,18 @@ def test_same_seed_same_bytes(varaccel: Shell, t2i: Path) -> None:
     assert first != other
 
 
-def test_grid_and_single_pictures(varaccel: Shell, t2i: Path) -> None:
+def test_grid_and_single_images(varaccel: Shell, t2i: Path) -> None:
     run = varaccel(
         "generate", "a red cube", "-n", 4, "--separate", "--seed", 3, "--model", t2i, "--out", "sub/x.png"
     )
     assert run.code == 0
     singles = [f"sub/x-{i}.png" for i in range(4)]
     assert varaccel.files == ["sub", *singles, "sub/x.png"]
-    sheet = picture(varaccel.folder / "sub/x.png")
+    sheet = read_image(varaccel.folder / "sub/x.png")
     assert sheet.size == (2 * SIZE + 2, 2 * SIZE + 2)
     for index, name in enumerate(singles):
         alone = pipeline("t2i")("a red cube", seed=3 + index).images[0]
-        assert picture(varaccel.folder / name).tobytes() == alone.tobytes()
+        assert read_image(varaccel.folder / name).tobytes() == alone.tobytes()
         row, column = divmod(index, 2)
         left, top = column * (SIZE + 2), row * (SIZE + 2)
         assert sheet.crop((left, top, left + SIZE, top + SIZE)).tobytes() == alone.tobytes()
@@ -141,13 +141,13 @@ def test_grid_and_single_pictures(varaccel: Shell, t2i: Path) -> None:
 def test_several_prompts_and_no_separate_files(varaccel: Shell, t2i: Path) -> None:
     run = varaccel("generate", "a red cube", "a sphere", "-n", 3, "--model", t2i, "--json")
     assert json.loads(run.out)["images"] == 6
-    assert varaccel.files == ["picture.png"]
+    assert varaccel.files == ["image.png"]
 
 
 def test_classes(varaccel: Shell, c2i: Path) -> None:
     assert varaccel("generate", "hen", "4", "--model", c2i, "--seed", 0).code == 0
     expected = pipeline("c2i")([4, 4], seed=0).images
-    sheet = picture(varaccel.folder / "picture.png")
+    sheet = read_image(varaccel.folder / "image.png")
     assert sheet.crop((0, 0, SIZE, SIZE)).tobytes() == expected[0].tobytes()
 
 
@@ -167,13 +167,13 @@ def test_json_is_all_that_is_printed(varaccel: Shell, t2i: Path) -> None:
     told = {k: v for k, v in cost.items() if k not in timed}
     assert told == {
         **{k: v for k, v in stats.items() if k not in timed},
-        "out": "picture.png",
+        "out": "image.png",
         "seed": 7,
     }
     assert cost["options"] == {"window": 2, "mode": "published"}
     assert set(cost["seconds"]) == {"text", "tokens", "decode"}
     expected = pipeline("t2i")("a red sphere", seed=7, accelerator=accelerator).images[0]
-    assert picture(varaccel.folder / "picture.png").tobytes() == expected.tobytes()
+    assert read_image(varaccel.folder / "image.png").tobytes() == expected.tobytes()
 
 
 def test_quiet_and_not(varaccel: Shell, t2i: Path) -> None:
@@ -192,18 +192,18 @@ def test_sampling_options_arrive(varaccel: Shell, t2i: Path) -> None:
     expected = pipeline("t2i")(
         "a cube", seed=0, guidance_scale=1.5, temperature=0.7, top_k=5, top_p=0.9
     ).images[0]
-    assert picture(varaccel.folder / "picture.png").tobytes() == expected.tobytes()
+    assert read_image(varaccel.folder / "image.png").tobytes() == expected.tobytes()
 
 
 def test_endless_prompt(varaccel: Shell, t2i: Path) -> None:
     assert varaccel("generate", "a red sphere " * 4000, "--model", t2i).code == 0
-    assert varaccel.files == ["picture.png"]
+    assert varaccel.files == ["image.png"]
 
 
 def test_other_formats(varaccel: Shell, t2i: Path) -> None:
     for name in ("a.jpg", "b.WEBP"):
         assert varaccel("generate", "a cube", "--model", t2i, "--out", name).code == 0
-        assert picture(varaccel.folder / name).size == (SIZE, SIZE)
+        assert read_image(varaccel.folder / name).size == (SIZE, SIZE)
 
 
 def test_options_of_masked_models_arrive(varaccel: Shell, mar: Path) -> None:
@@ -214,7 +214,7 @@ def test_options_of_masked_models_arrive(varaccel: Shell, mar: Path) -> None:
     expected = pipeline("mar-caption")(
         "a red sphere", seed=0, num_iterations=5, head_steps=3, temperature=0.9, guidance_scale=1.5
     ).images[0]
-    assert picture(varaccel.folder / "picture.png").tobytes() == expected.tobytes()
+    assert read_image(varaccel.folder / "image.png").tobytes() == expected.tobytes()
 
 
 # -- generate, refused ---------------------------------------------------------------------------------
@@ -301,21 +301,21 @@ def half_written(error: BaseException) -> Any:
     """A stand-in for `Image.save` that fails in the middle of the file."""
 
     def save(self: Image.Image, path: Path, **_: Any) -> None:
-        Path(path).write_bytes(b"half a picture")
+        Path(path).write_bytes(b"half an image")
         raise error
 
     return save
 
 
 def test_full_disk(varaccel: Shell, t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (varaccel.folder / "picture.png").write_bytes(b"older")
+    (varaccel.folder / "image.png").write_bytes(b"older")
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(Image.Image, "save", half_written(full))
     run = varaccel("generate", "a cube", "--model", t2i, "--quiet")
-    assert_sentence(run, "picture.png", "No space left on device")
+    assert_sentence(run, "image.png", "No space left on device")
     assert run.err.count("\n") == 1
-    assert varaccel.files == ["picture.png"]
-    assert (varaccel.folder / "picture.png").read_bytes() == b"older"
+    assert varaccel.files == ["image.png"]
+    assert (varaccel.folder / "image.png").read_bytes() == b"older"
 
 
 def test_interrupted_while_writing(varaccel: Shell, t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +331,7 @@ def test_out_of_memory(varaccel: Shell, t2i: Path, monkeypatch: pytest.MonkeyPat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(LlamaGenPipeline, "_run", fail)
-    assert_sentence(varaccel("generate", "a cube", "-n", 8, "--model", t2i), "fewer than 8 pictures")
+    assert_sentence(varaccel("generate", "a cube", "-n", 8, "--model", t2i), "fewer than 8 images")
 
 
 def test_a_fault_of_the_library_is_not_disguised(
@@ -369,7 +369,7 @@ def test_demo(varaccel: Shell, t2i: Path) -> None:
     assert plain.endswith("1.00x plain")
     assert f"zipar(window=2), approximate: {GRID + (GRID - 1) * 2} passes" in zipar
     assert "jacobi(window=3), lossless" in jacobi
-    sheet = picture(varaccel.folder / "shown/side-by-side.png")
+    sheet = read_image(varaccel.folder / "shown/side-by-side.png")
     tile, margin, text = 256, 8, 44
     assert sheet.size == (margin + 2 * (tile + margin), text + 3 * (tile + text))
     for row, accelerator in enumerate(("plain", ZipAR(2), Jacobi(3))):
@@ -425,14 +425,14 @@ def test_maps_of_passes(varaccel: Shell, t2i: Path) -> None:
 
 def test_bench(varaccel: Shell, t2i: Path) -> None:
     run = varaccel(
-        *("bench", "--model", t2i, "--pictures", 0, "--repeats", 2, "--batch", 1, "--batch", 2),
+        *("bench", "--model", t2i, "--images", 0, "--repeats", 2, "--batch", 1, "--batch", 2),
         *("-a", "zipar:window=1", "-a", "zipar:window=2,mode=masked", "--out", "new/bench.json"),
     )
     assert run.code == 0
     assert varaccel.files == ["new", "new/bench.json"]
     report = json.loads((varaccel.folder / "new/bench.json").read_text())
     settings = report["settings"]
-    assert (settings["repeats"], settings["pictures"], settings["model"]) == (2, 0, str(t2i))
+    assert (settings["repeats"], settings["images"], settings["model"]) == (2, 0, str(t2i))
     assert settings["machine"]
     plain, *zipar = report["rows"]
     assert plain["accelerator"] == "plain"
@@ -453,10 +453,10 @@ def test_bench(varaccel: Shell, t2i: Path) -> None:
         assert word in words, f"{word} is cut off where the terminal has 80 columns"
 
 
-def test_bench_with_pictures(varaccel: Shell, t2i: Path) -> None:
+def test_bench_with_images(varaccel: Shell, t2i: Path) -> None:
     pytest.importorskip("matplotlib")
     arguments = (
-        *("bench", "--model", t2i, "--pictures", 4, "--scenes", 6, "--repeats", 1, "--out", "bench.json"),
+        *("bench", "--model", t2i, "--images", 4, "--scenes", 6, "--repeats", 1, "--out", "bench.json"),
         *("-a", "zipar:window=1"),
     )
     run = varaccel(*arguments, "--plot", "plot.png", "--samples", "samples.png")
@@ -470,7 +470,7 @@ def test_bench_with_pictures(varaccel: Shell, t2i: Path) -> None:
         assert row["quality"]["adherence"]["total"] == len(row["quality"]["correct"]) == 4
         assert row["quality"]["distance"]["value"] > 0
     assert report["truth"]["adherence"]["share"] > 0.5
-    assert "of 6 true pictures" in report["settings"]["reference"]
+    assert "of 6 true images" in report["settings"]["reference"]
     versus = report["rows"][1]["against_plain"]
     assert versus["distance_noise"] > 0
     assert varaccel(*arguments, "--resume").code == 0
@@ -484,7 +484,7 @@ def test_bench_with_pictures(varaccel: Shell, t2i: Path) -> None:
 
 def test_bench_of_a_masked_model(varaccel: Shell, mar: Path) -> None:
     arguments = (
-        *("bench", "--model", mar, "--pictures", 4, "--scenes", 6, "--repeats", 1, "--out", "bench.json"),
+        *("bench", "--model", mar, "--images", 4, "--scenes", 6, "--repeats", 1, "--out", "bench.json"),
         *("--num-iterations", 8, "--head-steps", 4, "--drawn-together", 2, "--dtype", "bfloat16"),
         *("-a", "cspd:draft_length=2", "-a", "feature_cache:refresh=2"),
     )
@@ -509,7 +509,7 @@ def test_bench_of_compiled_networks(varaccel: Shell, mar: Path, monkeypatch: pyt
     compiled = []
     monkeypatch.setattr(MARPipeline, "compile", lambda pipe: compiled.append(pipe.transformer.dtype))
     run = varaccel(
-        *("bench", "--model", mar, "--pictures", 0, "--repeats", 1, "--compile", "--dtype", "bfloat16"),
+        *("bench", "--model", mar, "--images", 0, "--repeats", 1, "--compile", "--dtype", "bfloat16"),
         *("--num-iterations", 2, "-a", "fewer_steps:iterations=1", "--out", "bench.json"),
     )
     assert run.code == 0
@@ -534,8 +534,8 @@ def test_bench_options_of_another_family(varaccel: Shell, t2i: Path) -> None:
 
 def test_bench_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None:
     arguments = ("bench", "--model", c2i, "--repeats", 1, "-a", "zipar:window=2")
-    assert_sentence(varaccel(*arguments, "--pictures", 5), "--pictures 0")
-    run = varaccel(*arguments, "--pictures", 0, "--batch", len(CLASSES) + 1)
+    assert_sentence(varaccel(*arguments, "--images", 5), "--images 0")
+    run = varaccel(*arguments, "--images", 0, "--batch", len(CLASSES) + 1)
     assert run.code == 0
     assert varaccel.files == []
 
@@ -552,7 +552,7 @@ def test_bench_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None
         (["--out", "."], ["is a folder"]),
         (["--plot", "plot.what"], ["plot.what", ".png"]),
         (["--samples", "samples"], ["samples must end"]),
-        (["--plot", "plot.png", "--pictures", "0"], ["--plot", "--pictures"]),
+        (["--plot", "plot.png", "--images", "0"], ["--plot", "--images"]),
         (["--out", "file/x.json"], ["nothing could be written to file/x.json"]),
         (["--out", "file", "--resume"], ["file cannot be continued"]),
         (["--out", "other.json", "--resume"], ["other.json cannot be continued", "no report"]),
@@ -575,7 +575,7 @@ def test_bench_without_a_gpu(varaccel: Shell) -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        *(("--batch", 0), ("--repeats", 0), ("--pictures", -1), ("--scenes", -1)),
+        *(("--batch", 0), ("--repeats", 0), ("--images", -1), ("--scenes", -1)),
         *(("--drawn-together", 0), ("--num-iterations", 0), ("--head-steps", 0)),
     ],
     ids=str,

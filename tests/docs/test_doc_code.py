@@ -245,7 +245,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     nothing = SimpleNamespace(from_pretrained=lambda *_, **__: None)
     monkeypatch.setattr("transformers.T5EncoderModel", nothing)
     monkeypatch.setattr("transformers.AutoTokenizer", nothing)
-    Image.effect_noise((128, 128), 40).convert("RGB").save("picture.png")
+    Image.effect_noise((128, 128), 40).convert("RGB").save("image.png")
     registered, threads, state = dict(ACCELERATORS), torch.get_num_threads(), torch.get_rng_state()
     yield tmp_path
     ACCELERATORS.clear()

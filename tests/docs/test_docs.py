@@ -308,10 +308,10 @@ def test_choosing_one_repeats_measured_figures() -> None:
     assert [figure for figure in figures if figure not in measured] == []
 
 
-def test_pictures_are_made_by_the_script(tmp_path: Path) -> None:
+def test_images_are_made_by_the_script(tmp_path: Path) -> None:
     figures: Any = load_script("docs/accelerator_figures.py")
     images = PAGES / "images"
-    made = {f"{n}.svg" for n in figures.SCHEMATICS} | {f"{n}.webp" for n in figures.PICTURES}
+    made = {f"{n}.svg" for n in figures.SCHEMATICS} | {f"{n}.webp" for n in figures.IMAGES}
     assert {p.name for p in images.iterdir()} == made
     assert sum(p.stat().st_size for p in images.iterdir()) < 2.5e6
     for name, draw in figures.SCHEMATICS.items():

@@ -117,7 +117,7 @@ def pixels() -> LlamaGenPipeline:
         torch.manual_seed(0)
         pipe: LlamaGenPipeline = load_script("docs/examples/model.py").pipe
     with torch.no_grad():
-        pipe.transformer.logits.weight.mul_(4)  # laws that are neither flat nor certain
+        pipe.transformer.logits.weight.mul_(4)  # distributions that are neither flat nor certain
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -147,7 +147,7 @@ def test_what_the_model_has_nothing_for_is_one_sentence(
         pixels("noon", seed=0, accelerator=accelerator)
 
 
-def test_the_models_jacobi_picture_does_not_depend_on_the_window(pixels: LlamaGenPipeline) -> None:
+def test_the_models_jacobi_image_does_not_depend_on_the_window(pixels: LlamaGenPipeline) -> None:
     first, second = (
         pixels("night", seed=3, accelerator=Jacobi(window=w), output_type="latent") for w in (1, 12)
     )
@@ -166,10 +166,10 @@ def test_the_models_cached_steps_are_a_full_pass(pixels: LlamaGenPipeline) -> No
     assert torch.equal(logits.argmax(-1), codes)
 
 
-def test_the_models_pictures_are_made_of_its_palette(pixels: LlamaGenPipeline) -> None:
-    picture = pixels("night", seed=0).images[0]
-    assert picture.size == (16, 16)
-    assert {channel for pixel in picture.getdata() for channel in pixel} <= {0, 85, 86, 170, 171, 255}
+def test_the_models_images_are_made_of_its_palette(pixels: LlamaGenPipeline) -> None:
+    image = pixels("night", seed=0).images[0]
+    assert image.size == (16, 16)
+    assert {channel for pixel in image.getdata() for channel in pixel} <= {0, 85, 86, 170, 171, 255}
 
 
 def test_the_model_survives_saving(pixels: LlamaGenPipeline, tmp_path: Path) -> None:

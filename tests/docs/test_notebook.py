@@ -71,7 +71,7 @@ def code_cells(notebook: Any) -> list[Any]:
 
 
 def shown(cell: Any) -> tuple[str, list[tuple[int, int]]]:
-    """What a cell printed or answered as text, and the sizes of the pictures that it showed."""
+    """What a cell printed or answered as text, and the sizes of the images that it showed."""
     text, sizes = "", []
     for output in cell.outputs:
         if output.output_type == "stream":

@@ -1,4 +1,5 @@
-"""The engine's parts by themselves: laws as distributions, canvases, orders, randomness, sessions, the loop."""
+"""The engine's parts by themselves: distributions as distributions, canvases, orders, randomness, sessions,
+the loop."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from tests.tiny import GRID, transformer
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.loop import Step, decode
-from varaccel.engine.randomness import Randomness, picture_generators
+from varaccel.engine.randomness import Randomness, image_generators
 from varaccel.engine.statistics import Stage, Statistics
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
@@ -27,10 +28,10 @@ def uniforms(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# -- laws ----------------------------------------------------------------------------------------------
+# -- distributions ----------------------------------------------------------------------------------------------
 
 
-def test_categorical_sampling_follows_the_law() -> None:
+def test_categorical_sampling_follows_the_distribution() -> None:
     logits = torch.tensor([2.0, -1.0, float("-inf"), 0.5, -6.0])
     draws = 200_000
     codes = Categorical(logits.expand(1, draws, -1)).sample(uniforms((1, draws)))
@@ -53,9 +54,9 @@ def test_categorical_extremes() -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.floats(-8, 8), min_size=2, max_size=12), st.floats(0, 1, exclude_max=True))
 def test_categorical_sample_is_the_inverse_of_the_cumulative(values: list[float], uniform: float) -> None:
-    law = Categorical(torch.tensor(values).view(1, 1, -1))
-    code = int(law.sample(torch.tensor([[uniform]], dtype=torch.float64)))
-    cumulative = law.logits.double().softmax(-1).flatten().cumsum(0)
+    distribution = Categorical(torch.tensor(values).view(1, 1, -1))
+    code = int(distribution.sample(torch.tensor([[uniform]], dtype=torch.float64)))
+    cumulative = distribution.logits.double().softmax(-1).flatten().cumsum(0)
     assert (cumulative[code - 1] if code else 0.0) <= uniform + 1e-12
     assert uniform <= cumulative[code] + 1e-12
 
@@ -68,7 +69,7 @@ def test_log_prob_and_residual() -> None:
     torch.testing.assert_close(p.residual(p).probs, p.probs)
 
 
-def test_residual_restores_the_law() -> None:
+def test_residual_restores_the_distribution() -> None:
     """min(p, q) plus the rejected mass times the residual is p: what speculative decoding rests on."""
     logits = torch.randn(2, 4, 3, 9, generator=torch.Generator().manual_seed(1))
     p, q = Categorical(logits[0]), Categorical(logits[1])
@@ -155,7 +156,7 @@ def test_raster_decoding_keeps_given_tokens() -> None:
     canvas = Canvas.given(tokens, torch.rand(2, GRID**2, generator=torch.Generator().manual_seed(2)) < 0.5)
     fixed = canvas.fixed
     assert fixed is not None
-    randomness = Randomness.draw(picture_generators(2, seed=0), GRID**2)
+    randomness = Randomness.draw(image_generators(2, seed=0), GRID**2)
     passes = decode(session("c2i", 2), canvas, Raster(), randomness)
     assert canvas.is_full
     assert passes == GRID**2
@@ -164,10 +165,12 @@ def test_raster_decoding_keeps_given_tokens() -> None:
 
 
 def test_draws_of_positions_are_those_of_their_numbers() -> None:
-    randomness = Randomness.draw(picture_generators(2, seed=4), 6)
-    law = Categorical(torch.randn(2, 2, 9, generator=torch.Generator().manual_seed(0)))
+    randomness = Randomness.draw(image_generators(2, seed=4), 6)
+    distribution = Categorical(torch.randn(2, 2, 9, generator=torch.Generator().manual_seed(0)))
     for positions in (torch.tensor([3, 1]), torch.tensor([[0, -1], [5, 2]])):
-        assert torch.equal(randomness.sample(law, positions), law.sample(randomness.at(positions)))
+        assert torch.equal(
+            randomness.sample(distribution, positions), distribution.sample(randomness.at(positions))
+        )
 
 
 def test_stages_are_told() -> None:
@@ -179,9 +182,9 @@ def test_stages_are_told() -> None:
     assert ";" not in str(Statistics("plain", {}, True, 1, 1, 1, 1, 1))
 
 
-def test_draws_belong_to_a_picture_and_a_position() -> None:
-    many = Randomness.draw(picture_generators(3, seed=4), 6)
-    alone = Randomness.draw(picture_generators(1, seed=5), 6)
+def test_draws_belong_to_a_image_and_a_position() -> None:
+    many = Randomness.draw(image_generators(3, seed=4), 6)
+    alone = Randomness.draw(image_generators(1, seed=5), 6)
     assert torch.equal(many.uniforms[1:2], alone.uniforms)
     ragged = many.at(torch.tensor([[0, -1], [5, 2], [3, 3]]))
     assert torch.equal(ragged[1], many.uniforms[1, [5, 2]])
@@ -190,7 +193,7 @@ def test_draws_belong_to_a_picture_and_a_position() -> None:
 @pytest.mark.parametrize("seed", [-1, 2**63, "0", True])
 def test_bad_seeds(seed: object) -> None:
     with pytest.raises(InputError, match="seed"):
-        picture_generators(1, seed=seed)  # type: ignore[arg-type]
+        image_generators(1, seed=seed)  # type: ignore[arg-type]
 
 
 # -- orders --------------------------------------------------------------------------------------------
@@ -254,7 +257,7 @@ def session(model_type: str, batch: int, guidance: float = 1.0, **options: objec
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("model_type", ["c2i", "t2i"])
 def test_rows_may_advance_at_different_speeds(model_type: str, guidance: float) -> None:
-    """Rows that decide 1, 2 or 3 positions per pass, teacher-forced, get the laws of one-by-one decoding."""
+    """Rows that decide 1, 2 or 3 positions per pass, teacher-forced, get the distributions of one-by-one decoding."""
     total = GRID**2
     tokens = torch.randint(0, 24, (3, total), generator=torch.Generator().manual_seed(8))
     together = session(model_type, 3, guidance)
@@ -291,23 +294,23 @@ def test_staggered_rows_equal_a_full_pass_under_the_same_mask() -> None:
     order = StaggeredRows(GRID, window)
     canvas = Canvas.empty(2, total)
     live = session("c2i", 2)
-    laws: dict[int, torch.Tensor] = {}
-    randomness = Randomness.draw(picture_generators(2, seed=0), total)
+    distributions: dict[int, torch.Tensor] = {}
+    randomness = Randomness.draw(image_generators(2, seed=0), total)
     for number, feed in enumerate(order.feeds(canvas), start=1):
-        law = live.predict(canvas, feed)
+        distribution = live.predict(canvas, feed)
         for column, position in enumerate(feed.host.positions):
-            laws[position] = law.logits[:, column]
-        canvas.write(feed.positions, law.sample(randomness.at(feed.positions)), number)
+            distributions[position] = distribution.logits[:, column]
+        canvas.write(feed.positions, distribution.sample(randomness.at(feed.positions)), number)
 
     # Position 1 and 2 of row 0 never see anything unusual; row 1 column 0 is predicted from a stand-in.
     full = model(torch.arange(2), canvas.tokens[:, :-1])
     for position in range(GRID):
-        torch.testing.assert_close(laws[position], full[:, position], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(distributions[position], full[:, position], atol=2e-5, rtol=1e-5)
     stand_in = canvas.tokens[:, :-1].clone()
     stand_in[:, GRID - 1] = canvas.tokens[:, window - 1]
     replaced = model(torch.arange(2), stand_in)
-    torch.testing.assert_close(laws[GRID], replaced[:, GRID], atol=2e-5, rtol=1e-5)
-    assert not torch.allclose(laws[GRID], full[:, GRID], atol=1e-3)
+    torch.testing.assert_close(distributions[GRID], replaced[:, GRID], atol=2e-5, rtol=1e-5)
+    assert not torch.allclose(distributions[GRID], full[:, GRID], atol=1e-3)
 
 
 def test_guidance_interval_drops_the_second_branch() -> None:
@@ -322,7 +325,7 @@ def test_guidance_interval_drops_the_second_branch() -> None:
 
     live._transform = watched
     canvas = Canvas.empty(2, GRID**2)
-    decode(live, canvas, Raster(), Randomness.draw(picture_generators(2, seed=0), GRID**2))
+    decode(live, canvas, Raster(), Randomness.draw(image_generators(2, seed=0), GRID**2))
     # positions 1 to 3 are guided (interval counts decoding steps from 0), then one branch is left
     assert rows == [4] * 3 + [2] * (GRID**2 - 4)
 
@@ -330,7 +333,7 @@ def test_guidance_interval_drops_the_second_branch() -> None:
 def test_observers_see_every_step() -> None:
     steps: list[Step] = []
     canvas = Canvas.empty(2, GRID**2)
-    randomness = Randomness.draw(picture_generators(2, seed=0), GRID**2)
+    randomness = Randomness.draw(image_generators(2, seed=0), GRID**2)
     passes = decode(session("c2i", 2), canvas, StaggeredRows(GRID, 2), randomness, steps.append)
     assert [s.number for s in steps] == list(range(1, passes + 1))
     assert [s.progress for s in steps] == [n / passes for n in range(1, passes + 1)]

@@ -1,4 +1,4 @@
-"""Adherence: the verdict on a picture follows from what was detected and what the caption states."""
+"""Adherence: the verdict on an image follows from what was detected and what the caption states."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_rates_add_up_and_survive_json() -> None:
     assert (adherence.rates["two_objects"].successes, adherence.rates["two_objects"].total) == (0, 1)
     assert adherence.rates["floor"].share == 0.5
     plain = json.loads(json.dumps(adherence.to_json(verdicts=True)))
-    assert plain["pictures"] == 3
+    assert plain["images"] == 3
     assert plain["rates"]["one_object"]["low"] == pytest.approx(wilson_interval(1, 2)[0])
     assert [verdict["correct"] for verdict in plain["verdicts"]] == [True, False, False]
     table = adherence.table()
@@ -257,9 +257,9 @@ def test_rates_add_up_and_survive_json() -> None:
     assert "1/3" in table.splitlines()[0]
 
 
-def test_numbers_of_pictures_and_captions_must_agree() -> None:
+def test_numbers_of_images_and_captions_must_agree() -> None:
     detector = new_detector(image_size=32, widths=(8, 8, 8), depths=(1, 1, 1)).eval()
-    with pytest.raises(InputError, match="2 pictures"):
+    with pytest.raises(InputError, match="2 images"):
         score_adherence(detector, torch.zeros(2, 3, 32, 32), [_caption(RED_CUBE)])
 
 
@@ -287,7 +287,7 @@ def script() -> ModuleType:
 
 
 class _Painter:
-    """Stands in for a pipeline: every prompt becomes a flat picture of its own grey; keeps what it was asked."""
+    """Stands in for a pipeline: every prompt becomes a flat image of its own grey; keeps what it was asked."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], int, object]] = []
@@ -327,7 +327,7 @@ def test_script_judges_what_a_pipeline_paints(
     assert [call[1] for call in painter.calls] == [100, 102, 104]
     assert all(call[2].window == 3 for call in painter.calls)  # type: ignore[attr-defined]
     written = json.loads(report.read_text())
-    assert written["pictures"] == 5
+    assert written["images"] == 5
     assert [verdict["caption"] for verdict in written["verdicts"]] == captions
     assert written["settings"]["accelerator"] == "zipar"
     assert written["rates"]["correct"] == pytest.approx(
@@ -339,19 +339,19 @@ def test_script_judges_what_a_pipeline_paints(
     assert [int(pixels[80, 164 * i + 80, 0]) for i in range(5)] == [0, 1, 2, 3, 4]
 
 
-def test_script_scores_true_pictures(script: ModuleType, tiny_detector: Path, tmp_path: Path) -> None:
+def test_script_scores_true_images(script: ModuleType, tiny_detector: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     arguments = ["--renderer", "--count", "3", "--detector", str(tiny_detector), "--out", str(report)]
     assert script.main(arguments) == 0
-    assert json.loads(report.read_text())["pictures"] == 3
+    assert json.loads(report.read_text())["images"] == 3
 
 
 def test_script_reconstructs_before_judging(script: ModuleType) -> None:
-    pictures = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 100, 200)]
+    images = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 100, 200)]
     tokenizer = tiny.vq_model()
-    result = script.reconstruct(pictures, tokenizer, batch_size=2)
-    assert [picture.size for picture in result] == [(16, 16)] * 3
-    (again,) = script.reconstruct(pictures[2:], tokenizer, batch_size=2)
+    result = script.reconstruct(images, tokenizer, batch_size=2)
+    assert [image.size for image in result] == [(16, 16)] * 3
+    (again,) = script.reconstruct(images[2:], tokenizer, batch_size=2)
     np.testing.assert_allclose(np.asarray(again).astype(int), np.asarray(result[2]).astype(int), atol=1)
 
 

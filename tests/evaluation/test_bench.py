@@ -29,13 +29,13 @@ from varaccel.evaluation.bench.run import (
     Row,
     compare,
     default_grid,
-    judge_pictures,
+    judge_images,
     parse_accelerator,
     parse_grid,
     reference_statistics,
     run_bench,
     sign_test,
-    true_pictures,
+    true_images,
 )
 from varaccel.evaluation.metrics.adherence import Rate, held_out_captions, held_out_prompts
 from varaccel.evaluation.metrics.frechet import FeatureStatistics, FrechetSpread
@@ -88,12 +88,15 @@ def through_json(report: BenchReport) -> BenchReport:
 @dataclass(frozen=True)
 class _Wishes(Accelerator):
     name: ClassVar[str] = "test-wishes"
-    lossless: ClassVar[bool] = True
     hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
     summary: ClassVar[str] = "takes any options"
 
     tree: Any = None
     k: Any = None
+
+    @property
+    def lossless(self) -> bool:
+        return True
 
     def run(self, job: Job) -> int:
         raise InputError("it grants nothing.")
@@ -230,7 +233,7 @@ def test_pairs_are_compared_not_rates() -> None:
 
 
 def test_everything_is_measured(detector: SceneDetector, reference: FeatureStatistics) -> None:
-    truth = true_pictures(list(held_out_prompts(12)), 32)
+    truth = true_images(list(held_out_prompts(12)), 32)
     seen: list[BenchReport] = []
     report = bench(
         pipeline("t2i"),
@@ -261,10 +264,10 @@ def test_everything_is_measured(detector: SceneDetector, reference: FeatureStati
             assert measured.details == {}
         accelerator = ZipAR(row.options["window"]) if row.options else Plain()
         images = pipeline("t2i")(TEXTS, seed=5, guidance_scale=1.5, accelerator=accelerator).images
-        assert row.quality == judge_pictures(detector, images, CAPTIONS, reference), "seed + i, any batch"
+        assert row.quality == judge_images(detector, images, CAPTIONS, reference), "seed + i, any batch"
     assert report.plain.speed[1].speedup == 1
-    assert report.truth == judge_pictures(detector, truth, CAPTIONS, reference)
-    # saved after each batch size and each accelerator's pictures
+    assert report.truth == judge_images(detector, truth, CAPTIONS, reference)
+    # saved after each batch size and each accelerator's images
     assert [sum(row.quality is not None for row in part.rows) for part in seen] == [0, 0, 1, 2, 3]
     assert [part.batches for part in seen] == [[1], [1, 3], [1, 3], [1, 3], [1, 3]]
     assert report.against_plain(report.plain) is None
@@ -274,7 +277,7 @@ def test_everything_is_measured(detector: SceneDetector, reference: FeatureStati
 
 def test_only_speed() -> None:
     report = bench(pipeline("c2i"), [ZipAR(2)], prompts=PROMPTS["c2i"])
-    assert report.settings.pictures == 0
+    assert report.settings.images == 0
     assert report.settings.reference is None
     assert all(row.quality is None for row in report.rows)
     assert "adherence" not in report.markdown()
@@ -305,7 +308,7 @@ def test_finished_rows_are_not_measured_again(detector: SceneDetector, reference
     assert wider.batches == [1, 4]
 
 
-def test_interrupted_after_the_first_pictures(detector: SceneDetector) -> None:
+def test_interrupted_after_the_first_images(detector: SceneDetector) -> None:
     saved: list[BenchReport] = []
 
     def stop(report: BenchReport) -> None:
@@ -399,8 +402,8 @@ def test_refusals(options: dict[str, Any], words: str) -> None:
         bench(pipeline("t2i"), [], **options)
 
 
-def test_one_picture_has_no_distance(detector: SceneDetector, reference: FeatureStatistics) -> None:
-    with pytest.raises(InputError, match="two pictures"):
+def test_one_image_has_no_distance(detector: SceneDetector, reference: FeatureStatistics) -> None:
+    with pytest.raises(InputError, match="two images"):
         bench(pipeline("t2i"), [], captions=CAPTIONS[:1], detector=detector, reference=reference)
     assert bench(pipeline("t2i"), [], captions=CAPTIONS[:1], detector=detector).plain.quality is not None
 
@@ -431,7 +434,7 @@ def test_rounds_take_the_batches_in_turn() -> None:
 
 @dataclass(frozen=True)
 class _Told:
-    """Statistics of an accelerator that has more to tell and whose passes depend on the picture."""
+    """Statistics of an accelerator that has more to tell and whose passes depend on the image."""
 
     number: int
     accelerator: str = "guessing"
@@ -475,7 +478,7 @@ def test_statistics_beyond_the_common_ones_are_kept() -> None:
 
 def report_of(*rows: Row, truth: Quality | None = None) -> BenchReport:
     settings = bench(pipeline("t2i"), []).settings
-    return BenchReport(replace(settings, pictures=9, reference="scenes-detector/0 of 20"), rows, truth)
+    return BenchReport(replace(settings, images=9, reference="scenes-detector/0 of 20"), rows, truth)
 
 
 def row(accelerator: Accelerator, speedup: float, own: Quality | None) -> Row:
@@ -508,7 +511,7 @@ def words_of(report: BenchReport, width: int = 80) -> str:
 def test_table(shown: BenchReport) -> None:
     wide = words_of(shown, 200)
     for text in (
-        *("3.25x (3.00 to 3.50)", "89 % (57 to 98)", "30 (1)", "true pictures", "not FID"),
+        *("3.25x (3.00 to 3.50)", "89 % (57 to 98)", "30 (1)", "true images", "not FID"),
         *("within noise (+0 -1, p = 1)", "worse (+1 -8, p = 0.039)"),
         *("within noise (+1, noise 2.8)", "further (+20, noise 2.8)"),
     ):
@@ -617,7 +620,7 @@ def test_plot(shown: BenchReport, tmp_path: Path) -> None:
     with Image.open(tmp_path / "plot.png") as wide, Image.open(tmp_path / "sub" / "plot.jpg") as narrow:
         assert wide.width > narrow.width
         assert np.asarray(wide).std() > 5
-    with pytest.raises(InputError, match="pictures to be judged"):
+    with pytest.raises(InputError, match="images to be judged"):
         bench_figures.plot(report_of(row(Plain(), 1, None)), tmp_path / "none.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plot.png", "sub"]
 
@@ -650,7 +653,7 @@ def test_samples(wishes: type[_Wishes]) -> None:
         bench_figures.sample_sheet(pipeline("t2i"), [wishes()], ["a cube"])
 
 
-# -- true pictures -------------------------------------------------------------------------------------
+# -- true images -------------------------------------------------------------------------------------
 
 
 def test_reference_is_made_once(detector: SceneDetector) -> None:
@@ -663,14 +666,14 @@ def test_reference_is_made_once(detector: SceneDetector) -> None:
         reference_statistics(detector, [], progress=False)
 
 
-def test_true_pictures_are_closer_than_noise(detector: SceneDetector, reference: FeatureStatistics) -> None:
+def test_true_images_are_closer_than_noise(detector: SceneDetector, reference: FeatureStatistics) -> None:
     seeds = list(held_out_prompts(12))
     noise = [
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)) for i in range(12)
     ]
     true, random = (
-        judge_pictures(detector, images, CAPTIONS, reference).distance
-        for images in (true_pictures(seeds, 32), noise)
+        judge_images(detector, images, CAPTIONS, reference).distance
+        for images in (true_images(seeds, 32), noise)
     )
     assert true is not None
     assert random is not None

@@ -84,7 +84,7 @@ def test_agrees_with_torchmetrics() -> None:
 
 
 def test_constant_features() -> None:
-    """Pictures that are all alike, as a collapsed model makes them: no covariance at all."""
+    """Images that are all alike, as a collapsed model makes them: no covariance at all."""
     alike = torch.ones(10, 4)
     reference = FeatureStatistics.from_features(_features(50, 4), "s")
     expected = float((reference.mean - 1).square().sum() + reference.covariance.trace())
@@ -96,7 +96,7 @@ def test_constant_features() -> None:
 
 @pytest.mark.parametrize(("count", "dim"), [(40, 6), (6, 40)])
 def test_spread_is_the_distance_of_resamples(count: int, dim: int) -> None:
-    """Both of its ways, over pictures and over features, against the definition."""
+    """Both of its ways, over images and over features, against the definition."""
     reference = FeatureStatistics.from_features(_features(100, dim, 1), "s")
     features = _features(count, dim, 2)
     generator = torch.Generator().manual_seed(7)
@@ -223,19 +223,19 @@ def _detector(seed: int) -> SceneDetector:
 
 def test_features_of_scenes() -> None:
     detector = _detector(0)
-    pictures = [Image.new("RGB", (64, 64), (shade, 0, 255 - shade)) for shade in range(0, 250, 25)]
-    statistics = scene_statistics(detector, pictures)
+    images = [Image.new("RGB", (64, 64), (shade, 0, 255 - shade)) for shade in range(0, 250, 25)]
+    statistics = scene_statistics(detector, images)
     assert statistics.space.startswith(FEATURE_SPACE + "/")
     assert statistics.mean.shape == (detector.feature_dim,)
-    again = FeatureStatistics.from_features(scene_features(detector, pictures), scene_space(detector))
+    again = FeatureStatistics.from_features(scene_features(detector, images), scene_space(detector))
     assert frechet_distance(statistics, again) == pytest.approx(0, abs=1e-6)
 
 
 def test_another_training_is_another_space() -> None:
-    pictures = [Image.new("RGB", (32, 32), (shade, 0, 0)) for shade in range(0, 250, 50)]
+    images = [Image.new("RGB", (32, 32), (shade, 0, 0)) for shade in range(0, 250, 50)]
     assert scene_space(_detector(0)) == scene_space(_detector(0))
     with pytest.raises(InputError, match="cannot be compared"):
-        frechet_distance(scene_statistics(_detector(0), pictures), scene_statistics(_detector(1), pictures))
+        frechet_distance(scene_statistics(_detector(0), images), scene_statistics(_detector(1), images))
 
 
 def test_a_detector_in_training_is_refused() -> None:

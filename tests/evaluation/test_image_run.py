@@ -1,4 +1,4 @@
-"""Runs of pictures: the same files however the work is split, and after whatever interruption."""
+"""Runs of images: the same files however the work is split, and after whatever interruption."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.scripts import ROOT, load_script
 from tests.tiny import CLASSES, PROMPTS, pipeline
 from varaccel import InputError, Plain, ZipAR
 from varaccel.evaluation.metrics.rounding import compare_batch_sizes
-from varaccel.evaluation.sampling import image_run as picture_run
-from varaccel.evaluation.sampling.image_run import PictureRun, RunSettings, read_prompts, to_pixels
+from varaccel.evaluation.sampling import image_run as image_run
+from varaccel.evaluation.sampling.image_run import ImageRun, RunSettings, read_prompts, to_pixels
 from varaccel.evaluation.sampling.presets import IMAGENET_256, PRESETS, get_preset
 from varaccel.evaluation.sampling.prompt_lists import default_source, list_prompts
 from varaccel.pipelines.catalog import PUBLISHED
@@ -41,7 +41,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 def new_run(
     folder: Path, model: str = "c2i", count: int = 21, accelerator: Any = None, **others: Any
-) -> PictureRun:
+) -> ImageRun:
     pipe = pipeline(model)
     prompts = list_prompts(pipe, "classes", count)
     settings = RunSettings.of(
@@ -50,29 +50,29 @@ def new_run(
         accelerator or Plain(),
         **{"model": model, "source": "classes", "call": CALLS[model], "seed": 5, "batch_size": 4, **others},
     )
-    return PictureRun(folder, settings, prompts)
+    return ImageRun(folder, settings, prompts)
 
 
-def drawn(folder: Path, model: str = "c2i", accelerator: Any = None, **others: Any) -> PictureRun:
+def drawn(folder: Path, model: str = "c2i", accelerator: Any = None, **others: Any) -> ImageRun:
     run = new_run(folder, model, accelerator=accelerator, **others)
     run.draw(pipeline(model), accelerator or Plain(), progress=False)
     return run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / "pictures").iterdir())}
+    return {path.name: path.read_bytes() for path in sorted((folder / "images").iterdir())}
 
 
 # -- what is drawn -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", CALLS)
-def test_pictures_are_those_of_single_calls(tmp_path: Path, model: str) -> None:
+def test_images_are_those_of_single_calls(tmp_path: Path, model: str) -> None:
     run = drawn(tmp_path / "run", model, count=6)
     pipe = pipeline(model)
     for index in range(6):
         expected = pipe(run.prompts[index], seed=5 + index, **CALLS[model]).images[0]
-        with Image.open(run.picture_path(index)) as found:
+        with Image.open(run.image_path(index)) as found:
             difference = np.abs(np.asarray(found, int) - np.asarray(expected, int))
         assert difference.max() <= 1  # another batch may round another way
     assert read_prompts(tmp_path / "run") == [0, 1, 2, 3, 4, 0]
@@ -86,7 +86,7 @@ def test_settings_and_cost_are_recorded(tmp_path: Path) -> None:
     assert settings.accelerator == "zipar"
     assert settings.options["window"] == 2
     summary = run.summary()
-    assert summary.pictures == 21
+    assert summary.images == 21
     assert not summary.lossless
     assert summary.passes == pipeline("c2i")(0, accelerator=ZipAR(window=2)).stats.passes
     assert summary.tokens_per_pass == pytest.approx(16 / summary.passes)
@@ -151,11 +151,11 @@ def test_another_batch_size_draws_the_same_numbers(model: str) -> None:
     )
     # one in a hundred is what rounding may change in float32
     assert report.changed.share <= 0.025, str(report)
-    assert "of 40 pictures differ" in str(report)
+    assert "of 40 images differ" in str(report)
     assert (report.largest is None) == (model != "mar-class")
 
 
-def test_other_seeds_are_other_pictures() -> None:
+def test_other_seeds_are_other_images() -> None:
     """The comparison sees a difference where there is one."""
 
     class Drifting:
@@ -194,10 +194,10 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     for _ in range(4):
         process = context.Process(target=_draw_slowly, args=(str(folder),))
         # a kill may have left a temporary folder among them, which the next run clears away
-        before = len(list((folder / "pictures").glob("*.png")))
+        before = len(list((folder / "images").glob("*.png")))
         process.start()
         assert process.pid is not None
-        while process.is_alive() and len(list((folder / "pictures").glob("*.png"))) <= before:
+        while process.is_alive() and len(list((folder / "images").glob("*.png"))) <= before:
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.15))
         if process.is_alive():
@@ -206,9 +206,9 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         process.join()
     assert kills >= 2
     # what is there after a kill is whole
-    for path in (folder / "pictures").glob("*.png"):
-        with Image.open(path) as picture:
-            picture.load()
+    for path in (folder / "images").glob("*.png"):
+        with Image.open(path) as image:
+            image.load()
     drawn(folder, count=60, batch_size=3)
     drawn(tmp_path / "whole", count=60, batch_size=3)
     assert contents(folder) == contents(tmp_path / "whole")
@@ -218,11 +218,11 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 def test_only_what_is_missing_is_drawn_again(tmp_path: Path) -> None:
     run = drawn(tmp_path / "run")
     whole = contents(tmp_path / "run")
-    run.picture_path(2).unlink()  # of batch 0
-    cut = run.picture_path(9)  # of batch 2
+    run.image_path(2).unlink()  # of batch 0
+    cut = run.image_path(9)  # of batch 2
     cut.write_bytes(cut.read_bytes()[:-7])
     run.statistics_path(4).unlink()
-    untouched = run.picture_path(14).stat().st_mtime_ns
+    untouched = run.image_path(14).stat().st_mtime_ns
     calls: list[int] = []
 
     def counting(prompts: list[Any], *, seed: int, **call: Any) -> Any:
@@ -233,7 +233,7 @@ def test_only_what_is_missing_is_drawn_again(tmp_path: Path) -> None:
     again.draw(counting, Plain(), progress=False)
     assert calls == [0, 8, 16]
     assert contents(tmp_path / "run") == whole
-    assert run.picture_path(14).stat().st_mtime_ns == untouched
+    assert run.image_path(14).stat().st_mtime_ns == untouched
     assert not again.missing()
 
 
@@ -262,7 +262,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files(
 
 def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
     drawn(tmp_path / "run")
-    left = tmp_path / "run" / "pictures" / ".000003.png.abc.tmp"
+    left = tmp_path / "run" / "images" / ".000003.png.abc.tmp"
     left.mkdir()
     (left / "000003.png").write_bytes(b"half")
     new_run(tmp_path / "run").begin()
@@ -294,7 +294,7 @@ def test_a_run_that_drew_nothing_may_change_its_mind(tmp_path: Path) -> None:
     """Such as one whose batch was too large for the memory."""
 
     def too_large(*_: Any, **__: Any) -> None:
-        raise OutOfMemory("out of memory: make fewer pictures in one call.")
+        raise OutOfMemory("out of memory: make fewer images in one call.")
 
     with pytest.raises(OutOfMemory):
         new_run(tmp_path / "run", batch_size=21).draw(too_large, Plain(), progress=False)
@@ -320,23 +320,23 @@ def test_bad_settings(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=words):
             new_run(tmp_path, **options)
-    with pytest.raises(InputError, match="21 pictures need as many prompts"):
-        PictureRun(tmp_path, new_run(tmp_path).settings, [0])
+    with pytest.raises(InputError, match="21 images need as many prompts"):
+        ImageRun(tmp_path, new_run(tmp_path).settings, [0])
 
 
 # -- one file ------------------------------------------------------------------------------------------
 
 
-def test_the_batch_file_holds_all_pictures(tmp_path: Path) -> None:
+def test_the_batch_file_holds_all_images(tmp_path: Path) -> None:
     run = drawn(tmp_path / "run")
     path = run.write_batch_file(progress=False)
     with np.load(path) as file:
         assert file["arr_0"].shape == (21, 8, 8, 3)
         for index in range(21):
-            with Image.open(run.picture_path(index)) as picture:
-                assert np.array_equal(file["arr_0"][index], np.asarray(picture))
+            with Image.open(run.image_path(index)) as image:
+                assert np.array_equal(file["arr_0"][index], np.asarray(image))
         assert file["arr_1"].tolist() == run.prompts
-    run.picture_path(20).unlink()
+    run.image_path(20).unlink()
     with pytest.raises(InputError, match=r"000020\.png is missing"):
         run.write_batch_file()
 
@@ -471,7 +471,7 @@ def test_scripts_refuse_in_one_sentence(tmp_path: Path, script: Script) -> None:
     told = script("fid.py", "--preset", "llamagen-xl-384", "--out", tmp_path / "run", code=2)
     assert told.startswith("fid.py: llamagen-xl-384 is measured against ADM's reference; fetch https")
     assert not (tmp_path / "run").exists()
-    assert script("fid.py", code=2).startswith("fid.py: name either pictures or a --preset")
+    assert script("fid.py", code=2).startswith("fid.py: name either images or a --preset")
     assert script("sample.py", "--out", tmp_path, "--model", "mini-vra", code=2).startswith("sample.py: ")
 
 
@@ -485,6 +485,6 @@ def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch, script: Script
 
 def test_read_prompts_of_a_damaged_file(tmp_path: Path) -> None:
     assert read_prompts(tmp_path) is None
-    (tmp_path / picture_run.PROMPTS).write_text("[")
+    (tmp_path / image_run.PROMPTS).write_text("[")
     with pytest.raises(InputError, match="holds no prompts"):
         read_prompts(tmp_path)

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from torch import nn
 
 from varaccel import CheckpointError, InputError
-from varaccel.evaluation.bench.run import true_pictures
+from varaccel.evaluation.bench.run import true_images
 from varaccel.evaluation.metrics import set_metrics as measuring
 from varaccel.evaluation.metrics.adherence import held_out_prompts, score_adherence
 from varaccel.evaluation.metrics.feature_spaces import (
@@ -30,8 +30,8 @@ from varaccel.evaluation.metrics.feature_spaces import (
     register_scene_features,
 )
 from varaccel.evaluation.metrics.frechet import FeatureStatistics, frechet_distance, scene_features
-from varaccel.evaluation.metrics.image_features import PictureFeatures, extract_features
-from varaccel.evaluation.metrics.image_sets import PictureFolder, open_pictures
+from varaccel.evaluation.metrics.image_features import ImageFeatures, extract_features
+from varaccel.evaluation.metrics.image_sets import ImageFolder, open_images
 from varaccel.evaluation.metrics.measured_sets import measure_sets
 from varaccel.evaluation.metrics.metrics_report import MetricsReport
 from varaccel.evaluation.metrics.set_metrics import (
@@ -50,23 +50,23 @@ SIZE = 128
 COUNT = 64
 
 
-def save(folder: Path, pictures: list[Image.Image]) -> Path:
+def save(folder: Path, images: list[Image.Image]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for index, picture in enumerate(pictures):
-        picture.save(folder / f"{index:04}.png")
+    for index, image in enumerate(images):
+        image.save(folder / f"{index:04}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Image.Image]:
-    return true_pictures(list(held_out_prompts(3 * COUNT)), SIZE)
+    return true_images(list(held_out_prompts(3 * COUNT)), SIZE)
 
 
 @pytest.fixture(scope="module")
 def folders(scenes: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Blurred scenes, and as many other true ones."""
-    root = tmp_path_factory.mktemp("pictures")
-    blurred = [picture.filter(ImageFilter.GaussianBlur(2)) for picture in scenes[:COUNT]]
+    root = tmp_path_factory.mktemp("images")
+    blurred = [image.filter(ImageFilter.GaussianBlur(2)) for image in scenes[:COUNT]]
     return save(root / "blurred", blurred), save(root / "true", scenes[COUNT : 2 * COUNT])
 
 
@@ -75,11 +75,11 @@ def space() -> FeatureSpace:
     return load_space("scenes")
 
 
-def features_of(pictures: list[Image.Image], space: FeatureSpace, folder: Path) -> PictureFeatures:
-    return extract_features(PictureFolder(save(folder, pictures)), space, progress=False)
+def features_of(images: list[Image.Image], space: FeatureSpace, folder: Path) -> ImageFeatures:
+    return extract_features(ImageFolder(save(folder, images)), space, progress=False)
 
 
-def reference_of(features: PictureFeatures, space: FeatureSpace) -> Reference:
+def reference_of(features: ImageFeatures, space: FeatureSpace) -> Reference:
     return Reference("reference", statistics_of(features, space.pooled), None, features)
 
 
@@ -100,7 +100,7 @@ def test_figures_are_those_of_torch_fidelity(folders: tuple[Path, Path], space: 
         **{"cuda": False, "verbose": False, "save_cpu_ram": True, "cache": False},
         kid_subset_size=COUNT // 2,
     )
-    own, other = (extract_features(PictureFolder(f), space, progress=False) for f in folders)
+    own, other = (extract_features(ImageFolder(f), space, progress=False) for f in folders)
     ours = measure(own, space, ["fid", "is", "kid", "pr"], reference_of(other, space))
     for metric, key in (
         ("fid", torch_fidelity.KEY_METRIC_FID),
@@ -114,41 +114,41 @@ def test_figures_are_those_of_torch_fidelity(folders: tuple[Path, Path], space: 
 
 
 def test_the_space_is_that_of_the_detector(folders: tuple[Path, Path], space: FeatureSpace) -> None:
-    pictures = [Image.open(path) for path in PictureFolder(folders[0]).files]
-    own = extract_features(PictureFolder(folders[0]), space, progress=False)
-    expected = scene_features(load_detector(), pictures)
+    images = [Image.open(path) for path in ImageFolder(folders[0]).files]
+    own = extract_features(ImageFolder(folders[0]), space, progress=False)
+    expected = scene_features(load_detector(), images)
     torch.testing.assert_close(own.layers["pooled"], expected, rtol=1e-5, atol=1e-6)
     assert own.layers["logits"].exp().sum(1).allclose(torch.ones(COUNT), atol=1e-4)
 
 
 def test_our_distance_is_torch_fidelitys(folders: tuple[Path, Path], space: FeatureSpace) -> None:
-    own, other = (extract_features(PictureFolder(f), space, progress=False) for f in folders)
+    own, other = (extract_features(ImageFolder(f), space, progress=False) for f in folders)
     theirs = value(measure(own, space, ["fid"], reference_of(other, space), resamples=0), "fid")
     ours = frechet_distance(*(statistics_of(one, space.pooled) for one in (own, other)))
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_statistics_in_a_file_are_as_good_as_the_pictures(
+def test_statistics_in_a_file_are_as_good_as_the_images(
     folders: tuple[Path, Path], space: FeatureSpace, tmp_path: Path
 ) -> None:
     report, statistics = measure_sets([folders[1]], space, progress=False)
     statistics.save(tmp_path / "statistics.npz")
     np.savez(
-        tmp_path / "pictures.npz",
-        arr_0=np.stack([np.asarray(Image.open(path)) for path in PictureFolder(folders[1]).files]),
+        tmp_path / "images.npz",
+        arr_0=np.stack([np.asarray(Image.open(path)) for path in ImageFolder(folders[1]).files]),
     )
     values = []
-    for reference in (folders[1], tmp_path / "statistics.npz", tmp_path / "pictures.npz"):
+    for reference in (folders[1], tmp_path / "statistics.npz", tmp_path / "images.npz"):
         report, _ = measure_sets([folders[0]], space, reference=reference, resamples=0, progress=False)
         figure = report.sets[0].figure("fid")
         assert figure is not None
         values.append(figure.value)
     assert values[1] == pytest.approx(values[0], rel=1e-12)
     assert values[2] == values[0]
-    # a file of statistics tells how it was made, and cannot compare single pictures
+    # a file of statistics tells how it was made, and cannot compare single images
     made = load_reference(tmp_path / "statistics.npz", space).describe()
     assert made["made"]["size"] == [SIZE, SIZE]
-    assert made["pictures"] == COUNT
+    assert made["images"] == COUNT
     with pytest.raises(InputError, match="statistics only"):
         measure_sets(
             [folders[0]], space, reference=tmp_path / "statistics.npz", metrics=["kid"], progress=False
@@ -156,7 +156,7 @@ def test_statistics_in_a_file_are_as_good_as_the_pictures(
 
 
 def test_a_fingerprint_changes_with_anything(folders: tuple[Path, Path], space: FeatureSpace) -> None:
-    statistics = statistics_of(extract_features(PictureFolder(folders[0]), space, progress=False), "pooled")
+    statistics = statistics_of(extract_features(ImageFolder(folders[0]), space, progress=False), "pooled")
     assert statistics.fingerprint == statistics.noting(**statistics.made).fingerprint
     assert statistics.fingerprint != statistics.noting(**{**statistics.made, "size": [1, 1]}).fingerprint
     moved = FeatureStatistics(
@@ -169,7 +169,7 @@ def test_a_fingerprint_changes_with_anything(folders: tuple[Path, Path], space: 
 
 
 def test_a_set_is_at_no_distance_from_itself(folders: tuple[Path, Path], space: FeatureSpace) -> None:
-    own = extract_features(PictureFolder(folders[0]), space, progress=False)
+    own = extract_features(ImageFolder(folders[0]), space, progress=False)
     figures = measure(own, space, ["fid", "kid", "pr"], reference_of(own, space))
     assert abs(value(figures, "fid")) < 1e-4
     assert value(figures, "precision") == value(figures, "recall") == 1
@@ -178,12 +178,12 @@ def test_a_set_is_at_no_distance_from_itself(folders: tuple[Path, Path], space: 
 def test_distances_grow_with_blur_and_noise(
     scenes: list[Image.Image], space: FeatureSpace, tmp_path: Path
 ) -> None:
-    """Scenes are smooth: what is weaker than the weakest here changes less than the draw of the pictures does."""
+    """Scenes are smooth: what is weaker than the weakest here changes less than the draw of the images does."""
     reference = reference_of(features_of(scenes[COUNT:], space, tmp_path / "reference"), space)
     rng = np.random.default_rng(0)
 
-    def noisy(picture: Image.Image, level: float) -> Image.Image:
-        pixels = np.asarray(picture) + rng.normal(0, level, (SIZE, SIZE, 3))
+    def noisy(image: Image.Image, level: float) -> Image.Image:
+        pixels = np.asarray(image) + rng.normal(0, level, (SIZE, SIZE, 3))
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
     blurs = [[p.filter(ImageFilter.GaussianBlur(r)) for p in scenes[:COUNT]] for r in (0, 3, 5, 8)]
@@ -202,7 +202,7 @@ def test_distances_grow_with_blur_and_noise(
         for metric in ("fid", "kid"):
             values = [value(figures, metric) for figures in found]
             assert values == sorted(values), (name, metric, values)
-            # the distance of true pictures is all bias, KID has none
+            # the distance of true images is all bias, KID has none
             least = 2 * values[0] if metric == "fid" else 3 * abs(values[0])
             assert values[-1] > least, (name, metric, values)
 
@@ -222,7 +222,7 @@ def test_adherence_falls_with_wrong_captions(scenes: list[Image.Image]) -> None:
 def test_bounds_of_the_inception_score(space: FeatureSpace) -> None:
     def score(logits: torch.Tensor) -> float:
         layers = {"logits": logits, "pooled": torch.zeros(len(logits), 4)}
-        features = PictureFeatures(layers, space.label, "made", "", (1, 1))
+        features = ImageFeatures(layers, space.label, "made", "", (1, 1))
         return value(measure(features, space, ["is"]), "is")
 
     classes = 10
@@ -269,13 +269,13 @@ def test_noise_says_what_a_difference_is_worth(
     assert json.loads(json.dumps(report.to_dict(), default=str))["sets"][2]["figures"][0]["against_first"]
 
 
-def test_spread_is_the_spread_of_other_pictures(space: FeatureSpace, tmp_path: Path) -> None:
+def test_spread_is_the_spread_of_other_images(space: FeatureSpace, tmp_path: Path) -> None:
     """The standard errors of the Inception Score and of precision are about what other samples show."""
     generator = torch.Generator().manual_seed(0)
     scores, errors = [], []
     for _ in range(40):
         layers = {"logits": 3 * torch.randn(500, 8, generator=generator), "pooled": torch.zeros(500, 2)}
-        figure = measure(PictureFeatures(layers, space.label, "made", "", (1, 1)), space, ["is"])[0]
+        figure = measure(ImageFeatures(layers, space.label, "made", "", (1, 1)), space, ["is"])[0]
         assert figure.error is not None
         scores.append(figure.value)
         errors.append(figure.error)
@@ -295,7 +295,7 @@ def test_difference_knows_what_is_better() -> None:
 
 
 class Counted(nn.Module):
-    """Counts the pictures that a space is shown."""
+    """Counts the images that a space is shown."""
 
     def __init__(self, space: FeatureSpace, stop_after: int = 10**9) -> None:
         super().__init__()
@@ -325,62 +325,62 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_features_are_kept_and_an_interrupted_call_goes_on(
     folders: tuple[Path, Path], space: FeatureSpace, tmp_path: Path
 ) -> None:
-    pictures = PictureFolder(folders[0])
+    images = ImageFolder(folders[0])
     options: dict[str, Any] = {"cache": tmp_path / "cache", "batch_size": 8, "progress": False}
-    whole = extract_features(pictures, space, batch_size=8, progress=False)
+    whole = extract_features(images, space, batch_size=8, progress=False)
     stopped, _ = counted(space, stop_after=24)
     with pytest.raises(KeyboardInterrupt):
-        extract_features(pictures, stopped, **options)
+        extract_features(images, stopped, **options)
     again, counting = counted(space)
-    resumed = extract_features(pictures, again, **options)
+    resumed = extract_features(images, again, **options)
     assert counting.seen == COUNT - 16
     kept, counting = counted(space)
-    third = extract_features(pictures, kept, **options)
+    third = extract_features(images, kept, **options)
     assert counting.seen == 0
     for layer in space.layers:
         assert torch.equal(resumed.layers[layer], whole.layers[layer])
         assert torch.equal(third.layers[layer], whole.layers[layer])
     assert resumed.digest == whole.digest
-    # a damaged file is taken again, another picture is another chunk
+    # a damaged file is taken again, another image is another chunk
     next((tmp_path / "cache").iterdir()).write_bytes(b"no features")
     repaired, counting = counted(space)
-    extract_features(pictures, repaired, **options)
+    extract_features(images, repaired, **options)
     assert counting.seen == 16
 
 
 # -- bad input -----------------------------------------------------------------------------------------
 
 
-def test_pictures_of_mixed_sizes_are_named(
+def test_images_of_mixed_sizes_are_named(
     scenes: list[Image.Image], space: FeatureSpace, tmp_path: Path
 ) -> None:
     folder = save(tmp_path, [scenes[0], scenes[1], scenes[2].resize((64, 96))])
     with pytest.raises(InputError, match=r"0000\.png is 128 × 128, but .*0002\.png is 64 × 96"):
-        extract_features(PictureFolder(folder), space, progress=False)
-    cropped = extract_features(PictureFolder(folder, size=64), space, progress=False)
+        extract_features(ImageFolder(folder), space, progress=False)
+    cropped = extract_features(ImageFolder(folder, size=64), space, progress=False)
     assert cropped.size == (64, 64)
 
 
-def test_a_corrupt_picture_stops_or_is_skipped(
+def test_a_corrupt_image_stops_or_is_skipped(
     scenes: list[Image.Image], space: FeatureSpace, tmp_path: Path
 ) -> None:
     folder = save(tmp_path, scenes[:12])
     (folder / "0003.png").write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match=r"0003\.png cannot be read"):
-        extract_features(PictureFolder(folder), space, progress=False)
-    features = extract_features(PictureFolder(folder), space, on_corrupt="skip", progress=False)
+        extract_features(ImageFolder(folder), space, progress=False)
+    features = extract_features(ImageFolder(folder), space, on_corrupt="skip", progress=False)
     assert len(features) == 11
     assert [Path(name).name for name in features.skipped] == ["0003.png"]
     notes = measuring.cautions(features, space, [], None)
     assert any("0003.png" in note for note in notes)
     for path in folder.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(InputError, match="none of the 12 pictures"):
-        extract_features(PictureFolder(folder), space, on_corrupt="skip", progress=False)
+    with pytest.raises(InputError, match="none of the 12 images"):
+        extract_features(ImageFolder(folder), space, on_corrupt="skip", progress=False)
 
 
 def test_what_cannot_be_measured(folders: tuple[Path, Path], space: FeatureSpace, tmp_path: Path) -> None:
-    own = extract_features(PictureFolder(folders[0]), space, progress=False)
+    own = extract_features(ImageFolder(folders[0]), space, progress=False)
     reference = reference_of(own, space)
     with pytest.raises(InputError, match="did you mean 'fid'"):
         measure(own, space, ["fidd"], reference)
@@ -396,9 +396,7 @@ def test_what_cannot_be_measured(folders: tuple[Path, Path], space: FeatureSpace
         load_reference("scenes:all", space)
     with pytest.raises(InputError, match="there is no file"):
         load_reference(tmp_path / "none.npz", space)
-    few = PictureFeatures(
-        {name: rows[:3] for name, rows in own.layers.items()}, own.space, "few", "", own.size
-    )
+    few = ImageFeatures({name: rows[:3] for name, rows in own.layers.items()}, own.space, "few", "", own.size)
     for metric, words in (("is", "10 splits"), ("kid", "at least four"), ("pr", "more than 4")):
         with pytest.raises(InputError, match=words):
             measure(few, space, [metric], reference_of(few, space))
@@ -453,12 +451,12 @@ def test_inception_gives_torch_fidelitys_numbers(
         **{"cuda": False, "verbose": False, "save_cpu_ram": True, "cache": False},
     )
     space = load_space("inception", weights=random_inception, spatial=True)
-    own, other = (extract_features(PictureFolder(f), space, progress=False) for f in folders)
-    # the reference as ADM's file: statistics and pictures
+    own, other = (extract_features(ImageFolder(f), space, progress=False) for f in folders)
+    # the reference as ADM's file: statistics and images
     statistics, spatial = statistics_of(other, space.pooled), statistics_of(other, "spatial")
     np.savez(
         tmp_path / "adm.npz",
-        arr_0=np.stack([np.asarray(Image.open(path)) for path in PictureFolder(folders[1]).files]),
+        arr_0=np.stack([np.asarray(Image.open(path)) for path in ImageFolder(folders[1]).files]),
         **{"mu": statistics.mean.numpy(), "sigma": statistics.covariance.numpy()},
         **{"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()},
     )
@@ -481,7 +479,7 @@ def test_inception_gives_torch_fidelitys_numbers(
     with torch.no_grad():
         kept: list[torch.Tensor] = []
         handle = space.extractor.Mixed_6d.register_forward_hook(lambda *call: kept.append(call[2]))
-        space.extractor(torch.stack([PictureFolder(folders[0])[i] for i in range(2)]))
+        space.extractor(torch.stack([ImageFolder(folders[0])[i] for i in range(2)]))
         handle.remove()
     assert own.layers["spatial"].shape == (12, 2023)
     expected = kept[0][:, :7].permute(0, 2, 3, 1).flatten(1)
@@ -569,6 +567,6 @@ def test_the_published_figure_stands_beside_ours() -> None:
     ]
 
 
-def test_open_pictures_refuses_unknown_names(tmp_path: Path) -> None:
+def test_open_images_refuses_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no folder"):
-        open_pictures("cifar11-train")
+        open_images("cifar11-train")

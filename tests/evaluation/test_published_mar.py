@@ -1,4 +1,4 @@
-"""The published MAR loop, said again: the same pictures as ours, so that only the time differs."""
+"""The published MAR loop, said again: the same images as ours, so that only the time differs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import mar_transformer
-from varaccel.engine.randomness import picture_generators
+from varaccel.engine.randomness import image_generators
 from varaccel.evaluation.published.mar import Shares, our_shares, published_loop
 from varaccel.hosts.masked.denoising import HeadSampling
 from varaccel.hosts.masked.guidance import MaskedGuidance
@@ -15,9 +15,9 @@ from varaccel.hosts.masked.noise import TokenNoise
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 @pytest.mark.parametrize("condition_type", ["class", "caption"])
-def test_draws_the_same_pictures(condition_type: str, schedule: str) -> None:
+def test_draws_the_same_images(condition_type: str, schedule: str) -> None:
     model = mar_transformer(condition_type)
-    noise = TokenNoise.draw(picture_generators(2, 5), model.num_tokens, model.channels, torch.device("cpu"))
+    noise = TokenNoise.draw(image_generators(2, 5), model.num_tokens, model.channels, torch.device("cpu"))
     mask = None
     condition = torch.tensor([1, 3])
     if condition_type == "caption":

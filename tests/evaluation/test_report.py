@@ -50,13 +50,13 @@ _VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """A page as its tags, words and pictures; fails where tags are not closed in order."""
+    """A page as its tags, words and images; fails where tags are not closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.pictures: list[tuple[str, Image.Image]] = []
+        self.images: list[tuple[str, Image.Image]] = []
         self.rows: list[list[str]] = []
         self.pieces: list[str] = []
         self.style = ""
@@ -77,7 +77,7 @@ class Page(HTMLParser):
             with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
                 image.load()
                 assert [found["width"], found["height"]] == [str(side) for side in image.size]
-                self.pictures.append((found["alt"] or "", image))
+                self.images.append((found["alt"] or "", image))
         if tag not in _VOID:
             self.open.append(tag)
 
@@ -150,7 +150,7 @@ def row(accelerator: Accelerator, speedups: dict[int, float], own: Quality | Non
 
 SETTINGS = Settings(
     *("tiny", "3a3a3a3a", "float32", "a slow processor, 1 thread", 7, 3, "50505050", 40, "c0c0c0c0"),
-    *("scenes-detector/1d of 6 true pictures (7e7e7e7e)", {"top_k": 5}),
+    *("scenes-detector/1d of 6 true images (7e7e7e7e)", {"top_k": 5}),
 )
 
 
@@ -170,8 +170,8 @@ def report() -> BenchReport:
 
 
 def section(report: BenchReport, title: str = "tiny", **changes: Any) -> Section:
-    pictures = {"plot": png("green"), "samples": png("blue"), "maps": png("white")}
-    return Section(title, report, "2031-02-03", **{**pictures, **changes})
+    images = {"plot": png("green"), "samples": png("blue"), "maps": png("white")}
+    return Section(title, report, "2031-02-03", **{**images, **changes})
 
 
 # -- the page ------------------------------------------------------------------------------------------
@@ -181,11 +181,11 @@ def test_the_page_stands_alone(report: BenchReport) -> None:
     other = replace(report, settings=replace(SETTINGS, model="other"))
     page = Page(report_page([section(report), section(other, "other", maps=None)]))
     assert_stands_alone(page)
-    assert [image.getpixel((0, 0)) for _, image in page.pictures] == [
+    assert [image.getpixel((0, 0)) for _, image in page.images] == [
         *[(0, 128, 0), (0, 0, 255), (255, 255, 255)],
         *[(0, 128, 0), (0, 0, 255)],
     ]
-    assert all(len(alt) > 20 for alt, _ in page.pictures)
+    assert all(len(alt) > 20 for alt, _ in page.images)
     assert len({found["id"] for _, found in page.tags if "id" in found}) == 2
     assert [tag for tag, _ in page.tags].count("h1") == 1
 
@@ -215,8 +215,8 @@ def test_every_figure_is_on_the_page(report: BenchReport) -> None:
             "top_k=5",
             "seeds 7 to 46",
         ),
-        *("prompts 50505050", "captions c0c0c0c0", "scenes-detector/1d of 6 true pictures (7e7e7e7e)"),
-        *("within noise", "worse", "further", "true pictures", "50 %"),
+        *("prompts 50505050", "captions c0c0c0c0", "scenes-detector/1d of 6 true images (7e7e7e7e)"),
+        *("within noise", "worse", "further", "true images", "50 %"),
     ):
         assert told in page.words
     badges = [found["class"] for tag, found in page.tags if (found.get("class") or "").startswith("badge ")]
@@ -251,24 +251,24 @@ def test_hostile_names_are_words(report: BenchReport) -> None:
     )
     page = Page(report_page([replace(section(hostile, evil), measured=evil)], evil))
     assert_stands_alone(page)
-    assert len(page.pictures) == 3
+    assert len(page.images) == 3
     assert page.words.count(evil) > 10
-    assert all(evil in alt for alt, _ in page.pictures)
+    assert all(evil in alt for alt, _ in page.images)
 
 
 @pytest.mark.parametrize("reference", [None, "scenes"])
 def test_a_page_of_speed_alone(report: BenchReport, reference: str | None) -> None:
     bare = replace(
         report,
-        settings=replace(SETTINGS, pictures=0, reference=reference),
+        settings=replace(SETTINGS, images=0, reference=reference),
         rows=tuple(replace(one, quality=None) for one in report.rows),
         truth=None,
     )
     page = Page(report_page([section(bare, plot=None, maps=None)]))
     assert_stands_alone(page)
-    assert "No pictures were judged" in page.words
+    assert "No images were judged" in page.words
     assert "Pareto front" not in [cell for line in page.rows for cell in line]
-    assert len(page.pictures) == 1
+    assert len(page.images) == 1
 
 
 def test_no_distances(report: BenchReport) -> None:
@@ -335,7 +335,7 @@ def test_plain_decoding_is_not_faster_than_itself(report: BenchReport) -> None:
 
 
 def part(sheet: Image.Image, side: int, column: int, line: int, below: int = 0) -> Image.Image:
-    """A picture of a sheet, counted from its last column and line."""
+    """An image of a sheet, counted from its last column and line."""
     left, top = sheet.width - (column + 1) * (side + 6), sheet.height - below - (line + 1) * (side + 6)
     return sheet.crop((left, top, left + side, top + side))
 
@@ -462,7 +462,7 @@ def test_script(
         monkeypatch.setattr(kind, "__call__", counted)
     out = tmp_path / "new" / "report"
     arguments = (
-        *("--model", models[0], "--model", models[1], "--out", out, "--pictures", 4, "--scenes", 6),
+        *("--model", models[0], "--model", models[1], "--out", out, "--images", 4, "--scenes", 6),
         *("--batch", 1, "--repeats", 1, "-a", "zipar:window=1", "-a", "code:draft_scales=2"),
     )
     pareto(*arguments)
@@ -473,17 +473,17 @@ def test_script(
     assert sorted(path.name for path in out.iterdir()) == names
     page = Page((out / "index.html").read_text())
     assert_stands_alone(page)
-    assert len(page.pictures) == 5
+    assert len(page.images) == 5
     for model, accelerator in zip(models, ("zipar", "code"), strict=True):
         report = BenchReport.from_dict(json.loads((out / f"{model.name}.json").read_text()))
         assert [one.accelerator for one in report.rows] == ["plain", accelerator]
         assert report.settings.model == str(model)
-        assert "6 true pictures" in (report.settings.reference or "")
+        assert "6 true images" in (report.settings.reference or "")
         assert (out / f"{model.name}.md").read_text() == report.markdown()
         for call, *cells in report.speed_cells(1):
             assert any(line[1 : len(cells) + 1] == cells for line in page.line(call.replace("\n", " ")))
     references = {json.loads(path.read_text())["settings"]["reference"] for path in out.glob("*.json")}
-    assert len(references) == 1, "the same true pictures for all models"
+    assert len(references) == 1, "the same true images for all models"
     assert set(calls) == {"plain", "zipar", "code"}
 
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -502,7 +502,7 @@ def test_script(
     ("arguments", "words"),
     [
         (["-a", "zippar"], "did you mean 'zipar'"),
-        (["--pictures", "0"], "--pictures must be at least 1"),
+        (["--images", "0"], "--images must be at least 1"),
         (["--drawn-together", "0"], "--drawn-together must be at least 1"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--model", "elsewhere/not there"], "same name"),
@@ -536,6 +536,6 @@ def test_nothing_fits_a_model(pareto: Callable[..., None], models: tuple[Path, P
     assert list(tmp_path.iterdir()) == [], "before the first model is measured"
 
 
-def test_true_pictures_are_others_than_those_judged() -> None:
-    with pytest.raises(InputError, match="reference_start must be at least the 4 pictures, got 3"):
-        bench_held_out(pipeline("t2i"), [], model="tiny", pictures=4, scenes=6, reference_start=3)
+def test_true_images_are_others_than_those_judged() -> None:
+    with pytest.raises(InputError, match="reference_start must be at least the 4 images, got 3"):
+        bench_held_out(pipeline("t2i"), [], model="tiny", images=4, scenes=6, reference_start=3)

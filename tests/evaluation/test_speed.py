@@ -155,7 +155,7 @@ def linear_weights(network: nn.Module) -> int:
 
 
 def llamagen_operations(network: Any, rows: int) -> int:
-    """Of a picture of a class-conditional model: one token a pass, and position i looks at i + 1 slots."""
+    """Of an image of a class-conditional model: one token a pass, and position i looks at i + 1 slots."""
     attention = sum(
         4 * network.config.dim * slots * network.config.num_layers for slots in range(1, TOKENS + 1)
     )

@@ -39,9 +39,9 @@ CLEAN = Degradation(
 )
 
 
-def _blank(grid: int = 8, pictures: int = 1) -> DetectorOutput:
+def _blank(grid: int = 8, images: int = 1) -> DetectorOutput:
     def plane(channels: int) -> torch.Tensor:
-        return torch.zeros(pictures, channels, grid, grid)
+        return torch.zeros(images, channels, grid, grid)
 
     return DetectorOutput(
         heat=plane(1) - 9,
@@ -51,8 +51,8 @@ def _blank(grid: int = 8, pictures: int = 1) -> DetectorOutput:
         color=plane(len(COLORS)),
         material=plane(len(MATERIALS)),
         size=plane(len(SIZES)),
-        floor=torch.zeros(pictures, len(FLOORS)),
-        time_of_day=torch.zeros(pictures, len(TIMES)),
+        floor=torch.zeros(images, len(FLOORS)),
+        time_of_day=torch.zeros(images, len(TIMES)),
     )
 
 
@@ -160,7 +160,7 @@ def test_degradation_is_reproducible_and_keeps_colours(cache: CachedScenes) -> N
     torch.testing.assert_close(degrade(pixels, np.random.default_rng(5), CLEAN), clean)
 
 
-def test_training_learns_a_handful_of_pictures_and_resumes(cache: CachedScenes, tmp_path: Path) -> None:
+def test_training_learns_a_handful_of_images_and_resumes(cache: CachedScenes, tmp_path: Path) -> None:
     recipe = DetectorRecipe(batch_size=12, warmup_steps=5, ema_decay=0.9, degradation=CLEAN)
     samples = [make_sample(index, 64) for index in range(24)]
     untrained = validate_detector(new_detector(**TINY).eval(), samples)
@@ -182,7 +182,7 @@ def test_training_learns_a_handful_of_pictures_and_resumes(cache: CachedScenes, 
         train_detector(new_detector(**TINY), cache, tmp_path, budget=Budget(steps=160), recipe=changed)
 
 
-def test_training_refuses_pictures_of_another_size(cache: CachedScenes, tmp_path: Path) -> None:
+def test_training_refuses_images_of_another_size(cache: CachedScenes, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="64 pixels"):
         train_detector(new_detector(), cache, tmp_path, budget=Budget(steps=1))
 
@@ -209,7 +209,7 @@ def test_saved_detector_answers_alike(cache: CachedScenes, tmp_path: Path) -> No
         load_detector(tmp_path / "nowhere")
 
 
-def test_features_are_per_picture(cache: CachedScenes) -> None:
+def test_features_are_per_image(cache: CachedScenes) -> None:
     model = new_detector(**TINY).eval()
     images = torch.stack([cache[index]["image"] for index in range(5)])
     features = model.features(images)
@@ -220,13 +220,13 @@ def test_features_are_per_picture(cache: CachedScenes) -> None:
     assert float(features.std(0).max()) > 0
 
 
-def test_pictures_and_tensors_are_seen_alike(cache: CachedScenes) -> None:
-    pictures = [Image.fromarray(cache.pixels(index)) for index in range(3)]
+def test_images_and_tensors_are_seen_alike(cache: CachedScenes) -> None:
+    decoded = [Image.fromarray(cache.pixels(index)) for index in range(3)]
     images = torch.stack([cache[index]["image"] for index in range(3)])
-    torch.testing.assert_close(as_batch(pictures, 64), images)
+    torch.testing.assert_close(as_batch(decoded, 64), images)
     enlarged = F.interpolate(images, scale_factor=2, mode="nearest")
     torch.testing.assert_close(as_batch(enlarged, 64), images, atol=0.35, rtol=0)
-    large = [picture.resize((128, 128), Image.Resampling.NEAREST) for picture in pictures]
+    large = [image.resize((128, 128), Image.Resampling.NEAREST) for image in decoded]
     torch.testing.assert_close(as_batch(large, 64), as_batch(enlarged, 64), atol=0.02, rtol=0)
 
 
@@ -242,7 +242,7 @@ def test_bad_input_is_refused() -> None:
     ):
         with pytest.raises(InputError):
             model.detect(images)
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="no images"):
         model.detect([])
     with pytest.raises(InputError, match="resize"):
         model(torch.zeros(1, 3, 32, 32))

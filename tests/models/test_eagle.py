@@ -111,7 +111,7 @@ def test_cached_pass_and_tree_queries(index: int) -> None:
     ("index", "run"),
     [(i, r) for i in (0, 1) for r, options in enumerate(case(i)["runs"]) if options["processor"]],
 )
-def test_guided_law_of_the_first_guess(index: int, run: int) -> None:
+def test_guided_distribution_of_the_first_guess(index: int, run: int) -> None:
     """Rows conditional and unconditional, combined and processed as recorded, over two calls in a row."""
     data, head, options = golden(index), recorded(index), case(index)["runs"][run]
     features = torch.cat([data[f"run{run}.call{c}.hidden_in"] for c in (0, 1)], dim=1)
@@ -124,11 +124,13 @@ def test_guided_law_of_the_first_guess(index: int, run: int) -> None:
             raw = Guidance(options["cfg"]).combine(conditional, unconditional)
         else:
             raw = conditional
-        law = raw / options["processor"]["temperature"]
+        distribution = raw / options["processor"]["temperature"]
         if k := options["processor"]["top_k"]:
-            law = law.masked_fill(law < law.topk(k).values[-1], -torch.inf)
+            distribution = distribution.masked_fill(
+                distribution < distribution.topk(k).values[-1], -torch.inf
+            )
         torch.testing.assert_close(
-            law.softmax(-1), data[f"run{run}.call{call}.logp0"].exp(), atol=1e-5, rtol=0
+            distribution.softmax(-1), data[f"run{run}.call{call}.logp0"].exp(), atol=1e-5, rtol=0
         )
 
 

@@ -12,7 +12,7 @@ from varaccel.accelerators.plain import Plain
 from varaccel.accelerators.zipar import ZipAR
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.job import Job
-from varaccel.engine.randomness import Randomness, picture_generators
+from varaccel.engine.randomness import Randomness, image_generators
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.hosts.causal.schedule import Raster, StaggeredRows
@@ -39,7 +39,7 @@ def greedy(
             **options,
         )
 
-    randomness = Randomness.draw(picture_generators(canvas.batch, seed=0), canvas.num_positions)
+    randomness = Randomness.draw(image_generators(canvas.batch, seed=0), canvas.num_positions)
     passes = accelerator.run(
         Job(
             open_session,

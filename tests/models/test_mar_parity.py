@@ -18,11 +18,11 @@ from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import decode
 from varaccel.errors import CheckpointError, InputError
 from varaccel.hosts.masked.denoising import HeadSampling, Process, denoising_step, step_table
-from varaccel.hosts.masked.distribution import DiffusionLaw
+from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.hosts.masked.guidance import MaskedGuidance
 from varaccel.hosts.masked.noise import TokenNoise
 from varaccel.hosts.masked.schedule import CosineGroups, MaskedFeed
-from varaccel.hosts.masked.session import MaskedSession, StaleSession
+from varaccel.hosts.masked.session import FeatureCacheSession, MaskedSession
 from varaccel.models.diffusion_head import time_frequencies
 from varaccel.models.mar import PRESETS, MARTransformer, rows_of
 from varaccel.nn.attention_inputs import Reading
@@ -266,14 +266,14 @@ class Watched(MaskedSession):
         super().__init__(*args, **options)
         self.told: list[tuple[MaskedFeed, Tensor, Tensor | None]] = []
 
-    def law(self, conditions: Tensor, feed: MaskedFeed) -> DiffusionLaw:
-        law = super().law(conditions, feed)
-        self.told.append((feed, conditions, law.scale))
-        return law
+    def distribution(self, conditions: Tensor, feed: MaskedFeed) -> DiffusionDistribution:
+        distribution = super().distribution(conditions, feed)
+        self.told.append((feed, conditions, distribution.scale))
+        return distribution
 
 
 def in_raster_order(conditions: Tensor, positions: Tensor) -> Tensor:
-    """Conditions [R, P, D] of positions [B, P] as rows of (half, picture, place) by place."""
+    """Conditions [R, P, D] of positions [B, P] as rows of (half, image, place) by place."""
     index = positions.argsort(1).repeat(len(conditions) // len(positions), 1)
     return rows_of(conditions, index).flatten(0, 1)
 
@@ -310,7 +310,7 @@ def test_generation(name: str) -> None:
 def test_generation_with_caches_that_are_always_fresh(name: str, keep_unconditional: bool) -> None:
     options, golden = GENERATIONS[name], tensors(f"generate_{name}")
     run = Recorded(options, golden)
-    session = StaleSession(
+    session = FeatureCacheSession(
         network(), run.labels, refresh=1, keep_unconditional=keep_unconditional, **run.session_options
     )
     canvas = run.canvas()
@@ -336,7 +336,7 @@ class RecordedProposals:
 class CheckedRule:
     """The reference rule on recorded numbers; checks what it is given and what it decides.
 
-    Recorded rows are in raster order of (picture, place), ours in the order in which groups were drafted.
+    Recorded rows are in raster order of (image, place), ours in the order in which groups were drafted.
     """
 
     def __init__(self, golden: dict[str, Tensor], inner_temperature: float) -> None:
@@ -346,9 +346,9 @@ class CheckedRule:
 
     def ours(self, rows: Tensor) -> Tensor:
         batch, count = self.positions.shape
-        by_picture = rows.unflatten(0, (batch, count))
+        by_image = rows.unflatten(0, (batch, count))
         rank = self.positions.argsort(1).argsort(1)
-        return torch.stack([part[index] for part, index in zip(by_picture, rank, strict=True)]).flatten(0, 1)
+        return torch.stack([part[index] for part, index in zip(by_image, rank, strict=True)]).flatten(0, 1)
 
     def judge(
         self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
@@ -363,9 +363,9 @@ class CheckedRule:
         decided = torch.zeros(len(by_place), TOKENS, dtype=torch.bool).scatter(1, by_place, True)
         assert torch.equal(decided, recorded["pred_mask"])
         close(aligned.value, self.ours(recorded["x"]), 1e-3)
-        for law, who in ((aligned.draft, "q"), (aligned.target, "p")):
-            close(law.mean, self.ours(recorded[f"{who}_mean"]), 1e-3)
-            close(law.log_std.exp(), self.ours(recorded[f"{who}_std"]), 1e-3)
+        for distribution, who in ((aligned.draft, "q"), (aligned.target, "p")):
+            close(distribution.mean, self.ours(recorded[f"{who}_mean"]), 1e-3)
+            close(distribution.log_std.exp(), self.ours(recorded[f"{who}_std"]), 1e-3)
         log_sigma = self.ours(recorded["log_Sigma_paper"])
         torch.testing.assert_close(aligned.log_sigma, log_sigma, atol=2e-3, rtol=1e-3)
         ratio = self.rule.log_ratio(aligned)
@@ -389,11 +389,11 @@ class CheckedComparison(Comparison):
     """A comparison that tells its rule which places are judged."""
 
     def judge(
-        self, law: DiffusionLaw, drafted: Any, positions: Tensor, proposals: Any
+        self, distribution: DiffusionDistribution, drafted: Any, positions: Tensor, proposals: Any
     ) -> tuple[Tensor, Decision]:
         assert isinstance(self.rule, CheckedRule)
         self.rule.positions = positions
-        return super().judge(law, drafted, positions, proposals)
+        return super().judge(distribution, drafted, positions, proposals)
 
 
 @pytest.mark.parametrize("name", CSPD_RUNS)
@@ -549,7 +549,7 @@ def test_files_of_something_else(tmp_path: Path) -> None:
         load(tmp_path / "b.safetensors")
     cut = {**state, "diffusion_pos_embed_learned": state["diffusion_pos_embed_learned"][:, :15].clone()}
     save_file(cut, tmp_path / "c.safetensors")
-    with pytest.raises(CheckpointError, match="15 tokens per picture, which are no square grid"):
+    with pytest.raises(CheckpointError, match="15 tokens per image, which are no square grid"):
         load(tmp_path / "c.safetensors")
     save_file({**state, "surplus": torch.zeros(1)}, tmp_path / "d.safetensors")
     with pytest.raises(CheckpointError, match="surplus"):

@@ -107,8 +107,8 @@ def test_residual_quantisation(name: str) -> None:
 
 @pytest.mark.parametrize("source", ["enc", "rnd"])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_codes_to_pictures(name: str, source: str) -> None:
-    """Feature maps after every scale, what each scale sees, and the picture, of encoded and random codes."""
+def test_codes_to_images(name: str, source: str) -> None:
+    """Feature maps after every scale, what each scale sees, and the image, of encoded and random codes."""
     model, golden = tokenizer(name), tensors(TOKENIZERS[name]["cases"])
     indices = codes(golden, f"{source}_idx")
     for scale, value in enumerate(model.quantize.feature_maps(indices)):
@@ -222,7 +222,7 @@ class Run:
             logits.append(session.logits(canvas, feed.scale))
             kept = session.sampling.keep(logits[-1], feed.scale)
             features.expect(kept)
-            drawn = draws.sample(session.sampling.law(kept, feed.scale), feed.positions)
+            drawn = draws.sample(session.sampling.distribution(kept, feed.scale), feed.positions)
             canvas.write(feed.positions, drawn, feed.scale + 1)
         features.follow(canvas, len(first.schedule))
         self.tokens, self.logits, self.feature_map = canvas.tokens, torch.cat(logits, 1), features.value
@@ -287,7 +287,7 @@ def test_published_loop(name: str, run: str) -> None:
 def test_sampling(combo: dict[str, Any]) -> None:
     golden = tensors(MANIFEST["sampling"]["file"])
     sampling = ScaleSampling(combo["temperature"], combo["top_k"], combo["top_p"])
-    probs = sampling.law(sampling.keep(golden[combo["logits"]], scale=0), scale=0).probs
+    probs = sampling.distribution(sampling.keep(golden[combo["logits"]], scale=0), scale=0).probs
     close(probs, golden[combo["probs"]], "filtered_probs")
     assert torch.equal(probs == 0, golden[combo["probs"]] == 0)
 

@@ -1,4 +1,4 @@
-"""The acceptance map: colours in the order of the passes, and one map per picture of a call."""
+"""The acceptance map: colours in the order of the passes, and one map per image of a call."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def test_one_pass() -> None:
     np.testing.assert_array_equal(np.asarray(image)[50, 50], [68, 1, 84])
 
 
-def test_picture_under_the_colours() -> None:
+def test_image_under_the_colours() -> None:
     written = np.array([[1, 2], [3, 4]])
-    picture = Image.new("RGB", (32, 32), "black")
-    picture.paste((255, 255, 255), (0, 0, 32, 16))
+    image = Image.new("RGB", (32, 32), "black")
+    image.paste((255, 255, 255), (0, 0, 32, 16))
     colors = pass_colors(written, 4)
-    over = acceptance_map(written, 4, 64, picture=picture, opacity=0.5, legend=False)
+    over = acceptance_map(written, 4, 64, image=image, opacity=0.5, legend=False)
     expected = (colors.astype(float) + np.array([255, 0])[:, None, None]) / 2
     np.testing.assert_allclose(_centres(over, 2, 2), expected, atol=1)
-    hidden = acceptance_map(written, 4, 64, picture=picture, opacity=1, legend=False)
+    hidden = acceptance_map(written, 4, 64, image=image, opacity=1, legend=False)
     np.testing.assert_array_equal(_centres(hidden, 2, 2), colors)
 
 
@@ -102,7 +102,7 @@ def test_refusals(written: np.ndarray, options: dict[str, float], words: str) ->
 # -- of a call -----------------------------------------------------------------------------------------
 
 
-def test_one_map_per_picture() -> None:
+def test_one_map_per_image() -> None:
     out = pipeline("t2i")(PROMPTS["t2i"], seed=0, accelerator=ZipAR(2))
     maps = out.acceptance_maps(64, legend=False)
     assert [image.size for image in maps] == [(64, 64)] * len(PROMPTS["t2i"])

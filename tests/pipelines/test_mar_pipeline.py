@@ -40,7 +40,7 @@ def assert_same(ours: Tensor, theirs: Tensor, atol: float = 1e-4) -> None:
 
 
 def apart(ours: Tensor, theirs: Tensor) -> bool:
-    """Every picture is another one, by more than rounding."""
+    """Every image is another one, by more than rounding."""
     return bool(((ours - theirs).abs().flatten(1).amax(1) > 1e-3).all())
 
 
@@ -93,23 +93,23 @@ def test_every_iteration_decides_its_share(host: str, iterations: int) -> None:
     borders = CosineGroups(torch.arange(TOKENS)[None], iterations).borders
     assert out.stats.passes == iterations
     assert out.written.shape == (3, GRID, GRID)
-    for picture in out.written.flatten(1):
-        counts = torch.bincount(picture, minlength=iterations + 1)[1:]
+    for image in out.written.flatten(1):
+        counts = torch.bincount(image, minlength=iterations + 1)[1:]
         assert counts.tolist() == [a - b for a, b in pairwise(borders)]
     if iterations > 1:
-        assert not torch.equal(out.written[0], out.written[1]), "each picture has its own order"
+        assert not torch.equal(out.written[0], out.written[1]), "each image has its own order"
 
 
 @on_hosts
 def test_output_types(host: str) -> None:
     pipe = pipeline(host)
-    pictures = pipe(PROMPTS[host], seed=1).images
+    images = pipe(PROMPTS[host], seed=1).images
     assert pipe.image_size == SIZE
-    assert [p.size for p in pictures] == [(SIZE, SIZE)] * 3
+    assert [p.size for p in images] == [(SIZE, SIZE)] * 3
     tensor = pipe(PROMPTS[host], seed=1, output_type="pt").images
     array = pipe(PROMPTS[host], seed=1, output_type="np").images
     np.testing.assert_allclose(array, tensor.permute(0, 2, 3, 1).numpy())
-    assert max(np.abs(a * 255 - np.asarray(p)).max() for a, p in zip(array, pictures, strict=True)) <= 1
+    assert max(np.abs(a * 255 - np.asarray(p)).max() for a, p in zip(array, images, strict=True)) <= 1
     latent, stats = pipe(PROMPTS[host], seed=1, output_type="latent", return_dict=False)
     with torch.no_grad():
         decoded = pipe.vae.decode(latent / 0.5).sample.clamp(-1, 1) / 2 + 0.5
@@ -148,7 +148,7 @@ def test_callback_sees_every_pass(host: str, accelerator: Any) -> None:
     assert all(before < after for before, after in pairwise(written))
     if accelerator is None:
         assert seen == [(i, 1, 3 * (i + 1)) for i in range(TOKENS)]
-    assert all([p.size for p in pictures] == [(SIZE, SIZE)] * 3 for pictures in previews)
+    assert all([p.size for p in images] == [(SIZE, SIZE)] * 3 for images in previews)
     without = pipeline(host)(PROMPTS[host], seed=3, accelerator=accelerator).images
     for shown, last, alone in zip(previews[-1], out.images, without, strict=True):
         assert shown.tobytes() == last.tobytes() == alone.tobytes(), "previews change nothing"
@@ -158,7 +158,7 @@ def test_callback_sees_every_pass(host: str, accelerator: Any) -> None:
 @on_hosts
 @pytest.mark.parametrize("accelerator", [None, "cspd", CSpD(verification="sequential")], ids=str)
 def test_stopping_early(host: str, accelerator: Any) -> None:
-    """The pictures show what is there, and what is there is what would have been there."""
+    """The images show what is there, and what is there is what would have been there."""
     pipe = new_pipeline(host)
 
     def stop(pipe: Any, step: int, tokens: int, state: dict[str, Any]) -> None:

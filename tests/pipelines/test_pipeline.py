@@ -45,7 +45,7 @@ CANVASES = {
     **dict.fromkeys(FAMILIES["var"], (sum(side**2 for side in SCALES),)),
     **dict.fromkeys(FAMILIES["mar"], (4, GRID, GRID)),
 }
-"""Shape of one picture's tokens, or of its latents."""
+"""Shape of one image's tokens, or of its latents."""
 
 
 def on(*families: str) -> pytest.MarkDecorator:
@@ -93,7 +93,7 @@ def test_fills_the_canvas(host: str, name: str) -> None:
     assert int(out.written.max()) == out.stats.passes
     if out.images.is_floating_point():
         assert out.images.isfinite().all()
-        assert (out.images.flatten(2).std(2) > 0.01).all(), "tokens of a picture differ"
+        assert (out.images.flatten(2).std(2) > 0.01).all(), "tokens of an image differ"
     else:
         assert 0 <= int(out.images.min()) <= int(out.images.max()) < CODES
 
@@ -169,7 +169,7 @@ def test_zipar_passes(window: int) -> None:
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_gumbel_pictures_do_not_depend_on_the_window(host: str) -> None:
+def test_gumbel_images_do_not_depend_on_the_window(host: str) -> None:
     one = codes(host, PROMPTS[host], seed=4, accelerator=Jacobi(window=1))
     for window in (2, 5, 99):
         assert torch.equal(codes(host, PROMPTS[host], seed=4, accelerator=Jacobi(window)), one)
@@ -183,7 +183,7 @@ def test_auto_names_what_it_chose_by_the_free_tokens(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("varaccel.accelerators.auto.measure_balance", lambda device, dtype: balance)
         return pipeline("c2i")(prompts, seed=0, **options).stats.label
 
-    assert chosen(8, [0], accelerator="auto") == "jacobi(window=4)", "a guided picture is two rows"
+    assert chosen(8, [0], accelerator="auto") == "jacobi(window=4)", "a guided image is two rows"
     assert chosen(8, [0], accelerator="auto", guidance_scale=1.0) == "jacobi(window=8)"
     assert chosen(8, [0, 1, 2, 3], accelerator="auto") == "jacobi(window=1)"
     assert chosen(1e6, [0], accelerator="auto") == "jacobi(window=16)"
@@ -202,7 +202,7 @@ def test_auto_takes_a_drafter_that_is_small_enough(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("varaccel.accelerators.auto.DRAFTER_SHARE", 10.0)
     drafted = pipe(PROMPTS["c2i"], seed=0, accelerator="auto", output_type="latent")
     assert drafted.stats.label == "speculative(drafter=eagle, tree=5, verification=gumbel)"
-    assert torch.equal(jacobi.images, drafted.images), "the choice does not change the pictures"
+    assert torch.equal(jacobi.images, drafted.images), "the choice does not change the images"
 
 
 def test_a_dynamic_tree_can_be_typed() -> None:
@@ -223,7 +223,7 @@ def test_a_device_is_measured() -> None:
 # -- arguments -----------------------------------------------------------------------------------------
 
 
-def test_pictures_of_one_prompt_stand_together() -> None:
+def test_images_of_one_prompt_stand_together() -> None:
     pair = codes("t2i", ["a red sphere", "a blue cube"], num_images_per_prompt=2, seed=7)
     assert torch.equal(pair[2:], codes("t2i", "a blue cube", num_images_per_prompt=2, seed=9))
 
@@ -246,16 +246,16 @@ def test_temperature_zero_is_greedy() -> None:
 
 def test_output_types() -> None:
     pipe, size = pipeline("c2i"), GRID * 2
-    picture = pipe(1, seed=0).images[0]
-    assert isinstance(picture, Image.Image)
-    assert picture.size == (size, size)
+    image = pipe(1, seed=0).images[0]
+    assert isinstance(image, Image.Image)
+    assert image.size == (size, size)
     array = pipe(1, seed=0, output_type="np").images
     tensor = pipe(1, seed=0, output_type="pt").images
     assert array.shape == (1, size, size, 3)
     np.testing.assert_allclose(array, tensor.permute(0, 2, 3, 1).numpy())
-    assert np.abs(array[0] * 255 - np.asarray(picture)).max() <= 1
+    assert np.abs(array[0] * 255 - np.asarray(image)).max() <= 1
     images, stats = pipe(1, seed=0, return_dict=False)
-    assert images[0].tobytes() == picture.tobytes()
+    assert images[0].tobytes() == image.tobytes()
     assert stats.tokens == GRID**2
 
 
@@ -287,7 +287,7 @@ def test_callback_sees_every_pass_and_can_stop() -> None:
 
 
 @pytest.mark.parametrize("output_type", ["pil", "latent"])
-def test_callback_can_look_at_the_picture_so_far(output_type: str) -> None:
+def test_callback_can_look_at_the_image_so_far(output_type: str) -> None:
     """Previews and the map of passes grow to what the call returns, and change nothing."""
     pipe = pipeline("t2i")
     previews, maps = [], []
@@ -301,10 +301,8 @@ def test_callback_can_look_at_the_picture_so_far(output_type: str) -> None:
     assert [int((m > 0).sum()) for m in maps] == sorted(int((m > 0).sum()) for m in maps)
     assert torch.equal(maps[-1], out.written)
     assert not np.array_equal(previews[0], previews[-1])
-    pictures = pipe(
-        "a red cube", **{**call, "output_type": "np" if output_type == "latent" else "pil"}
-    ).images
-    assert np.array_equal(previews[-1], np.asarray(pictures[0]))
+    images = pipe("a red cube", **{**call, "output_type": "np" if output_type == "latent" else "pil"}).images
+    assert np.array_equal(previews[-1], np.asarray(images[0]))
     assert len(previews) == out.stats.passes
 
 
@@ -385,7 +383,7 @@ def test_out_of_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(pipe.transformer, "new_cache", fail)
-    with pytest.raises(OutOfMemory, match="fewer than 2 pictures"):
+    with pytest.raises(OutOfMemory, match="fewer than 2 images"):
         pipe([0, 1])
 
 

@@ -40,16 +40,16 @@ def shipped() -> LlamaGenPipeline:
     return pipe
 
 
-def test_pictures_have_the_stated_size() -> None:
+def test_images_have_the_stated_size() -> None:
     out = shipped()("a red sphere", seed=0)
     assert out.images[0].size == (128, 128)
     assert out.written.shape == (1, 16, 16)
-    assert np.asarray(out.images[0]).std() > 10, "no blank picture"
+    assert np.asarray(out.images[0]).std() > 10, "no blank image"
 
 
 @pytest.mark.slow
-def test_pictures_follow_prompts() -> None:
-    """Far above what pictures score with another prompt's caption; the card has the measured figures."""
+def test_images_follow_prompts() -> None:
+    """Far above what images score with another prompt's caption; the card has the measured figures."""
     captions = [c for c in held_out_captions(60) if len(c.mentions) == 1][:24]
     images = shipped()([c.text for c in captions], seed=0).images
     detector = load_detector()
@@ -76,7 +76,7 @@ def greedy_plain() -> torch.Tensor:
     ],
     ids=lambda a: f"{a.name}-{'-'.join(map(str, a.options().values()))}",
 )
-def test_greedy_pictures_are_those_of_plain_decoding(accelerator: Jacobi | Speculative) -> None:
+def test_greedy_images_are_those_of_plain_decoding(accelerator: Jacobi | Speculative) -> None:
     """`eval/greedy.py` does the same for any number of prompts; 64 of 64 agree."""
     prompts = [caption.text for caption in held_out_captions(8)]
     images = shipped()(prompts, temperature=0.0, accelerator=accelerator, output_type="latent").images
@@ -110,7 +110,7 @@ def test_tokenizer_reconstructs() -> None:
 
 
 def test_cached_decoding_equals_a_full_pass() -> None:
-    """The shipped network at full length: every law of 256 cached steps against one teacher-forced pass."""
+    """The shipped network at full length: every distribution of 256 cached steps against one teacher-forced pass."""
     pipe = shipped()
     codes = pipe("a blue cube", seed=0, guidance_scale=1.0, output_type="latent").images.flatten(1)
     condition, mask = pipe._condition(["a blue cube"])
@@ -124,7 +124,7 @@ def test_cached_decoding_equals_a_full_pass() -> None:
     assert (logits.argmax(-1) == greedy).float().mean() > 0.99
 
 
-def test_wide_window_draws_the_plain_picture() -> None:
+def test_wide_window_draws_the_plain_image() -> None:
     plain = shipped()("a yellow cone", seed=3).images[0]
     assert (
         shipped()("a yellow cone", seed=3, accelerator=ZipAR(window=16)).images[0].tobytes()
@@ -147,13 +147,13 @@ def one_object(count: int) -> list[Caption]:
     return [c for c in held_out_captions(3 * count) if len(c.mentions) == 1][:count]
 
 
-def adherence(pictures: Sequence[Image.Image], captions: list[Caption]) -> float:
-    return score_adherence(load_detector(), pictures, captions).rates["correct"].share
+def adherence(images: Sequence[Image.Image], captions: list[Caption]) -> float:
+    return score_adherence(load_detector(), images, captions).rates["correct"].share
 
 
 @pytest.mark.slow
-def test_var_pictures_follow_prompts_plainly_and_by_code() -> None:
-    """Far above what pictures score with another prompt's caption; the card has the measured figures."""
+def test_var_images_follow_prompts_plainly_and_by_code() -> None:
+    """Far above what images score with another prompt's caption; the card has the measured figures."""
     captions = one_object(24)
     prompts = [c.text for c in captions]
     for accelerator in (None, CoDe(draft_scales=5)):
@@ -162,7 +162,7 @@ def test_var_pictures_follow_prompts_plainly_and_by_code() -> None:
         assert adherence(images, captions[1:] + captions[:1]) <= 0.25
 
 
-def test_relay_of_the_shipped_model_with_itself_draws_its_pictures() -> None:
+def test_relay_of_the_shipped_model_with_itself_draws_its_images() -> None:
     pipe = shipped_var()
     plain = pipe("a blue cube", seed=4, output_type="latent").images
     for scales in range(1, 7):
@@ -220,8 +220,8 @@ def test_the_masked_model_brings_its_drafter() -> None:
 
 
 @pytest.mark.slow
-def test_mar_pictures_follow_prompts_plainly_and_accelerated() -> None:
-    """Far above what pictures score with another prompt's caption; the card has the measured figures."""
+def test_mar_images_follow_prompts_plainly_and_accelerated() -> None:
+    """Far above what images score with another prompt's caption; the card has the measured figures."""
     captions = one_object(8)
     prompts = [c.text for c in captions]
     quick = {"num_iterations": 32, "head_steps": 20, "head_sampler": "dpm++"}

@@ -25,13 +25,13 @@ from varaccel.accelerators.plain import Plain
 from varaccel.errors import CheckpointError, InputError
 from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.nn.scale_schedule import SCALES_256, ScaleSchedule
-from varaccel.pipelines.inpainting import kept_tokens, mask_tensor, picture_tensor, placed
+from varaccel.pipelines.inpainting import image_tensor, kept_tokens, mask_tensor, placed
 
 HOSTS = ("var-class", "var-caption")
 SCHEDULE = ScaleSchedule(SCALES)
 BORDERS, TOKENS = SCHEDULE.borders, SCHEDULE.num_tokens
 SIZE = 2 * SCHEDULE.last_side
-"""Height and width of the tiny pictures."""
+"""Height and width of the tiny images."""
 
 on_hosts = pytest.mark.parametrize("host", HOSTS)
 
@@ -61,7 +61,7 @@ def golden_pipeline(name: str) -> VARPipeline:
 def repeats(
     name: str, run: str, labels: list[int], options: dict[str, Any], golden: dict[str, Tensor], atol: float
 ) -> None:
-    """A pipeline call gives the tokens and the pictures of a published run."""
+    """A pipeline call gives the tokens and the images of a published run."""
     arguments: dict[str, Any] = {
         "guidance_scale": options["cfg"],
         "top_k": options["top_k"],
@@ -96,7 +96,7 @@ def test_published_collaboration(run: str) -> None:
 
 
 def test_previews_leave_the_published_stream_alone() -> None:
-    """Smooth pictures spend noise when a scale is taken in, which a preview does early."""
+    """Smooth images spend noise when a scale is taken in, which a preview does early."""
     options = GENERATION["runs"]["smooth"]
     settings = {"guidance_scale": options["cfg"], "top_k": options["top_k"], "top_p": options["top_p"]}
 
@@ -117,7 +117,7 @@ def test_previews_leave_the_published_stream_alone() -> None:
 
 
 def test_published_numbers_depend_on_the_batch() -> None:
-    """The price of parity: picture 1 alone is not picture 1 of two."""
+    """The price of parity: image 1 alone is not image 1 of two."""
     pair = codes("var-class", [0, 1], published_rng=True)
     assert not torch.equal(codes("var-class", 1, published_rng=True, seed=4), pair[1:])
     assert torch.equal(codes("var-class", [0, 1], published_rng=True), pair)
@@ -282,12 +282,12 @@ def test_prompts_matter(host: str) -> None:
 def test_output_types(host: str, accelerator: str | None) -> None:
     pipe = pipeline(host)
     options = {"seed": 1, "accelerator": accelerator}
-    pictures = pipe(PROMPTS[host], **options).images
-    assert [p.size for p in pictures] == [(SIZE, SIZE)] * 3
+    images = pipe(PROMPTS[host], **options).images
+    assert [p.size for p in images] == [(SIZE, SIZE)] * 3
     tensor = pipe(PROMPTS[host], output_type="pt", **options).images
     array = pipe(PROMPTS[host], output_type="np", **options).images
     np.testing.assert_allclose(array, tensor.permute(0, 2, 3, 1).numpy())
-    assert max(np.abs(a * 255 - np.asarray(p)).max() for a, p in zip(array, pictures, strict=True)) <= 1
+    assert max(np.abs(a * 255 - np.asarray(p)).max() for a, p in zip(array, images, strict=True)) <= 1
     latent, stats = pipe(PROMPTS[host], output_type="latent", return_dict=False, **options)
     with torch.no_grad():
         decoded = pipe.vq_model.decode_codes(latent).clamp(-1, 1) / 2 + 0.5
@@ -319,8 +319,8 @@ def test_half_precision(host: str) -> None:
 
 
 @on_hosts
-def test_smooth_pictures(host: str) -> None:
-    """Soft vectors change what the next scales see, and the pictures, but not what the first scale draws."""
+def test_smooth_images(host: str) -> None:
+    """Soft vectors change what the next scales see, and the images, but not what the first scale draws."""
     pipe = pipeline(host)
     plain, smooth = codes(host), codes(host, smooth=True)
     assert torch.equal(smooth[:, :1], plain[:, :1])
@@ -344,7 +344,7 @@ def test_callback_sees_every_scale(host: str, accelerator: Accelerator | None) -
 
     out = new_pipeline(host)(PROMPTS[host], seed=3, accelerator=accelerator, callback_on_step_end=callback)
     assert seen == [(0, 1, 1), (1, 4, 5), (2, 9, 14)]
-    assert all([p.size for p in pictures] == [(SIZE, SIZE)] * 3 for pictures in previews)
+    assert all([p.size for p in images] == [(SIZE, SIZE)] * 3 for images in previews)
     without = pipeline(host)(PROMPTS[host], seed=3, accelerator=accelerator).images
     for shown, last, alone in zip(previews[-1], out.images, without, strict=True):
         assert shown.tobytes() == last.tobytes() == alone.tobytes(), "previews change nothing"
@@ -355,7 +355,7 @@ def test_callback_sees_every_scale(host: str, accelerator: Accelerator | None) -
 @pytest.mark.parametrize("accelerator", [None, CoDe(draft_scales=1)], ids=["plain", "code"])
 @pytest.mark.parametrize("scale", range(len(SCALES) - 1))
 def test_stopping_early(host: str, accelerator: Accelerator | None, scale: int) -> None:
-    """The pictures show the scales that are there."""
+    """The images show the scales that are there."""
     pipe, border = new_pipeline(host), BORDERS[scale + 1]
 
     def stop(pipe: Any, step: int, tokens: int, state: dict[str, Any]) -> None:
@@ -368,10 +368,10 @@ def test_stopping_early(host: str, accelerator: Accelerator | None, scale: int) 
     assert not out.images[:, border:].any()
     assert not out.written[:, border:].any()
     assert out.stats.passes == scale + 1
-    pictures = pipe(PROMPTS[host], output_type="pt", callback_on_step_end=stop, **options).images
+    images = pipe(PROMPTS[host], output_type="pt", callback_on_step_end=stop, **options).images
     with torch.no_grad():
         shown = pipe.vq_model.decode(pipe.vq_model.quantize.feature_maps(full)[scale])
-    torch.testing.assert_close(pictures, shown.clamp(-1, 1) / 2 + 0.5, atol=1e-5, rtol=0)
+    torch.testing.assert_close(images, shown.clamp(-1, 1) / 2 + 0.5, atol=1e-5, rtol=0)
     again = pipe(PROMPTS[host], output_type="latent", **options)
     assert torch.equal(again.images, full), "the next call is not stopped"
 
@@ -512,7 +512,7 @@ def test_components_must_fit() -> None:
 # -- editing -------------------------------------------------------------------------------------------
 
 
-def picture(seed: int = 0) -> Image.Image:
+def source_image(seed: int = 0) -> Image.Image:
     pixels = torch.randint(256, (SIZE, SIZE, 3), generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
@@ -529,7 +529,7 @@ KEPT = torch.tensor([True] + [True, False] * 2 + [True, False, False] * 3)
 
 def source_codes(host: str, image: Image.Image) -> Tensor:
     with torch.no_grad():
-        return pipeline(host).vq_model.encode(picture_tensor(image, SIZE)).indices
+        return pipeline(host).vq_model.encode(image_tensor(image, SIZE)).indices
 
 
 def test_kept_tokens_of_a_half_mask() -> None:
@@ -555,10 +555,12 @@ def test_kept_tokens_of_a_half_mask() -> None:
 @pytest.mark.parametrize("prompted", [False, True])
 def test_inpainting(host: str, accelerator: str | None, prompted: bool) -> None:
     prompt = PROMPTS[host][1] if prompted else None
-    source = source_codes(host, picture())
+    source = source_codes(host, source_image())
 
     def painted(**options: Any) -> Any:
-        return pipeline(host).inpaint(picture(), right_half(), prompt, accelerator=accelerator, **options)
+        return pipeline(host).inpaint(
+            source_image(), right_half(), prompt, accelerator=accelerator, **options
+        )
 
     drawn = painted(seed=1, num_images=3, output_type="latent")
     tokens = drawn.images
@@ -582,10 +584,10 @@ def test_inpainting_is_watched_like_a_call(host: str) -> None:
         seen.append((scale, tokens))
 
     out = pipeline(host).inpaint(
-        picture(), right_half(), PROMPTS[host][1], seed=1, callback_on_step_end=watch
+        source_image(), right_half(), PROMPTS[host][1], seed=1, callback_on_step_end=watch
     )
     assert seen == [(i, side * side) for i, side in enumerate(SCALES)]
-    alone = pipeline(host).inpaint(picture(), right_half(), PROMPTS[host][1], seed=1)
+    alone = pipeline(host).inpaint(source_image(), right_half(), PROMPTS[host][1], seed=1)
     assert out.images[0].tobytes() == alone.images[0].tobytes()
 
 
@@ -594,19 +596,19 @@ def test_inpainting_without_a_prompt_is_unconditional(host: str) -> None:
     """Greedy tokens are the most likely ones of a network that is told nothing, of one pass over all scales."""
     pipe = pipeline(host)
     options = {"seed": 0, "temperature": 0.0, "output_type": "latent"}
-    out = pipe.inpaint(picture(), right_half(), guidance_scale=9.0, **options)
+    out = pipe.inpaint(source_image(), right_half(), guidance_scale=9.0, **options)
     assert out.stats.rows == 1
     with torch.no_grad():
         condition, mask = pipe._condition(PROMPTS[host][:1])
         inputs = pipe.vq_model.quantize.inputs(out.images)
         logits = pipe.transformer(condition, inputs, mask, dropped=torch.ones(1, dtype=torch.bool))
     assert torch.equal(logits.argmax(-1)[:, ~KEPT], out.images[:, ~KEPT])
-    prompted = pipe.inpaint(picture(), right_half(), PROMPTS[host][1], guidance_scale=9.0, **options)
+    prompted = pipe.inpaint(source_image(), right_half(), PROMPTS[host][1], guidance_scale=9.0, **options)
     assert not torch.equal(prompted.images, out.images)
 
 
-def test_pictures_and_masks_of_all_kinds() -> None:
-    pipe, image = pipeline("var-class"), picture()
+def test_images_and_masks_of_all_kinds() -> None:
+    pipe, image = pipeline("var-class"), source_image()
     options = {"seed": 0, "output_type": "latent"}
     expected = pipe.inpaint(image, right_half(), **options).images
     array = np.asarray(image, dtype=np.float32) / 255
@@ -626,16 +628,16 @@ def test_pictures_and_masks_of_all_kinds() -> None:
 def test_outpainting(host: str, accelerator: str | None) -> None:
     pipe, box = pipeline(host), (0, 0, 4, 4)
     options = {"seed": 1, "accelerator": accelerator}
-    assert pipe.outpaint(picture(), box, **options).images[0].size == (SIZE, SIZE)
-    larger, mask = placed(picture(), box, SIZE)
+    assert pipe.outpaint(source_image(), box, **options).images[0].size == (SIZE, SIZE)
+    larger, mask = placed(source_image(), box, SIZE)
     assert mask.sum() == SIZE * SIZE - 16
     assert not mask[:4, :4].any()
-    inner = np.asarray(picture().resize((4, 4), Image.Resampling.LANCZOS))
+    inner = np.asarray(source_image().resize((4, 4), Image.Resampling.LANCZOS))
     assert np.array_equal(np.asarray(larger)[:4, :4], inner)
     assert np.array_equal(np.asarray(larger)[4:, 4:], np.broadcast_to(inner[3, 3], (2, 2, 3)))
     kept = kept_tokens(mask, SCHEDULE)
     assert kept[BORDERS[2] :].tolist() == [True, True, False] * 2 + [False] * 3
-    tokens = pipe.outpaint(picture(), box, PROMPTS[host][0], output_type="latent", **options).images
+    tokens = pipe.outpaint(source_image(), box, PROMPTS[host][0], output_type="latent", **options).images
     assert torch.equal(tokens[:, kept], source_codes(host, larger)[:, kept])
     inpainted = pipe.inpaint(larger, mask, PROMPTS[host][0], output_type="latent", **options).images
     assert torch.equal(tokens, inpainted)
@@ -644,16 +646,16 @@ def test_outpainting(host: str, accelerator: str | None) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.rand(3, SIZE + 1, SIZE), "picture"),
-        (torch.rand(1, SIZE, SIZE), "picture"),
-        (torch.rand(2, 3, SIZE, SIZE), "picture"),
-        (np.zeros((SIZE, SIZE)), "picture"),
-        ("cat.png", "picture"),
-        (None, "picture"),
+        (torch.rand(3, SIZE + 1, SIZE), "image"),
+        (torch.rand(1, SIZE, SIZE), "image"),
+        (torch.rand(2, 3, SIZE, SIZE), "image"),
+        (np.zeros((SIZE, SIZE)), "image"),
+        ("cat.png", "image"),
+        (None, "image"),
     ],
     ids=["size", "channels", "batch", "grey", "name", "none"],
 )
-def test_pictures_that_cannot_be_edited(image: Any, message: str) -> None:
+def test_images_that_cannot_be_edited(image: Any, message: str) -> None:
     with refused(message):
         pipeline("var-class").inpaint(image, right_half())
 
@@ -667,13 +669,13 @@ def test_pictures_that_cannot_be_edited(image: Any, message: str) -> None:
         ("mask.png", r"\[H, W\]"),
         (None, r"\[H, W\]"),
     ],
-    ids=["black", "black picture", "channels", "name", "none"],
+    ids=["black", "black image", "channels", "name", "none"],
 )
 def test_bad_masks(mask: Any, message: str) -> None:
     with refused(message):
         mask_tensor(mask, SIZE)
     with refused(message):
-        pipeline("var-class").inpaint(picture(), mask)
+        pipeline("var-class").inpaint(source_image(), mask)
 
 
 @pytest.mark.parametrize(
@@ -690,10 +692,10 @@ def test_bad_masks(mask: Any, message: str) -> None:
 )
 def test_bad_boxes(box: Any, message: str) -> None:
     with refused(message):
-        pipeline("var-class").outpaint(picture(), box)
+        pipeline("var-class").outpaint(source_image(), box)
 
 
-def test_outpainting_takes_pil_pictures() -> None:
+def test_outpainting_takes_pil_images() -> None:
     with refused("PIL"):
         pipeline("var-class").outpaint(torch.rand(3, SIZE, SIZE), (0, 0, 4, 4))
 
@@ -701,7 +703,7 @@ def test_outpainting_takes_pil_pictures() -> None:
 # -- saving and loading --------------------------------------------------------------------------------
 
 
-def same_pictures(a: VARPipeline, b: VARPipeline, prompts: Any, **options: Any) -> bool:
+def same_images(a: VARPipeline, b: VARPipeline, prompts: Any, **options: Any) -> bool:
     pairs = zip(a(prompts, **options).images, b(prompts, **options).images, strict=True)
     return all(x.tobytes() == y.tobytes() for x, y in pairs)
 
@@ -718,7 +720,7 @@ def test_save_and_load(host: str, tmp_path: Path) -> None:
         assert len(loaded.refiner.blocks) == 2
         assert not loaded.refiner.training
         for accelerator in (None, "code", "refiner"):
-            assert same_pictures(loaded, pipe, PROMPTS[host], seed=0, accelerator=accelerator)
+            assert same_images(loaded, pipe, PROMPTS[host], seed=0, accelerator=accelerator)
 
 
 def test_a_saved_pipeline_by_name_is_a_refiner(tmp_path: Path) -> None:
@@ -739,7 +741,7 @@ def test_save_and_load_without_a_refiner(tmp_path: Path) -> None:
     loaded.set_progress_bar_config(disable=True)
     assert loaded.refiner is None
     assert (loaded.config.top_k, loaded.config.top_p, loaded.config.temperature) == (5, 0.9, 0.8)
-    assert same_pictures(loaded, pipe, [0, 3], seed=0)
+    assert same_images(loaded, pipe, [0, 3], seed=0)
 
 
 class Hub:
@@ -828,4 +830,4 @@ def test_single_files_of_a_pair(tmp_path: Path) -> None:
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
         assert (pipe.config.guidance_scale, pipe.config.top_k) == (4.0, 20)
-    assert same_pictures(*pipes, [3, 7], seed=1, accelerator="code")
+    assert same_images(*pipes, [3, 7], seed=1, accelerator="code")

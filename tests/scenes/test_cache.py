@@ -27,7 +27,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_items_are_normalised_pictures_with_their_captions() -> None:
+def test_items_are_normalised_images_with_their_captions() -> None:
     dataset = ScenesDataset(100, 4, size=32)
     item = dataset[2]
     sample = make_sample(102, 32)
@@ -69,11 +69,11 @@ def test_a_cache_returns_what_the_dataset_renders(tmp_path: Path) -> None:
             cached[outside]
 
 
-def test_a_cache_travels_to_data_loader_workers_without_its_pictures(tmp_path: Path) -> None:
+def test_a_cache_travels_to_data_loader_workers_without_its_images(tmp_path: Path) -> None:
     write_cache(tmp_path, 0, 6, size=64, shard_size=3, progress=False)
     cached = CachedScenes(tmp_path)
-    pictures = np.stack([cached.pixels(index) for index in range(6)])
-    assert len(pickle.dumps(cached)) < pictures.nbytes / 10
+    images = np.stack([cached.pixels(index) for index in range(6)])
+    assert len(pickle.dumps(cached)) < images.nbytes / 10
     batches = list(DataLoader(cached, batch_size=3, num_workers=1))
     assert [batch["seed"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5]]
     assert batches[0]["image"].shape == (3, 3, 64, 64)
@@ -110,7 +110,7 @@ def test_an_interrupted_write_is_resumed_without_repeating_finished_shards(
     assert _contents(broken) == _contents(whole)
 
 
-def test_captions_without_their_pictures_do_not_count_as_a_shard(tmp_path: Path) -> None:
+def test_captions_without_their_images_do_not_count_as_a_shard(tmp_path: Path) -> None:
     write_cache(tmp_path, 0, 6, size=16, shard_size=3, progress=False)
     before = _contents(tmp_path)
     (tmp_path / "images-00001.npy").unlink()

@@ -127,7 +127,7 @@ def test_every_object_shows_enough_of_itself() -> None:
         assert min(rendering.visible_fraction) >= MIN_VISIBLE
 
 
-def test_objects_lie_inside_the_picture_and_do_not_touch() -> None:
+def test_objects_lie_inside_the_image_and_do_not_touch() -> None:
     for scene, rendering in zip(scenes(), renderings(), strict=True):
         ids = rendering.object_ids
         border = np.concatenate([ids[0], ids[-1], ids[:, 0], ids[:, -1]])

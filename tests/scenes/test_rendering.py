@@ -1,4 +1,4 @@
-"""The ray caster: geometry against brute force, shadows against traced rays, and what pictures must show."""
+"""The ray caster: geometry against brute force, shadows against traced rays, and what images must show."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_a_hidden_object_has_no_box() -> None:
     assert rendering.boxes[1] == (0.0, 0.0, 0.0, 0.0)
 
 
-def test_large_objects_fill_the_promised_part_of_the_picture() -> None:
+def test_large_objects_fill_the_promised_part_of_the_image() -> None:
     for shape in SHAPES:
         large = render(alone(shape)).boxes[0]
         small = render(alone(shape, size="small")).boxes[0]
@@ -280,9 +280,9 @@ def test_objects_stand_out_from_a_floor_of_their_own_color(color: str, floor: st
         assert change[with_object.object_ids == 0].mean() > 12.0
 
 
-def test_times_of_day_and_floors_give_different_pictures() -> None:
-    pictures = [render(alone(floor=floor, time=time), 32).image for floor in FLOORS for time in TIMES]
-    for first, second in itertools.combinations(pictures, 2):
+def test_times_of_day_and_floors_give_different_images() -> None:
+    images = [render(alone(floor=floor, time=time), 32).image for floor in FLOORS for time in TIMES]
+    for first, second in itertools.combinations(images, 2):
         assert np.abs(first.astype(int) - second.astype(int)).mean() > 4.0
     sunset, night = (render(alone(time=time), 32).image[:8].mean(axis=(0, 1)) for time in ("sunset", "night"))
     assert sunset[0] > sunset[2] + 50
@@ -301,7 +301,7 @@ def test_the_sun_throws_the_longest_shadow_at_sunset() -> None:
     assert darkened("noon") > 100
 
 
-def test_supersampling_only_smooths_a_picture_of_twice_the_size() -> None:
+def test_supersampling_only_smooths_a_image_of_twice_the_size() -> None:
     scene = sample_scene(3)
     small = render(scene, 64).image.astype(float)
     large = render(scene, 128).image.astype(float)
@@ -309,6 +309,6 @@ def test_supersampling_only_smooths_a_picture_of_twice_the_size() -> None:
     assert np.abs(small - halved).mean() < 2.0
 
 
-def test_too_small_a_picture_is_refused() -> None:
+def test_too_small_a_image_is_refused() -> None:
     with pytest.raises(InputError, match="at least 16 pixels"):
         render(sample_scene(0), 8)

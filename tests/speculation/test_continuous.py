@@ -1,4 +1,5 @@
-"""Acceptance rules of continuous speculative decoding: the published decisions, and the law of the exact rule."""
+"""Acceptance rules of continuous speculative decoding: the published decisions, and the distribution of the
+exact rule."""
 
 from __future__ import annotations
 
@@ -23,13 +24,13 @@ from varaccel.speculation.continuous_rejection import (
     Gaussian,
     PaperRule,
     ReferenceRule,
-    SeededProposals,
+    ResampleNoise,
 )
 
 GOLDEN = ROOT / "tests" / "golden" / "mar"
-LEVEL = 1e-3  # of every test of a law
-DRAWS, PICTURES = 100_000, 8
-ROWS = DRAWS // PICTURES
+LEVEL = 1e-3  # of every test of a distribution
+DRAWS, IMAGES = 100_000, 8
+ROWS = DRAWS // IMAGES
 
 # --------------------------------------------------------------------------------------------------------------
 # recorded decisions of the published code
@@ -59,11 +60,11 @@ class Record:
 
     @property
     def aligned(self) -> Aligned:
-        def law(side: str) -> Gaussian:
+        def distribution(side: str) -> Gaussian:
             return Gaussian(self[f"{side}_mean"], self[f"{side}_std"].double().log())
 
         log_sigma = (self["q_logstd_sum"].double() - self["p_logstd_sum"].double()).sum(-1)
-        return Aligned(self["x"], law("q"), law("p"), log_sigma)
+        return Aligned(self["x"], distribution("q"), distribution("p"), log_sigma)
 
     @property
     def proposals(self) -> Recorded:
@@ -157,7 +158,7 @@ def test_paper_resamples_by_its_own_residual() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# measures of a law
+# measures of a distribution
 
 
 def chance_of_distance(distance: float, effective: float) -> float:
@@ -171,14 +172,14 @@ def chance_of_distance(distance: float, effective: float) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """How far draws are from a law, and how likely that is by chance."""
+    """How far draws are from a distribution, and how likely that is by chance."""
 
     distance: float
     chance: float
 
 
 def one_sample(drawn: Tensor, cdf: Callable[[Tensor], Tensor]) -> Fit:
-    """Kolmogorov-Smirnov against a known law; drawn [n]."""
+    """Kolmogorov-Smirnov against a known distribution; drawn [n]."""
     expected = cdf(drawn.sort().values)
     steps = torch.arange(len(drawn) + 1, dtype=torch.float64) / len(drawn)
     distance = torch.maximum(steps[1:] - expected, expected - steps[:-1]).max().item()
@@ -225,7 +226,7 @@ def test_measures_see_what_they_should() -> None:
     assert grid(a, b) > LEVEL
     assert one_sample(a[:, 0] + 0.03, normal_cdf).chance < LEVEL
     assert two_sample(a[:, 0] * 1.03, b[:, 0]).chance < LEVEL
-    # the coordinates keep their laws, but are no longer independent
+    # the coordinates keep their distributions, but are no longer independent
     tied = torch.stack([a[:, 0], 0.05 * a[:, 0] + (1 - 0.05**2) ** 0.5 * a[:, 1]], dim=1)
     assert two_sample(tied[:, 1].contiguous(), b[:, 1].contiguous()).chance > LEVEL
     assert grid(tied, b) < LEVEL
@@ -267,8 +268,8 @@ class Pair:
         )
         before = [head.step(0, start) for head in (self.draft, self.target)]
         draft, target = (
-            head.step(1, law.sample(noise))
-            for head, law in zip((self.draft, self.target), before, strict=True)
+            head.step(1, distribution.sample(noise))
+            for head, distribution in zip((self.draft, self.target), before, strict=True)
         )
         return Aligned(draft.sample(last), draft, target, (before[0].log_std - before[1].log_std).sum(-1))
 
@@ -282,12 +283,10 @@ class Pair:
 
 
 def judged(rule: ContinuousRule, aligned: Aligned, seed: int = 0) -> Decision:
-    """A batch of pictures, judged with numbers of their own."""
+    """A batch of images, judged with numbers of their own."""
     count, channels = aligned.value.shape
     uniforms = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 500))
-    return rule.judge(
-        aligned, uniforms, SeededProposals(range(seed, seed + PICTURES), count // PICTURES, channels)
-    )
+    return rule.judge(aligned, uniforms, ResampleNoise(range(seed, seed + IMAGES), count // IMAGES, channels))
 
 
 PAIRS = {
@@ -322,7 +321,7 @@ def marginals(name: str, rule: ContinuousRule) -> list[Fit]:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_exact_keeps_the_law(name: str) -> None:
+def test_exact_keeps_the_distribution(name: str) -> None:
     pair, (aligned, decision) = PAIRS[name], drawn(name, ExactRule())
     share = decision.accepted.double().mean().item()
     assert 0.1 < share < 0.9, "the pair tests nothing"
@@ -332,13 +331,13 @@ def test_exact_keeps_the_law(name: str) -> None:
     # given the steps before, the token has the target's Gaussian: the stronger statement
     inner = (decision.values - aligned.target.mean) / aligned.target.log_std.exp()
     assert all(one_sample(column, normal_cdf).chance > LEVEL for column in inner.unbind(1))
-    assert all(one_sample(column[::PICTURES], normal_cdf).chance > LEVEL for column in inner.unbind(1))
+    assert all(one_sample(column[::IMAGES], normal_cdf).chance > LEVEL for column in inner.unbind(1))
     # 1 / (e tries) of the tokens at most
     assert decision.exhausted.sum() <= DRAWS / (math.e * 1000)
     assert torch.equal(decision.tries > 0, ~decision.accepted)
 
 
-def test_exact_law_in_closed_form() -> None:
+def test_exact_distribution_in_closed_form() -> None:
     head = PAIRS["scalar"].target
     mean = head.slope[1] * head.shift[0] + head.shift[1]
     std = math.sqrt(head.slope[1] ** 2 * (head.slope[0] ** 2 + head.std[0] ** 2) + head.std[1] ** 2)
@@ -350,17 +349,19 @@ def test_exact_law_in_closed_form() -> None:
 @pytest.mark.parametrize(
     "rule", [PaperRule(), ReferenceRule(inner_temperature=1.0)], ids=["paper", "reference"]
 )
-def test_factors_of_the_steps_before_change_the_law(name: str, rule: ContinuousRule) -> None:
+def test_factors_of_the_steps_before_change_the_distribution(name: str, rule: ContinuousRule) -> None:
     assert min(fit.chance for fit in marginals(name, rule)) < LEVEL
 
 
-def test_few_tries_change_the_law_within_the_bound() -> None:
+def test_few_tries_change_the_distribution_within_the_bound() -> None:
     # p and q almost agree: what is rejected is rarely found again
     values = torch.randn(DRAWS, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    law = Gaussian(torch.zeros(DRAWS, 1, dtype=torch.float64), torch.zeros(DRAWS, 1, dtype=torch.float64))
-    near = Gaussian(law.mean + 0.25, law.log_std)
+    distribution = Gaussian(
+        torch.zeros(DRAWS, 1, dtype=torch.float64), torch.zeros(DRAWS, 1, dtype=torch.float64)
+    )
+    near = Gaussian(distribution.mean + 0.25, distribution.log_std)
     for tries in (1, 4, 32, 50):
-        decision = judged(ExactRule(tries), Aligned(values + 0.25, near, law, torch.zeros(DRAWS)))
+        decision = judged(ExactRule(tries), Aligned(values + 0.25, near, distribution, torch.zeros(DRAWS)))
         assert 0 < decision.exhausted.double().mean() <= 1 / (math.e * tries) + 4e-3
         assert decision.tries.max() == tries
         fit = one_sample(decision.values[:, 0], normal_cdf)
@@ -374,8 +375,8 @@ def test_acceptance_is_the_overlap(shift: float, std: float) -> None:
     target = Gaussian(torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, 1))
     overlap = torch.minimum(draft.log_prob(places).exp(), target.log_prob(places).exp()).sum().item() * 1e-4
 
-    def wide(law: Gaussian) -> Gaussian:
-        return Gaussian(law.mean.expand(DRAWS, 1), law.log_std.expand(DRAWS, 1))
+    def wide(distribution: Gaussian) -> Gaussian:
+        return Gaussian(distribution.mean.expand(DRAWS, 1), distribution.log_std.expand(DRAWS, 1))
 
     noise = torch.randn(DRAWS, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     value = draft.sample(noise)
@@ -399,7 +400,7 @@ class Forbidden:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_the_same_law_is_always_accepted(rule: ContinuousRule) -> None:
+def test_the_same_distribution_is_always_accepted(rule: ContinuousRule) -> None:
     head = Head(std=(0.01, 0.006), bend=0.3)
     aligned = Pair(head, head, channels=16).aligned(0, 1000)
     uniforms = torch.full((1000,), 1 - 2**-53, dtype=torch.float64)
@@ -411,13 +412,15 @@ def test_the_same_law_is_always_accepted(rule: ContinuousRule) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_laws_far_apart(rule: ContinuousRule) -> None:
+def test_distributions_far_apart(rule: ContinuousRule) -> None:
     """Hundreds of thousands of deviations away: densities that no float holds, as with heads of few steps."""
     draft, target = Head((0.9, 0.9), (3.0, 3.0), (0.02, 1e-5)), Head((0.9, 0.9), (0.0, 0.0), (0.01, 1e-5))
     decision = judged(rule, Pair(draft, target).aligned(1, 8000))
     aligned = Pair(draft, target).aligned(1, 8000)
     assert not decision.accepted.any()
-    assert (decision.tries == 1).all()  # the draft's law has no mass there, so the first proposal is taken
+    assert (
+        decision.tries == 1
+    ).all()  # the draft's distribution has no mass there, so the first proposal is taken
     inner = (decision.values - aligned.target.mean) / 1e-5
     assert one_sample(inner[:, 0], normal_cdf).chance > LEVEL
 
@@ -449,17 +452,22 @@ def test_padding_costs_nothing(rule: ContinuousRule) -> None:
     aligned = PAIRS["plane"].aligned(2, 64)
     active = torch.arange(64) % 4 > 0
     broken = torch.where(active[:, None], aligned.value, float("nan"))
-    law = Gaussian(torch.where(active[:, None], aligned.target.mean, float("nan")), aligned.target.log_std)
+    distribution = Gaussian(
+        torch.where(active[:, None], aligned.target.mean, float("nan")), aligned.target.log_std
+    )
     uniforms = torch.rand(64, generator=torch.Generator().manual_seed(0))
     padded = rule.judge(
-        Aligned(broken, aligned.draft, law, aligned.log_sigma), uniforms, SeededProposals([1], 64, 2), active
+        Aligned(broken, aligned.draft, distribution, aligned.log_sigma),
+        uniforms,
+        ResampleNoise([1], 64, 2),
+        active,
     )
     assert padded.accepted[~active].all()
     assert not padded.tries[~active].any()
     assert not padded.exhausted[~active].any()
     assert padded.values[active].isfinite().all()
     if not isinstance(rule, ReferenceRule):  # whose rounds end when the last token has had a success
-        whole = rule.judge(aligned, uniforms, SeededProposals([1], 64, 2))
+        whole = rule.judge(aligned, uniforms, ResampleNoise([1], 64, 2))
         assert torch.equal(padded.values[active], whole.values[active])
         assert torch.equal(padded.tries[active], whole.tries[active])
     none = rule.judge(aligned, torch.ones(64), Forbidden(), torch.zeros(64, dtype=torch.bool))
@@ -467,17 +475,22 @@ def test_padding_costs_nothing(rule: ContinuousRule) -> None:
 
 
 def part(aligned: Aligned, rows: slice) -> Aligned:
-    def law(gaussian: Gaussian) -> Gaussian:
+    def distribution(gaussian: Gaussian) -> Gaussian:
         return Gaussian(gaussian.mean[rows], gaussian.log_std[rows])
 
-    return Aligned(aligned.value[rows], law(aligned.draft), law(aligned.target), aligned.log_sigma[rows])
+    return Aligned(
+        aligned.value[rows],
+        distribution(aligned.draft),
+        distribution(aligned.target),
+        aligned.log_sigma[rows],
+    )
 
 
 @pytest.mark.parametrize("rule", [ExactRule(), ExactRule(6), PaperRule(), PaperRule(tries=3)], ids=repr)
-def test_a_picture_does_not_depend_on_its_batch(rule: ContinuousRule) -> None:
+def test_a_image_does_not_depend_on_its_batch(rule: ContinuousRule) -> None:
     width = 5
-    together = SeededProposals([11, 12, 13, 14], width, 2)
-    alone = SeededProposals([13], width, 2)
+    together = ResampleNoise([11, 12, 13, 14], width, 2)
+    alone = ResampleNoise([13], width, 2)
     own = slice(2 * width, 3 * width)
     rejected = 0
     for verification in range(20):
@@ -494,7 +507,7 @@ def test_a_picture_does_not_depend_on_its_batch(rule: ContinuousRule) -> None:
 
 
 def test_seeded_numbers() -> None:
-    first, second = SeededProposals([3, 4], 2, 3), SeededProposals([3, 4], 2, 3)
+    first, second = ResampleNoise([3, 4], 2, 3), ResampleNoise([3, 4], 2, 3)
     normals, uniforms = first.next(7)
     assert normals.shape == (4, 7, 3)
     assert uniforms.shape == (4, 7)
@@ -526,14 +539,16 @@ def test_dtype_of_the_drafted_value_is_kept() -> None:
 
 
 def test_density() -> None:
-    law = Gaussian(torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, -1.0]]))
+    distribution = Gaussian(torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, -1.0]]))
     values = torch.tensor([[0.3, -1.7]])
-    theirs = torch.distributions.Normal(law.mean, law.log_std.exp()).log_prob(values).sum(-1)
-    assert torch.allclose(law.log_prob(values).float(), theirs)
-    assert torch.equal(law.sample(torch.zeros(1, 2)), law.mean)
-    several = law.at(torch.tensor([0, 0])).log_prob(values.expand(2, 3, 2))
+    theirs = (
+        torch.distributions.Normal(distribution.mean, distribution.log_std.exp()).log_prob(values).sum(-1)
+    )
+    assert torch.allclose(distribution.log_prob(values).float(), theirs)
+    assert torch.equal(distribution.sample(torch.zeros(1, 2)), distribution.mean)
+    several = distribution.at(torch.tensor([0, 0])).log_prob(values.expand(2, 3, 2))
     assert several.shape == (2, 3)
-    assert torch.allclose(several, law.log_prob(values).expand(2, 3))
+    assert torch.allclose(several, distribution.log_prob(values).expand(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -547,9 +562,9 @@ def test_density() -> None:
         lambda: ReferenceRule(inner_temperature=float("inf")),
         lambda: ReferenceRule(inner_temperature="42"),  # type: ignore[arg-type]
         lambda: ReferenceRule(tries=-1),
-        lambda: SeededProposals([], 1, 1),
-        lambda: SeededProposals([1], 0, 1),
-        lambda: SeededProposals([1], 1, 0),
+        lambda: ResampleNoise([], 1, 1),
+        lambda: ResampleNoise([1], 0, 1),
+        lambda: ResampleNoise([1], 1, 0),
     ],
 )
 def test_bad_options(make: Callable[[], Any]) -> None:
@@ -575,4 +590,4 @@ def test_shapes_that_do_not_fit() -> None:
         with pytest.raises(InputError, match="active must be"):
             rule.judge(aligned, torch.rand(4), Forbidden(), torch.ones(4))
     with pytest.raises(InputError, match="proposals must be"):
-        ExactRule().judge(far, torch.rand(4), SeededProposals([1], 3, 2))
+        ExactRule().judge(far, torch.rand(4), ResampleNoise([1], 3, 2))

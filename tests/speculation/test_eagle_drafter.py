@@ -19,7 +19,7 @@ from varaccel.hosts.causal.sampling import Sampling
 from varaccel.nn.attention_inputs import Reading, prefix_mask
 from varaccel.speculation import proposers as drafting
 from varaccel.speculation.eagle_drafter import EagleReader
-from varaccel.speculation.loop import Draws, Outcome
+from varaccel.speculation.loop import Draws, StepResult
 from varaccel.speculation.proposers import DynamicProposer, StaticProposer
 from varaccel.speculation.tree import DraftTree, DynamicTree, Topology
 
@@ -27,7 +27,7 @@ NO_DRAWS = Draws(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
 
 
 class RecordedTarget:
-    """What a reader asks of the target's session, answered from a recording; keeps all laws it has given.
+    """What a reader asks of the target's session, answered from a recording; keeps all distributions it has given.
 
     The published code applies top-p before top-k; the recordings use at most one of them.
     """
@@ -43,10 +43,10 @@ class RecordedTarget:
         self.sampling = Sampling(processor.get("temperature", 1.0), processor.get("top_k", 0))
         self.greedy = options["greedy"]
         self.raw: list[Tensor] = []
-        self.laws: list[Tensor] = []
+        self.distributions: list[Tensor] = []
         self.positions: list[Tensor] = []
 
-    def law(self, features: Tensor, positions: Tensor) -> Categorical:
+    def distribution(self, features: Tensor, positions: Tensor) -> Categorical:
         both = logits(self.index, features)
         conditional, unconditional = both.split(1)
         guided = conditional
@@ -54,7 +54,7 @@ class RecordedTarget:
             guided = Guidance(self.scale).combine(conditional, unconditional)
         filtered = self.sampling.filter(guided)
         self.raw.append(both)
-        self.laws.append(filtered.log_softmax(-1))
+        self.distributions.append(filtered.log_softmax(-1))
         self.positions.append(positions)
         return Categorical(filtered, self.greedy)
 
@@ -83,7 +83,7 @@ def test_dynamic_drafting_over_two_calls(index: int, run: int) -> None:
     proposer = DynamicProposer(reader, shape)
     for call in (0, 1):
         name = f"run{run}.call{call}"
-        target.laws.clear()
+        target.distributions.clear()
         fronts = lanes.fronts(canvas, call + 2)
         start = int(fronts.start)
         assert start == data[f"{name}.input_ids"].shape[1] - 120
@@ -93,7 +93,7 @@ def test_dynamic_drafting_over_two_calls(index: int, run: int) -> None:
         assert tree.parents[0].tolist() == data[f"{name}.parents"].tolist()
         assert tree.depths[0].tolist() == data[f"{name}.position_ids"].tolist()
         assert torch.equal(tree.ancestors[0], data[f"{name}.tree_mask"].bool())
-        first, *levels = (law.exp() for law in target.laws)
+        first, *levels = (distribution.exp() for distribution in target.distributions)
         torch.testing.assert_close(first[0, 0], data[f"{name}.logp0"].exp(), atol=1e-5, rtol=0)
         assert len(levels) == config["depth"]
         torch.testing.assert_close(torch.cat(levels), data[f"{name}.logp_levels"].exp(), atol=1e-5, rtol=0)
@@ -122,10 +122,10 @@ def observe(
     positions[0, : len(nodes)] = fronts.start + torch.arange(len(nodes))
     canvas.write(positions, tokens, 2)
     assert canvas.tokens[0, : len(nodes) + 1].tolist() == data[f"run{run}.call1.input_ids"][0, 120:].tolist()
-    outcome = Outcome(
+    outcome = StepResult(
         fronts=fronts,
         tree=tree,
-        law=Categorical(torch.zeros(1, tree.tokens.shape[1], 2)),
+        distribution=Categorical(torch.zeros(1, tree.tokens.shape[1], 2)),
         features=features,
         path=path,
         committed=torch.tensor([len(nodes)]),
@@ -140,7 +140,7 @@ STATIC = [(i, r) for i in (0, 1) for r in range(len(case(i)["static_runs"]))]
 
 @pytest.mark.parametrize(("index", "run"), STATIC)
 def test_static_drafting(index: int, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The laws at all nodes that are continued, given the recorded draws; greedy ones draw themselves."""
+    """The distributions at all nodes that are continued, given the recorded draws; greedy ones draw themselves."""
     data, options, name = golden(index), case(index)["static_runs"][run], f"static{run}"
     topology = Topology.from_paths(options["choices"])
     target, canvas, lanes, reader = begin(index, name, options, len(topology.internal) - 1)
@@ -148,9 +148,9 @@ def test_static_drafting(index: int, run: int, monkeypatch: pytest.MonkeyPatch) 
     if not options["greedy"]:
         rows = iter(recorded_draws)
 
-        def draw_children(law: Categorical, numbers: Tensor, proposal: str) -> Tensor:
+        def draw_children(distribution: Categorical, numbers: Tensor, proposal: str) -> Tensor:
             assert proposal == "without_replacement"
-            drawn = torch.stack([next(rows) for _ in range(law.logits.shape[1])])
+            drawn = torch.stack([next(rows) for _ in range(distribution.logits.shape[1])])
             return drawn[None, :, : numbers.shape[-1]]
 
         monkeypatch.setattr(drafting, "draw_children", draw_children)
@@ -175,7 +175,7 @@ def test_static_drafting(index: int, run: int, monkeypatch: pytest.MonkeyPatch) 
     if options["greedy"]:
         assert tree.draft is None
         # conditional "probabilities" of greedy runs are guided logits
-        guided = torch.cat(target.laws, dim=1)[0].gather(-1, recorded_draws)
+        guided = torch.cat(target.distributions, dim=1)[0].gather(-1, recorded_draws)
         steps = data[f"{name}.cond_probs"].diff(dim=-1)
         torch.testing.assert_close(guided.diff(dim=-1), steps, atol=1e-4, rtol=0)
         return
@@ -183,7 +183,7 @@ def test_static_drafting(index: int, run: int, monkeypatch: pytest.MonkeyPatch) 
     draft = tree.draft[0]
     torch.testing.assert_close(draft[internal], data[f"{name}.draft_probs"], atol=1e-5, rtol=0)
     assert not draft[[n for n in range(topology.num_nodes) if n not in internal]].any()
-    # the law of a child given its elder siblings
+    # the distribution of a child given its elder siblings
     taken = draft[internal].gather(-1, recorded_draws)
     left = 1 - (taken.cumsum(-1) - taken)
     width = topology.branching
@@ -202,7 +202,7 @@ def test_static_drafting(index: int, run: int, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("host", ["c2i", "t2i"])
 def test_what_the_head_has_read(host: str, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was guessed and thrown away on the way, its cache is that of one causal pass over the target's own
-    features of the picture.
+    features of the image.
     """
     pipe = drafting_pipeline(host)
     readers: list[EagleReader] = []
@@ -245,7 +245,7 @@ def test_what_the_head_has_read(host: str, guidance: float, monkeypatch: pytest.
     base = reader.memory.base
     for row, theirs in enumerate(cache.keys[0]):
         ours, written = reader.memory.cache.keys[0, row], out.written[row % 2].flatten()
-        # what the last pass of a picture decided is not read any more
+        # what the last pass of an image decided is not read any more
         known = int((written < written.max()).sum())
         torch.testing.assert_close(ours[:, :pairs], theirs[:, :pairs], atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(
@@ -254,7 +254,7 @@ def test_what_the_head_has_read(host: str, guidance: float, monkeypatch: pytest.
 
 
 def teacher_features(model: Any, condition: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
-    """[R, T + N, dim] features of a full pass over condition and picture."""
+    """[R, T + N, dim] features of a full pass over condition and image."""
     x = torch.cat([model.embed_condition(condition), model.embed_tokens(tokens)], dim=1)
     table = model.rotary_table()
     if mask is None:

@@ -25,8 +25,8 @@ from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.job import Job
 from varaccel.engine.loop import Step, decode
-from varaccel.engine.randomness import Randomness, picture_generators
-from varaccel.engine.statistics import Tally
+from varaccel.engine.randomness import Randomness, image_generators
+from varaccel.engine.statistics import SpeculationStats
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.lanes import Fronts, Lanes
@@ -37,7 +37,7 @@ from varaccel.nn.attention_inputs import Reading
 from varaccel.pipelines.acceptance_map import pass_colors
 from varaccel.speculation import loop as speculation
 from varaccel.speculation import proposers as drafting
-from varaccel.speculation.loop import Outcome
+from varaccel.speculation.loop import StepResult
 from varaccel.speculation.proposers import StaticProposer, draw_children
 from varaccel.speculation.tree import DynamicTree, Topology
 
@@ -78,7 +78,7 @@ ORDERED: dict[str, Callable[[int], Accelerator]] = {
     "lantern": lambda order: Lantern(k=3, delta=0.2, drafter="layers", tree=BUSHY, order=order),
 }
 RUN: dict[type, Any] = {kind: kind.run for kind in (Jacobi, Speculative, Lantern)}
-LAWS: tuple[dict[str, Any], ...] = (
+DISTRIBUTIONS: tuple[dict[str, Any], ...] = (
     {"guidance_scale": 1.0},
     {"guidance_scale": 2.5},
     {"guidance_scale": 2.5, "guidance_interval": 5},
@@ -95,37 +95,39 @@ def draw(host: str, accelerator: Any, prompts: Any = None, **options: Any) -> An
 
 
 @pytest.fixture
-def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
+def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[StepResult]:
     """What became of the guesses of every pass of the calls to come."""
-    seen: list[Outcome] = []
-    settle = speculation._settle
+    seen: list[StepResult] = []
+    settle = speculation._verify_step
 
-    def watched(*args: Any) -> Outcome:
+    def watched(*args: Any) -> StepResult:
         seen.append(settle(*args))
         return seen[-1]
 
-    monkeypatch.setattr(speculation, "_settle", watched)
+    monkeypatch.setattr(speculation, "_verify_step", watched)
     return seen
 
 
-# -- the picture ---------------------------------------------------------------------------------------
+# -- the image ---------------------------------------------------------------------------------------
 
 
 @hosts
 @lawful
-def test_without_chance_the_picture_is_that_of_plain_decoding(host: str, name: str) -> None:
-    for law in LAWS:
-        plain = draw(host, Plain(), temperature=0.0, **law)
-        fast = draw(host, LAWFUL[name], temperature=0.0, seed=77, **law)
+def test_without_chance_the_image_is_that_of_plain_decoding(host: str, name: str) -> None:
+    for distribution in DISTRIBUTIONS:
+        plain = draw(host, Plain(), temperature=0.0, **distribution)
+        fast = draw(host, LAWFUL[name], temperature=0.0, seed=77, **distribution)
         assert fast.stats.lossless
         assert torch.equal(fast.images, plain.images)
         assert fast.stats.passes <= PLACES
 
 
-@pytest.mark.parametrize("law", [*LAWS, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "distribution", [*DISTRIBUTIONS, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.7}], ids=str
+)
 @hosts
-def test_matching_draws_the_picture_of_plain_decoding(host: str, law: dict[str, Any]) -> None:
-    plain = draw(host, Plain(), **law).images
+def test_matching_draws_the_image_of_plain_decoding(host: str, distribution: dict[str, Any]) -> None:
+    plain = draw(host, Plain(), **distribution).images
     for drafter, tree, adaptive in (
         ("small", 4, False),
         ("eagle", BUSHY, False),
@@ -134,28 +136,28 @@ def test_matching_draws_the_picture_of_plain_decoding(host: str, law: dict[str, 
         ("eagle", "dynamic", False),
     ):
         accelerator = Speculative(drafter, tree=tree, verification="matching", adaptive=adaptive)
-        out = draw(host, accelerator, **law)
+        out = draw(host, accelerator, **distribution)
         assert torch.equal(out.images, plain)
         assert out.stats.mean_accepted >= 0
 
 
 @hosts
-def test_gumbel_pictures_depend_on_neither_window_nor_fill(host: str) -> None:
-    for law in (*LAWS, {"temperature": 0.8, "top_k": 6}):
-        one = draw(host, Jacobi(1), **law)
-        assert one.stats.picture_passes == (PLACES,) * 3
+def test_gumbel_images_depend_on_neither_window_nor_fill(host: str) -> None:
+    for distribution in (*DISTRIBUTIONS, {"temperature": 0.8, "top_k": 6}):
+        one = draw(host, Jacobi(1), **distribution)
+        assert one.stats.image_passes == (PLACES,) * 3
         assert one.stats.accepted == (0.0,) * 3
         for window, fill in ((5, "left"), (16, "above"), (99, "random")):
-            assert torch.equal(draw(host, Jacobi(window, fill=fill), **law).images, one.images)
+            assert torch.equal(draw(host, Jacobi(window, fill=fill), **distribution).images, one.images)
 
 
 @hosts
-def test_gumbel_pictures_depend_on_no_drafter(host: str) -> None:
-    for law in (*LAWS, {"temperature": 0.8, "top_k": 6}, {"temperature": 0.0}):
-        expected = draw(host, Jacobi(1), **law).images
+def test_gumbel_images_depend_on_no_drafter(host: str) -> None:
+    for distribution in (*DISTRIBUTIONS, {"temperature": 0.8, "top_k": 6}, {"temperature": 0.0}):
+        expected = draw(host, Jacobi(1), **distribution).images
         for drafter, tree in (("small", 4), ("eagle", BUSHY), ("layers", "mc_sim_7b_63"), ("small", DYNAMIC)):
             accelerator = Speculative(drafter, tree=tree, verification="gumbel")
-            assert torch.equal(draw(host, accelerator, **law).images, expected)
+            assert torch.equal(draw(host, accelerator, **distribution).images, expected)
 
 
 @pytest.mark.parametrize("coupling", ["none", "gumbel", "maximal"])
@@ -172,14 +174,14 @@ def test_every_pass_advances_by_one_to_window(window: int, coupling: Any) -> Non
 
 @hosts
 @lawful
-def test_pictures_do_not_depend_on_their_batch(host: str, name: str) -> None:
+def test_images_do_not_depend_on_their_batch(host: str, name: str) -> None:
     together = draw(host, LAWFUL[name])
-    assert together.stats.passes == max(together.stats.picture_passes) <= PLACES
+    assert together.stats.passes == max(together.stats.image_passes) <= PLACES
     for index, prompt in enumerate(PROMPTS[host]):
         alone = draw(host, LAWFUL[name], prompt, seed=5 + index)
         assert torch.equal(alone.images[0], together.images[index])
         assert torch.equal(alone.written[0], together.written[index])
-        assert alone.stats.picture_passes[0] == together.stats.picture_passes[index]
+        assert alone.stats.image_passes[0] == together.stats.image_passes[index]
         assert alone.stats.accepted[0] == together.stats.accepted[index]
 
 
@@ -222,7 +224,7 @@ def test_more_guesses_than_codes() -> None:
 # -- memory --------------------------------------------------------------------------------------------
 
 
-def true_laws(
+def true_distributions(
     pipe: LlamaGenPipeline, prompts: Any, tokens: Tensor, guidance: Guidance, sampling: Sampling
 ) -> Tensor:
     """[B, N, V] log-probabilities of every position by one pass without a cache."""
@@ -239,16 +241,20 @@ def true_laws(
 
 @hosts
 @lawful
-def test_laws_are_those_of_a_pass_without_a_cache(host: str, name: str, outcomes: list[Outcome]) -> None:
-    """In every pass, wherever the picture went: after the root and after each accepted guess."""
-    for law in LAWS:
+def test_distributions_are_those_of_a_pass_without_a_cache(
+    host: str, name: str, outcomes: list[StepResult]
+) -> None:
+    """In every pass, wherever the image went: after the root and after each accepted guess."""
+    for distribution in DISTRIBUTIONS:
         outcomes.clear()
-        out = draw(host, LAWFUL[name], **law)
-        guidance = Guidance(law["guidance_scale"], law.get("guidance_interval", -1))
-        truth = true_laws(drafting_pipeline(host), PROMPTS[host], out.images.flatten(1), guidance, Sampling())
+        out = draw(host, LAWFUL[name], **distribution)
+        guidance = Guidance(distribution["guidance_scale"], distribution.get("guidance_interval", -1))
+        truth = true_distributions(
+            drafting_pipeline(host), PROMPTS[host], out.images.flatten(1), guidance, Sampling()
+        )
         compared = 0
         for outcome in outcomes:
-            found = outcome.law.logits.log_softmax(-1)
+            found = outcome.distribution.logits.log_softmax(-1)
             for row in range(3):
                 committed = int(outcome.committed[row])
                 nodes, places = outcome.path[row, :committed], outcome.positions[row, :committed]
@@ -261,8 +267,8 @@ def test_laws_are_those_of_a_pass_without_a_cache(host: str, name: str, outcomes
 @ordered
 @pytest.mark.parametrize(("order", "guidance"), [(1, 2.5), (2, 1.0), (3, 2.5)])
 @torch.inference_mode()
-def test_laws_in_order_are_those_without_scratch(
-    name: str, order: int, guidance: float, outcomes: list[Outcome]
+def test_distributions_in_order_are_those_without_scratch(
+    name: str, order: int, guidance: float, outcomes: list[StepResult]
 ) -> None:
     """What came of each pass, read again without scratch slots: first the late token and the roots, then the
     accepted guesses of one lane after the other, the lowest first, so that none sees guesses of another.
@@ -280,16 +286,18 @@ def test_laws_in_order_are_those_without_scratch(
         starts = [int(fronts.start[0, lane]) for lane in lanes]
         fed = late + [int(fronts.source[0, lane]) for lane in lanes]
         features = read(again, tokens[:, fed], late + [start - 1 for start in starts])
-        laws = {lane: features[:, len(late) + i : len(late) + i + 1] for i, lane in enumerate(lanes)}
+        distributions = {lane: features[:, len(late) + i : len(late) + i + 1] for i, lane in enumerate(lanes)}
         for lane, start in reversed(list(zip(lanes, starts, strict=True))):
             committed = int(outcome.committed[lane])
             places = list(range(start, start + committed - 1))
-            found = laws[lane]
+            found = distributions[lane]
             if places:
                 found = torch.cat([found, read(again, tokens[:, places], places)], dim=1)
-            expected = again.law(found, torch.arange(start, start + committed)).logits[0]
+            expected = again.distribution(found, torch.arange(start, start + committed)).logits[0]
             nodes = outcome.path[lane, :committed]
-            torch.testing.assert_close(outcome.law.logits[lane, nodes], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                outcome.distribution.logits[lane, nodes], expected, atol=1e-4, rtol=1e-4
+            )
             compared += committed
     assert compared == PLACES - 1
 
@@ -304,14 +312,14 @@ def read(session: CausalSession, tokens: Tensor, positions: list[int]) -> Tensor
 @hosts
 @ordered
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_pictures_in_order_do_not_depend_on_their_batch(host: str, name: str, order: int) -> None:
-    accelerator, law = ORDERED[name](order), LAWS[order - 1]
-    together = draw(host, accelerator, **law)
+def test_images_in_order_do_not_depend_on_their_batch(host: str, name: str, order: int) -> None:
+    accelerator, distribution = ORDERED[name](order), DISTRIBUTIONS[order - 1]
+    together = draw(host, accelerator, **distribution)
     assert not together.stats.lossless
     ideal = GRID + (GRID - 1) * order
     assert together.stats.passes <= ideal, "never slower than without guesses"
     for index, prompt in enumerate(PROMPTS[host]):
-        alone = draw(host, accelerator, prompt, seed=5 + index, **law)
+        alone = draw(host, accelerator, prompt, seed=5 + index, **distribution)
         assert torch.equal(alone.images[0], together.images[index])
         assert torch.equal(alone.written[0], together.written[index])
 
@@ -325,8 +333,8 @@ def test_a_wide_order_is_raster_order(host: str, name: str, order: int) -> None:
     assert torch.equal(wide.written, raster.written)
 
 
-def worst_children(law: Categorical, numbers: Tensor, proposal: str) -> Tensor:
-    return law.logits.topk(numbers.shape[-1], dim=-1, largest=False).indices
+def worst_children(distribution: Categorical, numbers: Tensor, proposal: str) -> Tensor:
+    return distribution.logits.topk(numbers.shape[-1], dim=-1, largest=False).indices
 
 
 @hosts
@@ -334,7 +342,7 @@ def worst_children(law: Categorical, numbers: Tensor, proposal: str) -> Tensor:
 def test_without_luck_the_order_is_that_of_zipar(
     host: str, order: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guesses that never hold leave nothing behind: ZipAR's passes and ZipAR's pictures, greedy and drawn."""
+    """Guesses that never hold leave nothing behind: ZipAR's passes and ZipAR's images, greedy and drawn."""
     monkeypatch.setattr(drafting, "draw_children", worst_children)
     everything = LayerSkip((0, 1, 2))
     for tree in (3, BUSHY):
@@ -453,18 +461,18 @@ def test_rows_with_an_end_of_line(width: int, height: int, window: int) -> None:
     order = StaggeredRows(width, window, end_of_line=True)
     session = CausalSession(model, torch.tensor([0, 3]))
 
-    laws: dict[int, Tensor] = {}
+    distributions: dict[int, Tensor] = {}
     original = session.predict
 
     def predict(canvas: Canvas, feed: Any) -> Any:
-        law = original(canvas, feed)
+        distribution = original(canvas, feed)
         for column, position in enumerate(feed.host.positions):
-            assert position not in laws
-            laws[position] = law.logits[:, column]
-        return law
+            assert position not in distributions
+            distributions[position] = distribution.logits[:, column]
+        return distribution
 
     session.predict = predict  # type: ignore[method-assign]
-    randomness = Randomness.draw(picture_generators(2, seed=0), total)
+    randomness = Randomness.draw(image_generators(2, seed=0), total)
     passes = decode(session, canvas, order, randomness)
     lag = min(window, width)
     assert passes == width + (height - 1) * lag
@@ -472,7 +480,7 @@ def test_rows_with_an_end_of_line(width: int, height: int, window: int) -> None:
     assert (canvas.tokens[:, ends] == END).all()
     assert torch.equal(canvas.written[:, ends], before)
     inner = [p for p in range(total) if (p + 1) % pitch]
-    assert sorted(laws) == inner
+    assert sorted(distributions) == inner
 
     # every token is fed once, in its own slot, and its true predecessor before it or with it
     groups = order.groups(total)
@@ -499,14 +507,16 @@ def test_rows_with_an_end_of_line(width: int, height: int, window: int) -> None:
         full = model.logits(model.transform(x, Reading(model.rotary_table()[: total - 1], mask=mask)))
         causal = model(torch.tensor([0, 3]), canvas.tokens[:, :-2])
     for position in inner:
-        torch.testing.assert_close(laws[position], full[:, position], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(distributions[position], full[:, position], atol=2e-5, rtol=1e-5)
     if window >= width:
         torch.testing.assert_close(full, causal, atol=2e-5, rtol=1e-5)
         tokens = torch.full((2, total), END)
         with torch.inference_mode():
             for position in inner:
-                law = Categorical(model(torch.tensor([0, 3]), tokens[:, :position])[:, -1:])
-                tokens[:, position : position + 1] = law.sample(randomness.at(torch.tensor([position])))
+                distribution = Categorical(model(torch.tensor([0, 3]), tokens[:, :position])[:, -1:])
+                tokens[:, position : position + 1] = distribution.sample(
+                    randomness.at(torch.tensor([position]))
+                )
         assert torch.equal(tokens, canvas.tokens)
 
 
@@ -518,9 +528,9 @@ def test_rows_with_an_end_of_line(width: int, height: int, window: int) -> None:
 def test_counts_agree_with_the_canvas(host: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = name.removesuffix(" in order")
     accelerator = ORDERED[base](2) if name != base else LAWFUL[name]
-    tallies: list[Tally] = []
+    tallies: list[SpeculationStats] = []
 
-    def remember(self: Accelerator, job: Job) -> Tally:
+    def remember(self: Accelerator, job: Job) -> SpeculationStats:
         tallies.append(RUN[type(self)](self, job))
         return tallies[-1]
 
@@ -528,8 +538,8 @@ def test_counts_agree_with_the_canvas(host: str, name: str, monkeypatch: pytest.
     out = draw(host, accelerator)
     (tally,) = tallies
     written, stats = out.written.flatten(1), out.stats
-    assert tally.passes.tolist() == written.max(1).values.tolist() == list(stats.picture_passes)
-    assert stats.passes == max(stats.picture_passes)
+    assert tally.passes.tolist() == written.max(1).values.tolist() == list(stats.image_passes)
+    assert stats.passes == max(stats.image_passes)
     # what an attempt decides are its accepted guesses and one token more
     assert (1 + tally.attempts + tally.accepted == PLACES).all()
     if name == base:
@@ -539,8 +549,8 @@ def test_counts_agree_with_the_canvas(host: str, name: str, monkeypatch: pytest.
     assert stats.accepted == pytest.approx(expected.tolist())
     assert stats.mean_accepted == pytest.approx(expected.mean().item())
     assert (stats.draft_passes > 0) == (accelerator.name != "jacobi")
-    for picture, row in zip(out.acceptance_maps(GRID, legend=False), out.written, strict=True):
-        assert np.array_equal(np.asarray(picture), pass_colors(row.numpy(), stats.passes))
+    for image, row in zip(out.acceptance_maps(GRID, legend=False), out.written, strict=True):
+        assert np.array_equal(np.asarray(image), pass_colors(row.numpy(), stats.passes))
 
 
 @hosts
@@ -585,14 +595,14 @@ def test_observers_see_every_pass_and_can_stop(host: str, accelerator: Accelerat
 def test_progress_rises_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[Step] = []
 
-    def watch(self: Jacobi | Speculative | Lantern, job: Job) -> Tally:
+    def watch(self: Jacobi | Speculative | Lantern, job: Job) -> SpeculationStats:
         return RUN[type(self)](self, replace(job, on_step=steps.append))
 
     for kind in RUN:
         monkeypatch.setattr(kind, "run", watch)
     for accelerator in (Jacobi(4), Speculative("small", tree=BUSHY), Lantern(k=3, drafter="eagle", order=2)):
         steps.clear()
-        passes = max(draw("t2i", accelerator).stats.picture_passes)
+        passes = max(draw("t2i", accelerator).stats.image_passes)
         assert [step.number for step in steps] == list(range(1, passes + 1))
         progress = [step.progress for step in steps]
         assert progress == sorted(set(progress))
@@ -606,9 +616,9 @@ def test_progress_rises_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("order", ["raster", 2])
 @pytest.mark.parametrize("tree", [6, 2, BUSHY])
 def test_depth_follows_what_was_accepted(
-    tree: Any, order: Any, outcomes: list[Outcome], monkeypatch: pytest.MonkeyPatch
+    tree: Any, order: Any, outcomes: list[StepResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two levels deeper after a success, one less after a failure, per lane of each picture."""
+    """Two levels deeper after a success, one less after a failure, per lane of each image."""
     proposers: list[StaticProposer] = []
     build = StaticProposer.__init__
 
@@ -638,7 +648,7 @@ def test_depth_follows_what_was_accepted(
 
 
 @pytest.mark.parametrize("order", ["raster", 1, 2])
-def test_dynamic_trees_reach_as_far_as_can_be_decided(order: Any, outcomes: list[Outcome]) -> None:
+def test_dynamic_trees_reach_as_far_as_can_be_decided(order: Any, outcomes: list[StepResult]) -> None:
     draw("c2i", Speculative("small", tree=DYNAMIC, order=order))
     for outcome in outcomes:
         fronts, depths = outcome.fronts, outcome.tree.depths
@@ -654,19 +664,19 @@ def test_how_children_are_drawn() -> None:
     rows, codes = 60_000, 4
     logits = torch.randn(codes, generator=generator).expand(rows, 1, codes)
     numbers = torch.rand(rows, 1, 3, dtype=torch.float64, generator=generator)
-    law = Categorical(logits)
-    p = law.probs[0, 0].double()
+    distribution = Categorical(logits)
+    p = distribution.probs[0, 0].double()
 
-    likeliest = draw_children(law, numbers, "deterministic")
+    likeliest = draw_children(distribution, numbers, "deterministic")
     assert torch.equal(likeliest, p.argsort(descending=True)[:3].expand(rows, 1, 3))
 
     def frequencies(drawn: Tensor) -> Tensor:
         flat = drawn[:, 0, 0] * codes + drawn[:, 0, 1]
         return (torch.bincount(flat, minlength=codes**2).double() / rows).view(codes, codes)
 
-    independent = draw_children(law, numbers, "independent")
+    independent = draw_children(distribution, numbers, "independent")
     torch.testing.assert_close(frequencies(independent), p[:, None] * p, atol=0.01, rtol=0)
-    different = draw_children(law, numbers, "without_replacement")
+    different = draw_children(distribution, numbers, "without_replacement")
     expected = (p[:, None] * p / (1 - p[:, None])).fill_diagonal_(0)
     torch.testing.assert_close(frequencies(different), expected, atol=0.01, rtol=0)
     assert all(len(set(row)) == 3 for row in different[:500, 0].tolist())

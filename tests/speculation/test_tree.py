@@ -204,7 +204,7 @@ class PathModel:
         self.history: list[Tensor] = []
         self.cached: dict[tuple[int, ...], Tensor] = {}
 
-    def law(self, row: int, path: tuple[int, ...]) -> Tensor:
+    def distribution(self, row: int, path: tuple[int, ...]) -> Tensor:
         key = (row, *path)
         if key not in self.cached:
             seed = hash(key) % 2**31
@@ -215,7 +215,7 @@ class PathModel:
         return self.cached[key]
 
     def first(self) -> Tensor:
-        return torch.stack([self.law(row, ()) for row in range(self.rows)])
+        return torch.stack([self.distribution(row, ()) for row in range(self.rows)])
 
     def expand(self, beam: Beam) -> Tensor:
         self.history.append(beam.tokens)
@@ -226,7 +226,10 @@ class PathModel:
         return torch.stack(
             [
                 torch.stack(
-                    [self.law(row, tuple(seen[row, visible].tolist())) for visible in beam.visible[row]]
+                    [
+                        self.distribution(row, tuple(seen[row, visible].tolist()))
+                        for visible in beam.visible[row]
+                    ]
                 )
                 for row in range(self.rows)
             ]
@@ -236,17 +239,17 @@ class PathModel:
 def plain_growth(model: PathModel, row: int, top_k: int, depth: int, total: int) -> list[tuple[int, ...]]:
     """Paths of the kept nodes, by a plain search over paths."""
 
-    def best(law: Tensor) -> list[tuple[int, float]]:
-        values, tokens = law.topk(top_k)
+    def best(distribution: Tensor) -> list[tuple[int, float]]:
+        values, tokens = distribution.topk(top_k)
         return list(zip(tokens.tolist(), values.tolist(), strict=True))
 
-    beam = [((token,), score) for token, score in best(model.law(row, ()))]
+    beam = [((token,), score) for token, score in best(model.distribution(row, ()))]
     created = list(beam)
     for _ in range(depth):
         level = [
             ((*path, token), score + gain)
             for path, score in beam
-            for token, gain in best(model.law(row, path))
+            for token, gain in best(model.distribution(row, path))
         ]
         created += level
         beam = sorted(level, key=lambda item: -item[1])[:top_k]

@@ -25,7 +25,7 @@ from varaccel.speculation.rejection import (
     RelaxedGreedy,
     Residual,
     Rule,
-    Verdict,
+    VerificationResult,
     _Decision,
     _Fork,
     _one_by_one,
@@ -126,7 +126,7 @@ def stack(cases: list[dict[str, Any]], static: bool) -> tuple[DraftTree, Tensor,
     return tree, target, uniforms
 
 
-def check_recorded(case: dict[str, Any], tree: DraftTree, verdict: Verdict, row: int) -> None:
+def check_recorded(case: dict[str, Any], tree: DraftTree, verdict: VerificationResult, row: int) -> None:
     nodes = [node for node in verdict.nodes[row].tolist() if node >= 0]
     assert nodes == case["accepted_nodes"], case
     assert verdict.nodes.shape[1] == tree.max_depth + 1
@@ -193,7 +193,8 @@ def test_exact_judges_jacobi_drafts_like_the_public_code(case: dict[str, Any], p
             assert torch.equal(verdict.probs[row], target[row, -1])
 
 
-# -- exactness: the law of the tokens that come out, integrated without sampling ---------------------------------
+# -- exactness: the distribution of the tokens that come out, integrated without sampling
+# ---------------------------------
 
 
 class Problem:
@@ -205,7 +206,7 @@ class Problem:
     def __init__(self, size: int, seed: int, kind: str = "full") -> None:
         generator = torch.Generator().manual_seed(seed)
 
-        def laws(shift: int) -> Tensor:
+        def distributions(shift: int) -> Tensor:
             logits = 1.5 * torch.randn(1 + size, size, generator=generator, dtype=torch.float64)
             if kind == "zeros":
                 keep = max(size // 2 + 1, 3)
@@ -216,8 +217,8 @@ class Problem:
             return logits.softmax(dim=-1)  # row 0: first token; row 1 + x: the token after x
 
         self.size = size
-        self.target = laws(0)
-        self.draft = self.target if kind == "equal" else laws(1)
+        self.target = distributions(0)
+        self.draft = self.target if kind == "equal" else distributions(1)
 
     def joint(self) -> Tensor:
         return self.target[0][:, None] * self.target[1:]  # [V, V]
@@ -230,22 +231,22 @@ def assignments(problem: Problem, topology: Topology, proposal: str) -> tuple[Te
         elders = [child for child in topology.children[parent] if child < node]
         longer = []
         for tokens, weight in partial:
-            law = problem.draft[0 if parent == 0 else 1 + tokens[parent]].clone()
+            distribution = problem.draft[0 if parent == 0 else 1 + tokens[parent]].clone()
             if proposal == "deterministic":
                 # the likeliest of the draft in turn, as a dynamic tree would
-                token = int(law.argsort(descending=True)[len(elders)])
+                token = int(distribution.argsort(descending=True)[len(elders)])
                 longer.append(([*tokens, token], weight))
                 continue
             if proposal == "without_replacement":
-                law[[tokens[elder] for elder in elders]] = 0
-            total = float(law.sum())
+                distribution[[tokens[elder] for elder in elders]] = 0
+            total = float(distribution.sum())
             if total <= 0:  # nothing left to draw: a drafter has to fill the place with something
                 longer.append(([*tokens, 0], weight))
                 continue
             longer += [
-                ([*tokens, token], weight * float(law[token]) / total)
+                ([*tokens, token], weight * float(distribution[token]) / total)
                 for token in range(problem.size)
-                if law[token] > 0
+                if distribution[token] > 0
             ]
         partial = longer
     return torch.tensor([tokens for tokens, _ in partial]), torch.tensor(
@@ -253,8 +254,8 @@ def assignments(problem: Problem, topology: Topology, proposal: str) -> tuple[Te
     )
 
 
-def law_of_outcome(rule: Rule, problem: Problem, topology: Topology, proposal: Any) -> Tensor:
-    """[V, V] the joint law of the first two tokens, by integrating over drafts and uniform numbers.
+def distribution_of_outcome(rule: Rule, problem: Problem, topology: Topology, proposal: Any) -> Tensor:
+    """[V, V] the joint distribution of the first two tokens, by integrating over drafts and uniform numbers.
 
     The chance that a node is accepted once it is examined is found as the largest uniform number that
     accepts it, by bisection: nothing is assumed about the rule except that smaller numbers accept more.
@@ -290,7 +291,7 @@ def law_of_outcome(rule: Rule, problem: Problem, topology: Topology, proposal: A
 
     end = rule.verify(tree, rows_target, arrive)  # the walk ends at the focus
     ended_there = (end.nodes == focus[:, None]).any(dim=1) & (end.length == tree.depths[0, focus])
-    laws = end.probs.view(count, num_nodes, size)
+    distributions = end.probs.view(count, num_nodes, size)
     joint = torch.zeros(size, size, dtype=torch.float64)
     for node in range(num_nodes):
         weight = weights.clone()
@@ -303,7 +304,7 @@ def law_of_outcome(rule: Rule, problem: Problem, topology: Topology, proposal: A
         for child in topology.children[node]:
             weight = weight * (1 - chance[:, child])
         assert float((weight * ~ended_there.view(count, num_nodes)[:, node]).abs().sum()) < 1e-9
-        following = weight[:, None] * laws[:, node]  # [N, V]
+        following = weight[:, None] * distributions[:, node]  # [N, V]
         if node == 0:
             joint += following.sum(dim=0)[:, None] * problem.target[1:]
         elif topology.depths[node] == 1:
@@ -316,11 +317,11 @@ def law_of_outcome(rule: Rule, problem: Problem, topology: Topology, proposal: A
 
 
 def distance(rule: Rule, problem: Problem, topology: Topology, proposal: Any) -> float:
-    """Total variation between the law of the outcome and the target's."""
-    law = law_of_outcome(rule, problem, topology, proposal)
-    assert float(law.sum()) == pytest.approx(1, abs=1e-8)
-    assert bool((law >= 0).all())
-    return float((law - problem.joint()).abs().sum()) / 2
+    """Total variation between the distribution of the outcome and the target's."""
+    distribution = distribution_of_outcome(rule, problem, topology, proposal)
+    assert float(distribution.sum()) == pytest.approx(1, abs=1e-8)
+    assert bool((distribution >= 0).all())
+    return float((distribution - problem.joint()).abs().sum()) / 2
 
 
 SHAPES = {
@@ -387,7 +388,7 @@ def test_published_residuals_are_exact_only_without_neighbours(proposal: str, re
 
 
 @pytest.mark.parametrize("proposal", ["deterministic", "without_replacement"])
-def test_relaxation_moves_the_law_by_at_most_delta_per_guess(proposal: str) -> None:
+def test_relaxation_moves_the_distribution_by_at_most_delta_per_guess(proposal: str) -> None:
     problem, table = Problem(6, seed=5), line_table(6)
     far = [
         distance(Relaxed(table, 5, delta=d), problem, SHAPES["one guess"], proposal) for d in (0.0, 0.1, 0.3)
@@ -403,19 +404,19 @@ class Broken:
     def __init__(self, mistake: str) -> None:
         self.mistake = mistake
 
-    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
         return _walk(tree, target, uniforms, self._decide)
 
     def _decide(self, fork: _Fork) -> _Decision:
-        accepted, law = _one_by_one(fork)
+        accepted, distribution = _one_by_one(fork)
         if self.mistake == "no division":
             accepted = fork.uniforms <= fork.target.gather(-1, fork.tokens)
         if self.mistake == "no residual":
-            law = fork.target
+            distribution = fork.target
         if self.mistake == "rejects at will":
             for child in range(1, fork.tokens.shape[1]):
                 accepted[:, child] &= fork.uniforms[:, child] < 0.9
-        return accepted, law
+        return accepted, distribution
 
 
 @pytest.mark.parametrize("mistake", ["no division", "no residual", "rejects at will"])
@@ -491,7 +492,7 @@ def random_case(
     return DraftTree.from_topology(topology, tokens, proposal=proposal, draft=given), target, uniforms
 
 
-def assert_same(left: Verdict, right: Verdict) -> None:
+def assert_same(left: VerificationResult, right: VerificationResult) -> None:
     assert torch.equal(left.nodes, right.nodes)
     assert torch.equal(left.length, right.length)
     assert torch.equal(left.rejected, right.rejected)
@@ -557,22 +558,22 @@ def test_fixed_and_free_shapes_agree(free: bool) -> None:
 @pytest.mark.parametrize("k", [1, 5, 31])
 def test_aggregation_moves_exactly_the_borrowed_mass(k: int, bound: dict[str, float]) -> None:
     generator = torch.Generator().manual_seed(8)
-    law = torch.randn(200, 32, generator=generator, dtype=torch.float64).mul(2).softmax(dim=-1)
-    token = torch.multinomial(law, 1, generator=generator)
-    near, within, extra = Relaxed(line_table(32), k, **bound).aggregate(law, token)
+    distribution = torch.randn(200, 32, generator=generator, dtype=torch.float64).mul(2).softmax(dim=-1)
+    token = torch.multinomial(distribution, 1, generator=generator)
+    near, within, extra = Relaxed(line_table(32), k, **bound).aggregate(distribution, token)
     assert near.shape == (200, min(k + 1, 31))
     assert within.shape == (200, k)
     assert (within.int().diff(dim=-1) <= 0).all(), "a leading run"
-    taken = law.gather(1, near[:, :k]) * within
-    moved = law.scatter(1, near[:, :k], law.gather(1, near[:, :k]) * ~within)
+    taken = distribution.gather(1, near[:, :k]) * within
+    moved = distribution.scatter(1, near[:, :k], distribution.gather(1, near[:, :k]) * ~within)
     moved = moved.scatter_add(1, token, extra)
     torch.testing.assert_close(moved.sum(dim=-1), torch.ones(200, dtype=torch.float64))
-    torch.testing.assert_close((law - moved).abs().sum(dim=-1) / 2, extra[:, 0])
+    torch.testing.assert_close((distribution - moved).abs().sum(dim=-1) / 2, extra[:, 0])
     torch.testing.assert_close(taken.sum(dim=-1), extra[:, 0])
-    most = bound.get("delta", (bound.get("multiplier", 1) - 1) * law.gather(1, token)[:, 0])
+    most = bound.get("delta", (bound.get("multiplier", 1) - 1) * distribution.gather(1, token)[:, 0])
     assert (extra[:, 0] <= most).all()
     # and no further neighbour would have fitted
-    following = torch.cat([law.gather(1, near[:, :k]), torch.full((200, 1), 9.0)], dim=1)
+    following = torch.cat([distribution.gather(1, near[:, :k]), torch.full((200, 1), 9.0)], dim=1)
     assert (
         extra + following.gather(1, within.sum(dim=-1, keepdim=True)) > torch.as_tensor(most).view(-1, 1)
     ).all()
@@ -632,7 +633,7 @@ def test_certainty_never_yields_nan(proposal: str) -> None:
     topology = Topology((-1, 0, 0, 1))
     sure = torch.eye(5)[[2]].expand(1, 4, -1)
     draft = None if proposal == "deterministic" else sure * torch.tensor([1.0, 1, 0, 0])[:, None]
-    tree = DraftTree.from_topology(topology, torch.tensor([[0, 2, 2, 2]]), proposal=proposal, draft=draft)  # type: ignore[arg-type]
+    tree = DraftTree.from_topology(topology, torch.tensor([[0, 2, 2, 2]]), proposal=proposal, draft=draft)
     rules: list[Rule] = [Exact(), Relaxed(line_table(5), 4, delta=1.0)]
     if proposal == "independent":
         rules.append(KSequential())
@@ -646,7 +647,7 @@ def test_a_number_of_zero_lets_no_impossible_token_through() -> None:
     draft = torch.tensor([[[0.0, 0.0, 1.0], [0.0] * 3]])
     tokens = torch.tensor([[0, 2]])
     for proposal, given in (("deterministic", None), ("independent", draft), ("without_replacement", draft)):
-        tree = DraftTree.from_topology(Topology.chain(1), tokens, proposal=proposal, draft=given)  # type: ignore[arg-type]
+        tree = DraftTree.from_topology(Topology.chain(1), tokens, proposal=proposal, draft=given)
         rules: list[Rule] = [Exact()] + ([KSequential()] if proposal == "independent" else [])
         for rule in rules:
             verdict = rule.verify(tree, target, torch.zeros(1, 2))
@@ -683,7 +684,7 @@ def test_dynamic_trees_can_be_verified() -> None:
         (lambda: Relaxed(line_table(8), 2, multiplier=0.5), "multiplier must be a number >= 1, got 0.5."),
         (lambda: Relaxed(line_table(8), 2), "give either delta (additive) or multiplier (relative)"),
         (lambda: Relaxed(line_table(8), 2, delta=0.1, multiplier=2), "not both and not neither."),
-        (lambda: Relaxed(line_table(8), 2, delta=0.1, residual="statik"), "did you mean 'static'?"),  # type: ignore[arg-type]
+        (lambda: Relaxed(line_table(8), 2, delta=0.1, residual="statik"), "did you mean 'static'?"),
         (lambda: Relaxed(torch.rand(8, 8), 2, delta=0.1), "table must be an integer tensor"),
         (lambda: RelaxedGreedy(line_table(8), 8, delta=0.1), "k must be smaller than the vocabulary"),
         (lambda: RelaxedGreedy(line_table(8), 2), "give either delta"),
@@ -698,7 +699,7 @@ def test_bad_options_are_explained(build: Callable[[], Any], message: str) -> No
 def test_bad_inputs_are_explained() -> None:
     tree, target, uniforms = random_case(0, Topology.chain(3), size=8, rows=2)
     sure = DraftTree.from_topology(Topology.chain(3), tree.tokens, proposal="deterministic")
-    for rule, guesses, law, numbers, message in (
+    for rule, guesses, distribution, numbers, message in (
         (Exact(), tree, target[:, 1:], uniforms, "target must be [M, T, V] = [2, 4, V], got [2, 3, 8]."),
         (Exact(), tree, target, uniforms[:1], "uniforms must be [M, T] = [2, 4], one per node, got [1, 4]."),
         (Exact(), tree, target[..., :5], uniforms, "draft [2, 4, 8] and target [2, 4, 5] differ in shape."),
@@ -710,4 +711,4 @@ def test_bad_inputs_are_explained() -> None:
         (Relaxed(line_table(8), 2, delta=0.1, residual="static"), sure, target, uniforms, "drawn guesses"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
-            rule.verify(guesses, law, numbers)
+            rule.verify(guesses, distribution, numbers)

@@ -80,7 +80,7 @@ def test_features_are_left_padded(pipe: LlamaGenPipeline) -> None:
 
 
 @pytest.mark.parametrize("accelerator", ["plain", ZipAR(2)], ids=str)
-def test_pictures_do_not_depend_on_longer_or_shorter_neighbours(
+def test_images_do_not_depend_on_longer_or_shorter_neighbours(
     pipe: LlamaGenPipeline, accelerator: object
 ) -> None:
     together = codes(pipe, PROMPTS, seed=9, accelerator=accelerator)
@@ -96,8 +96,8 @@ def test_saved_and_loaded(pipe: LlamaGenPipeline, tmp_path: Path) -> None:
     assert isinstance(loaded, LlamaGenPipeline)
     assert isinstance(loaded.text_encoder, T5EncoderModel)
     assert not loaded.text_encoder.training
-    pictures = zip(pipe(PROMPTS, seed=1).images, loaded(PROMPTS, seed=1).images, strict=True)
-    assert all(a.tobytes() == b.tobytes() for a, b in pictures)
+    images = zip(pipe(PROMPTS, seed=1).images, loaded(PROMPTS, seed=1).images, strict=True)
+    assert all(a.tobytes() == b.tobytes() for a, b in images)
 
 
 def test_loaded_in_half_precision(pipe: LlamaGenPipeline, tmp_path: Path) -> None:

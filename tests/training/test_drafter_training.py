@@ -28,8 +28,8 @@ from varaccel.training.drafter import (
     DrafterRecipe,
     Pairs,
     acceptance,
+    distribution_losses,
     drafter_losses,
-    law_losses,
     make_pairs,
     predictions,
     train_drafter,
@@ -39,13 +39,13 @@ from varaccel.training.run import Budget, TrainingRun
 
 SAMPLES = 40
 N = GRID**2
-RECIPE = DrafterRecipe(batch_size=8, warmup_steps=5, ema_decay=0.8, lr=3e-3, law_weight=1.0)
+RECIPE = DrafterRecipe(batch_size=8, warmup_steps=5, ema_decay=0.8, lr=3e-3, distribution_weight=1.0)
 EXACT = dataclasses.replace(RECIPE, precision="float32", warmup_steps=1, decay=1e-9)
 """In float32, with a learning rate that does not depend on the budget."""
 
 
 def data(model_type: str) -> tuple[Tensor, Condition]:
-    """Pictures and conditions at random: a drafter learns about its target, not about pictures."""
+    """Images and conditions at random: a drafter learns about its target, not about images."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(CODES, (SAMPLES, N), generator=generator)
     if model_type == "c2i":
@@ -87,7 +87,7 @@ def same_weights(a: EagleHead, b: EagleHead) -> None:
 
 @pytest.mark.parametrize("model_type", ["c2i", "t2i"])
 def test_pairs_are_the_targets_features(model_type: str) -> None:
-    """Feature t is beside the token of slot t + 1, and the target's head reads the next law off `wanted`."""
+    """Feature t is beside the token of slot t + 1, and the target's head reads the next distribution off `wanted`."""
     target = transformer(model_type)
     pairs = some_pairs(target, guided=True)
     codes, condition = data(model_type)
@@ -135,7 +135,7 @@ def test_guesses_in_a_row_are_those_of_drafting(model_type: str) -> None:
 
 
 def test_losses_are_the_published_ones() -> None:
-    """Written out: smooth L1 on features, cross-entropy of guided laws, the first pair left out or not."""
+    """Written out: smooth L1 on features, cross-entropy of guided distributions, the first pair left out or not."""
     target = transformer("t2i")
     head = fresh(target)
     pairs = some_pairs(target, guided=True)
@@ -144,7 +144,7 @@ def test_losses_are_the_published_ones() -> None:
         recipe = dataclasses.replace(
             RECIPE, guidance_scale=3.0, temperature=0.5, mask_first_pair=masked, unroll=2
         )
-        feature, law = drafter_losses(target, pairs.wanted, [guess], recipe)
+        feature, distribution = drafter_losses(target, pairs.wanted, [guess], recipe)
         skip = int(masked)
         torch.testing.assert_close(
             feature, torch.nn.functional.smooth_l1_loss(guess[:, :, skip:], pairs.wanted[:, :, skip:])
@@ -153,14 +153,14 @@ def test_losses_are_the_published_ones() -> None:
             (Guidance(3.0).combine(*target.logits(f[:, :, skip:])) / 0.5).softmax(-1)
             for f in (pairs.wanted, guess)
         )
-        torch.testing.assert_close(law, -(p * q.log()).sum(-1).mean(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(distribution, -(p * q.log()).sum(-1).mean(), atol=1e-4, rtol=1e-4)
         if not masked:
             chance = acceptance(target, pairs.wanted, [guess], recipe)
             torch.testing.assert_close(chance[0], 1 - 0.5 * (p - q).abs().sum(-1).mean(), atol=1e-4, rtol=0)
 
 
 def test_wide_codebooks_are_computed_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither losses nor gradients depend on how many pictures are held at a time."""
+    """Neither losses nor gradients depend on how many images are held at a time."""
     target = transformer("c2i").requires_grad_(False)
     head = fresh(target)
     pairs = some_pairs(target, guided=True, count=5)
@@ -168,18 +168,20 @@ def test_wide_codebooks_are_computed_in_groups(monkeypatch: pytest.MonkeyPatch) 
 
     def gradient() -> tuple[Tensor, Tensor]:
         head.zero_grad()
-        losses = law_losses(target, pairs.wanted, predictions(head, head.transform, pairs, 2), recipe)
+        losses = distribution_losses(
+            target, pairs.wanted, predictions(head, head.transform, pairs, 2), recipe
+        )
         losses.sum().backward()
         return losses.detach(), head.fc.weight.grad.clone()
 
     whole = gradient()
-    monkeypatch.setattr(trainer, "_LAW_ENTRIES", 2 * CODES * N)
+    monkeypatch.setattr(trainer, "_DISTRIBUTION_ENTRIES", 2 * CODES * N)
     torch.testing.assert_close(gradient(), whole)
 
 
 @pytest.mark.parametrize(("scale", "noise", "unroll"), [(1.0, 0.1, 1), (2.0, 0.1, 2)])
 def test_accumulation_equals_the_big_batch(tmp_path: Path, scale: float, noise: float, unroll: int) -> None:
-    """Four parts of two pictures are one step of eight: same steps, same weights."""
+    """Four parts of two images are one step of eight: same steps, same weights."""
     recipe = dataclasses.replace(EXACT, guidance_scale=scale, noise=noise, unroll=unroll)
     whole, run = train(tmp_path / "whole", 4, recipe)
     parts, split = train(tmp_path / "parts", 4, dataclasses.replace(recipe, accumulate=4))
@@ -240,7 +242,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     fit: dict = {"budget": Budget(steps=1), "recipe": RECIPE, "validation": 8}
     with pytest.raises(InputError, match="made for another model"):
         train_drafter(fresh(transformer("c2i")), target, codes, condition, tmp_path, **fit)
-    with pytest.raises(InputError, match="pictures of 16 tokens"):
+    with pytest.raises(InputError, match="images of 16 tokens"):
         train_drafter(fresh(target), target, codes[:, 1:], condition, tmp_path, **fit)
     with pytest.raises(InputError, match="the target has 24"):
         train_drafter(fresh(target), target, codes + 20, condition, tmp_path, **fit)
@@ -254,7 +256,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny pipelines and a few encoded scenes of their picture size."""
+    """Two tiny pipelines and a few encoded scenes of their image size."""
     folder = tmp_path_factory.mktemp("workshop")
     image_tokenizer = vq_model(channel_multipliers=(1, 1, 2))  # scenes have at least 16 pixels a side
     for model_type in ("t2i", "c2i"):
@@ -333,7 +335,7 @@ def test_command_errors_are_one_sentence(
     np.save(tmp_path / "labels.npy", np.arange(24))
     assert "the labels go from 0 to 23" in message("--labels", tmp_path / "labels.npy", target="c2i")
     np.save(tmp_path / "labels.npy", np.arange(5))
-    assert "5 labels for 24 pictures" in message("--labels", tmp_path / "labels.npy", target="c2i")
+    assert "5 labels for 24 images" in message("--labels", tmp_path / "labels.npy", target="c2i")
     assert "cannot be read" in message("--labels", tmp_path / "none.npy", target="c2i")
     manifest = (workshop / "codes" / "manifest.json").read_text()
     own = manifest.split('"tokenizer": "')[1][:16]

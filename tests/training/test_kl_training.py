@@ -1,4 +1,4 @@
-"""Training a KL tokenizer: loss, resume and export; latents of a picture cache."""
+"""Training a KL tokenizer: loss, resume and export; latents of an image cache."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Interrupted:
-    """Pictures of a cache; asked for batch number `fail_at`, it stops the run as Ctrl-C would."""
+    """Images of a cache; asked for batch number `fail_at`, it stops the run as Ctrl-C would."""
 
     def __init__(self, data: CachedScenes, fail_at: int) -> None:
         self.data, self.fail_at, self.asked = data, fail_at, 0
@@ -136,8 +136,10 @@ def test_divergence_is_that_of_the_posterior(scenes: Path, tmp_path: Path) -> No
     with torch.no_grad():
         loss, terms = run._losses(images, noise)
         posterior = run.model.encode(images).latent_dist
-        law = torch.distributions.Normal(posterior.mean, posterior.std)
-        expected = torch.distributions.kl_divergence(law, torch.distributions.Normal(0.0, 1.0)).mean()
+        distribution = torch.distributions.Normal(posterior.mean, posterior.std)
+        expected = torch.distributions.kl_divergence(
+            distribution, torch.distributions.Normal(0.0, 1.0)
+        ).mean()
         without, _ = trainer(scenes, tmp_path, 1, replace(RECIPE, kl_weight=0.0))._losses(images, noise)
     torch.testing.assert_close(terms["kl"], expected)
     torch.testing.assert_close(loss - without, 0.5 * expected, rtol=1e-4, atol=1e-5)
@@ -211,7 +213,7 @@ def test_training_script(
         return torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)["settings"]["recipe"]
 
     assert run("run") == 0
-    assert json.loads((tmp_path / "run" / "quality.json").read_text())["pictures"] == 2
+    assert json.loads((tmp_path / "run" / "quality.json").read_text())["images"] == 2
     assert (tmp_path / "run" / "export" / "config.json").is_file()
     assert recipe("run")["learning_rate"] == KLRecipe.learning_rate
     assert run("large", "--batch-size", "64") == 0
@@ -228,7 +230,7 @@ def encode(vae: AutoencoderKL, scenes: Path, out: Path, patch: int = 1) -> None:
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_latents_are_those_of_the_pictures(scenes: Path, tmp_path: Path, patch: int) -> None:
+def test_latents_are_those_of_the_images(scenes: Path, tmp_path: Path, patch: int) -> None:
     vae = tiny()
     vae.register_to_config(scaling_factor=0.7)
     encode(vae, scenes, tmp_path, patch)

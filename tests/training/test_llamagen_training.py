@@ -19,7 +19,7 @@ SAMPLES = 72
 
 
 def data() -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, None]]]:
-    """Pictures that are constant per class: class c is the code c everywhere."""
+    """Images that are constant per class: class c is the code c everywhere."""
     labels = torch.arange(SAMPLES) % 5
     return labels.unsqueeze(1).repeat(1, GRID**2), lambda indices: (labels[indices], None)
 

@@ -99,7 +99,7 @@ def test_hidden_tokens(least: float) -> None:
     assert asked <= min(counts)
     assert max(counts) == TOKENS
     if least == 0.3:
-        # ceil(N share), the share from a normal law around 1 with deviation 1/4, cut to [0.3, 1]
+        # ceil(N share), the share from a normal distribution around 1 with deviation 1/4, cut to [0.3, 1]
         below = 0.5 * (1 + math.erf((least - 1) / 0.25 / math.sqrt(2)))
         for hidden in range(asked, TOKENS):
             share = 0.5 * (1 + math.erf((hidden / TOKENS - 1) / 0.25 / math.sqrt(2)))

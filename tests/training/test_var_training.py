@@ -59,7 +59,7 @@ def quantizer(scales: tuple[int, ...] = SCALES, codes: int = CODES) -> MultiScal
 
 
 def data() -> tuple[Tensor, Condition]:
-    """Pictures of a random pattern per class."""
+    """Images of a random pattern per class."""
     labels = torch.arange(SAMPLES) % CLASSES
     patterns = torch.randint(CODES, (CLASSES, LENGTH), generator=torch.Generator().manual_seed(1))
     return patterns[labels], label_condition(labels, CLASSES, "cpu")
@@ -77,7 +77,7 @@ def train(
 
 
 def opinionated(seed: int) -> VARTransformer:
-    """A model whose laws are far from flat."""
+    """A model whose distributions are far from flat."""
     made = model(seed)
     initialise(made, torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_a_refiner_approaches_its_teacher(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_initialisation(shared: bool) -> None:
-    """Same seed, same weights; gates open a little; laws close to uniform."""
+    """Same seed, same weights; gates open a little; distributions close to uniform."""
     made, again = model(shared_adaln=shared, dim=64), model(1, shared_adaln=shared, dim=64)
     for each in (made, again):
         initialise(each, torch.Generator().manual_seed(3))
@@ -252,7 +252,7 @@ def test_bad_input(tmp_path: Path) -> None:
     def start(codes: Tensor = codes, quantizer: MultiScaleQuantizer = fitting, **options: int) -> None:
         train_var(model(), quantizer, codes, condition, tmp_path, budget=Budget(steps=1), **options)
 
-    with pytest.raises(InputError, match="pictures of 14 tokens"):
+    with pytest.raises(InputError, match="images of 14 tokens"):
         start(codes[:, :9])
     with pytest.raises(InputError, match="knows 0 to 11"):
         start(codes + CODES)

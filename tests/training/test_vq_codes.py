@@ -1,4 +1,4 @@
-"""Encoding a picture cache to codes: contents, resume, and the guard against mixing tokenizers."""
+"""Encoding an image cache to codes: contents, resume, and the guard against mixing tokenizers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def encode(vq: VQModel, scenes: Path, out: Path, precision: str = "float32") -> 
     encode_cache(vq, scenes, out, precision=precision, batch_size=3, progress=False)
 
 
-def test_codes_are_those_of_the_pictures(scenes: Path, tmp_path: Path) -> None:
+def test_codes_are_those_of_the_images(scenes: Path, tmp_path: Path) -> None:
     vq = tiny()
     encode(vq, scenes, tmp_path)
     codes, made_by = read_codes(tmp_path)

@@ -55,21 +55,21 @@ def tiny(seed: int = 0) -> VQModel:
 
 
 def discs(count: int, seed: int, size: int = 16) -> NDArray[np.uint8]:
-    """Pictures uint8 [count, size, size, 3] of a coloured disc on a coloured ground."""
+    """Images uint8 [count, size, size, 3] of a coloured disc on a coloured ground."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size]
     pixels = np.empty((count, size, size, 3), dtype=np.uint8)
-    for picture in pixels:
+    for image in pixels:
         centre, radius = generator.uniform(4, size - 4, 2), generator.uniform(2, 5)
         inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2
-        picture[:] = np.where(
+        image[:] = np.where(
             inside[..., None], generator.integers(256, size=3), generator.integers(256, size=3)
         )
     return pixels
 
 
 class Discs:
-    """Pictures by index; asked for batch number `fail_at`, it stops the run as Ctrl-C would."""
+    """Images by index; asked for batch number `fail_at`, it stops the run as Ctrl-C would."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.images = discs(40, seed=1)
@@ -281,7 +281,7 @@ def test_crop_takes_the_most_colourful_candidate() -> None:
     assert not all((crop[..., 0] == 255).any() for crop in single)
 
 
-def test_crops_give_way_to_whole_pictures(tmp_path: Path) -> None:
+def test_crops_give_way_to_whole_images(tmp_path: Path) -> None:
     recipe = replace(RECIPE, crop_size=8, crop_batch_size=6, crop_until=0.5)
     run = trainer(tmp_path, 4, recipe)
     shapes = [tuple(run._batch(step).shape) for step in run.run.steps()]

@@ -39,13 +39,13 @@ class Auto(Accelerator):
 
     A pass over n rows takes about max(weights / bandwidth, 2 n weights / arithmetic rate), so a device reads
     n = rate / (2 bandwidth), bytes per weight included, in the time of one: its free tokens, measured once
-    per process. Divided by the rows of the call (pictures, times two if guided) they are the tokens f per
-    picture that cost nothing.
+    per process. Divided by the rows of the call (images, times two if guided) they are the tokens f per
+    image that cost nothing.
 
     "lossless": below 2 free tokens one token per pass; else, if the model came with a drafter of at most a
     tenth of its weights (a larger one takes longer than it saves), a chain of f - 1 guesses, at most 5; else
     Jacobi decoding with a window of f, at most 16. All three draw with the Gumbel noise of each position and so
-    give the same picture for the same seed, on any machine and in any batch.
+    give the same image for the same seed, on any machine and in any batch.
     "approximate": ZipAR with the window that keeps f rows in flight, but no less than half the row.
 
     Masked models with a diffusion head: no exact method is faster than plain decoding, so "lossless" is that, in as
@@ -55,14 +55,13 @@ class Auto(Accelerator):
     The statistics of a call name what was chosen.
 
     Attributes:
-        quality: whether the law of plain decoding must be kept.
+        quality: whether the distribution of plain decoding must be kept.
 
     Raises:
         InputError: an unknown quality.
     """
 
     name: ClassVar[str] = "auto"
-    lossless: ClassVar[bool] = True
     hosts: ClassVar[tuple[str, ...]] = ("llamagen", "mar")
     summary: ClassVar[str] = "chosen by hardware and batch size"
 
@@ -72,7 +71,7 @@ class Auto(Accelerator):
         check_choice("quality", self.quality, get_args(Quality))
 
     @property
-    def keeps_law(self) -> bool:
+    def lossless(self) -> bool:
         return self.quality == "lossless"
 
     def resolve(self, job: Job) -> Accelerator:

@@ -17,7 +17,7 @@ from varaccel.engine.distribution import Categorical
 from varaccel.engine.job import Job
 from varaccel.engine.loop import decode
 from varaccel.engine.options import positive_integer
-from varaccel.engine.statistics import Relayed, Stage
+from varaccel.engine.statistics import Stage, StageStats
 from varaccel.engine.stopwatch import Stopwatch
 from varaccel.errors import InputError
 from varaccel.hosts.next_scale.sampling import ScaleGuidance
@@ -51,7 +51,7 @@ class Relay:
         self.openers, self.names, self.border = openers, names, border
         self.stages: list[Stage] = []
         self._session: ScaleSession | None = None
-        self._tokens = 0  # per picture, of the stage that is running
+        self._tokens = 0  # per image, of the stage that is running
         self._clock = Stopwatch(device)
 
     def predict(self, canvas: Canvas, feed: ScaleFeed) -> Categorical:
@@ -81,8 +81,8 @@ class CoDe(Accelerator):
     """The model draws the first scales, a smaller one the rest (Chen et al. 2024, arXiv 2411.17787).
 
     Training-free with any two models of the same image tokenizer; better with a refiner trained for the scales
-    that it draws. Approximate: the fine scales follow the small model's law. Most of the time and of the cache goes
-    into the fine scales, and they say little that the coarse ones have not decided.
+    that it draws. Approximate: the fine scales follow the small model's distribution. Most of the time and of
+    the cache goes into the fine scales, and they say little that the coarse ones have not decided.
 
     The model's cache holds only the scales that it draws and is freed at the hand-over. The refiner reads what is
     drawn in one pass, without an output layer and without draws for it; both exist in the published code, where
@@ -101,7 +101,6 @@ class CoDe(Accelerator):
     """
 
     name: ClassVar[str] = "code"
-    lossless: ClassVar[bool] = False
     hosts: ClassVar[tuple[str, ...]] = ("var",)
     summary: ClassVar[str] = "coarse scales by the model, fine ones by a smaller model"
 
@@ -112,6 +111,10 @@ class CoDe(Accelerator):
     refiner_top_p: float | None = None
     refiner_temperature: float | None = None
 
+    @property
+    def lossless(self) -> bool:
+        return False
+
     def __post_init__(self) -> None:
         if self.draft_scales is not None:
             positive_integer("draft_scales", self.draft_scales)
@@ -121,7 +124,7 @@ class CoDe(Accelerator):
         count, scales = self._count(job), len(_order(job).schedule)
         return Plain() if count == scales else dataclasses.replace(self, draft_scales=count)
 
-    def run(self, job: Job) -> Relayed:
+    def run(self, job: Job) -> StageStats:
         count = self._count(job)
         refiner = None if count == len(_order(job).schedule) else check_refiner(self.refiner, job)
         relay = Relay(
@@ -132,7 +135,7 @@ class CoDe(Accelerator):
         )
         passes = decode(relay, job.canvas, job.order, job.randomness, job.on_step)
         relay.finish()
-        return Relayed(passes, tuple(relay.stages))
+        return StageStats(passes, tuple(relay.stages))
 
     def _count(self, job: Job) -> int:
         scales = len(_order(job).schedule)
@@ -163,11 +166,14 @@ class Refiner(Accelerator):
     """
 
     name: ClassVar[str] = "refiner"
-    lossless: ClassVar[bool] = False
     hosts: ClassVar[tuple[str, ...]] = ("var",)
     summary: ClassVar[str] = "all scales by the smaller model, to compare CoDe with"
 
     refiner: Any = None
+
+    @property
+    def lossless(self) -> bool:
+        return False
 
     def run(self, job: Job) -> int:
         session = job.open_session(check_refiner(self.refiner, job))

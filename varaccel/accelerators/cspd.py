@@ -10,7 +10,7 @@ from varaccel.accelerators.fewer_steps import MaskedAccelerator
 from varaccel.engine.accelerator import register
 from varaccel.engine.job import Job
 from varaccel.engine.options import check_choice, positive_integer
-from varaccel.engine.statistics import Tally
+from varaccel.engine.statistics import SpeculationStats
 from varaccel.errors import InputError
 from varaccel.hosts.masked.denoising import Sampler
 from varaccel.hosts.masked.noise import TokenNoise
@@ -36,15 +36,18 @@ class CSpD(MaskedAccelerator):
     - "paper" is what is printed (`PaperRule`); tokens then carry the noise of their last step, without which they have
       no density. Real models accept next to nothing.
     - "exact" compares one denoising step that has noise (`ExactRule`, no factor for the steps before) and runs the
-      steps after it with the target. Each token follows the target's law exactly, given what the target was shown.
+      steps after it with the target. Each token follows the target's distribution exactly, given what the
+      target was shown.
 
     Verification:
 
-    - "joint": one pass that sees none of the drafted tokens, as published. The target's law is then that of deciding
+    - "joint": one pass that sees none of the drafted tokens, as published. The target's distribution is then
+        that of deciding
       the block at once: plain decoding with as many iterations fewer. The time does not depend on what is accepted.
     - "sequential": each group in sight of those before it, up to the first group with a rejection; one pass over
-      `draft_length` canvases. With mode "exact" and `coupling_step=0` the pictures follow the law of plain decoding
-      with `final_noise=True`. With a later step what later groups saw are drafts, not the tokens that took their place.
+      `draft_length` canvases. With mode "exact" and `coupling_step=0` the images follow the distribution of
+      plain decoding with `final_noise=True`. With a later step what later groups saw are drafts, not the
+      tokens that took their place.
 
     Attributes:
         mode, verification: see above.
@@ -64,7 +67,6 @@ class CSpD(MaskedAccelerator):
     """
 
     name: ClassVar[str] = "cspd"
-    lossless: ClassVar[bool] = False
     summary: ClassVar[str] = "a smaller model drafts continuous tokens, the model keeps or replaces them"
 
     mode: Mode = "exact"
@@ -80,6 +82,10 @@ class CSpD(MaskedAccelerator):
     head_steps: int | None = None
     head_sampler: Sampler | None = None
 
+    @property
+    def lossless(self) -> bool:
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("mode", self.mode, get_args(Mode))
@@ -94,7 +100,9 @@ class CSpD(MaskedAccelerator):
         ):
             raise InputError(f"coupling_step must be an integer >= 0, got {self.coupling_step!r}.")
         if self.mode == "exact" and self.inner_temperature is not None:
-            raise InputError("mode 'exact' has no inner_temperature: any but 1 would change the law.")
+            raise InputError(
+                "mode 'exact' has no inner_temperature: any but 1 would change the distribution."
+            )
         if self.head_sampler not in (None, "ddpm"):
             raise _no_densities(self.head_sampler)
         if not isinstance(self.aligned, bool):
@@ -115,7 +123,7 @@ class CSpD(MaskedAccelerator):
         """k of the step whose Gaussians are compared."""
         return self.coupling_step if self.mode == "exact" else 0
 
-    def run(self, job: Job) -> Tally:
+    def run(self, job: Job) -> SpeculationStats:
         drafter = check_drafter(self.drafter, job)
         options = self.session_options()
         if self.mode != "reference" and self.compared_step == 0:

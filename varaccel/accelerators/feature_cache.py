@@ -19,7 +19,7 @@ from varaccel.hosts.masked.denoising import Sampler
 class FeatureCache(MaskedAccelerator):
     """Reuse the features of unchanged tokens between iterations, in the manner of LazyMAR (arXiv 2503.12450).
 
-    See `StaleSession` for what is kept and what is read. Approximate; exact with `refresh=1`.
+    See `FeatureCacheSession` for what is kept and what is read. Approximate; exact with `refresh=1`.
 
     Attributes:
         refresh: every so manieth pass reads everything; 1 is plain decoding.
@@ -31,7 +31,6 @@ class FeatureCache(MaskedAccelerator):
     """
 
     name: ClassVar[str] = "feature_cache"
-    lossless: ClassVar[bool] = False
     summary: ClassVar[str] = "most passes read only the tokens that changed"
 
     refresh: int = 4
@@ -39,6 +38,10 @@ class FeatureCache(MaskedAccelerator):
     iterations: int | None = None
     head_steps: int | None = None
     head_sampler: Sampler | None = None
+
+    @property
+    def lossless(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()

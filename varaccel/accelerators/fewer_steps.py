@@ -56,19 +56,22 @@ class FewerSteps(MaskedAccelerator):
     """Plain decoding in fewer passes, or with fewer steps of the diffusion head. Approximate, and no method at all.
 
     Tokens of one group are drawn independently of each other, so fewer groups lose what they have to do with each
-    other. Fewer denoising steps draw from another law than the head was trained for.
+    other. Fewer denoising steps draw from another distribution than the head was trained for.
 
     Attributes:
         iterations, head_steps, head_sampler: see `MaskedAccelerator`.
     """
 
     name: ClassVar[str] = "fewer_steps"
-    lossless: ClassVar[bool] = False
     summary: ClassVar[str] = "plain decoding with fewer iterations or denoising steps"
 
     iterations: int | None = None
     head_steps: int | None = None
     head_sampler: Sampler | None = None
+
+    @property
+    def lossless(self) -> bool:
+        return False
 
     def run(self, job: Job) -> int:
         session = job.open_session(**self.session_options())

@@ -13,10 +13,10 @@ from varaccel.engine.distribution import Categorical
 from varaccel.engine.job import Job
 from varaccel.engine.options import check_choice, check_order, positive_integer
 from varaccel.engine.randomness import GumbelNoise
-from varaccel.engine.statistics import Tally
+from varaccel.engine.statistics import SpeculationStats
 from varaccel.hosts.causal.lanes import Fronts, Lanes
-from varaccel.speculation.loop import Draws, Judge, Outcome, draw_by_noise, judge_by, speculate
-from varaccel.speculation.rejection import Exact, Verdict, match
+from varaccel.speculation.loop import Draws, StepResult, Verifier, draw_by_noise, speculate, verify_by
+from varaccel.speculation.rejection import Exact, VerificationResult, match
 from varaccel.speculation.tree import DraftTree, Topology
 
 Coupling = Literal["none", "gumbel", "maximal"]
@@ -28,7 +28,7 @@ Fill = Literal["left", "above", "random"]
 class Jacobi(Accelerator):
     """Guess a window of tokens by the model's own answers of the last pass (Teng et al. 2024, arXiv 2410.01699).
 
-    Training-free and exact for every coupling: pictures follow the law of plain decoding. In each pass the
+    Training-free and exact for every coupling: images follow the distribution of plain decoding. In each pass the
     model answers for all positions of the window; guesses are accepted from the left, and the answers beyond
     the first rejection become the guesses of the next pass.
 
@@ -37,19 +37,18 @@ class Jacobi(Accelerator):
         coupling: how the answer at a position depends on the guess that stands there. "none": drawn afresh
             (the published method). "maximal": the guess stays with probability min(1, p / q), else what is
             missing is drawn (maximal coupling). "gumbel": drawn with Gumbel noise that belongs to the
-            position, so that equal laws give equal tokens; the picture does not depend on the window. Coupled
+            position, so that equal distributions give equal tokens; the image does not depend on the window. Coupled
             guesses change less from pass to pass, so what was guessed after them holds more often.
         fill: guesses for positions that enter the window: the token to the left, the token above, or a
             random code.
         order: "raster", or the window of ZipAR's order, in which every row in flight has a Jacobi window of
-            its own; then the law is that of the order, which is approximate.
+            its own; then the distribution is that of the order, which is approximate.
 
     Raises:
         InputError: window below 1, or an unknown coupling, fill or order.
     """
 
     name: ClassVar[str] = "jacobi"
-    lossless: ClassVar[bool] = True
     hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
     summary: ClassVar[str] = "the model's own last answers as guesses; training-free"
 
@@ -65,22 +64,22 @@ class Jacobi(Accelerator):
         check_order(self.order)
 
     @property
-    def keeps_law(self) -> bool:
+    def lossless(self) -> bool:
         return self.order == "raster"
 
-    def run(self, job: Job) -> Tally:
+    def run(self, job: Job) -> SpeculationStats:
         lanes = job.lanes(self.order)
         window = min(self.window, lanes.width)
         most = lanes.most_open(job.canvas.num_positions)
         session = job.open_session(scratch=most * (window - 1))
         noise = job.randomness.gumbel(job.codes) if self.coupling == "gumbel" else None
         proposer = JacobiProposer(job, lanes, window, self.coupling, self.fill, noise)
-        judge: Judge = judge_by(Exact()) if noise is None else proposer.judge_by_noise
+        judge: Verifier = verify_by(Exact()) if noise is None else proposer.verify_by_noise
         return speculate(session, job.canvas, lanes, proposer, judge, job.randomness, job.on_step)
 
 
 class JacobiProposer:
-    """The window of guesses of every lane and, for each guess, the law that it was drawn from.
+    """The window of guesses of every lane and, for each guess, the distribution that it was drawn from.
 
     In the window of a lane, entry i stands for the i-th position that the lane decides next.
     """
@@ -100,7 +99,7 @@ class JacobiProposer:
         device = job.canvas.written.device
         # -1: no guess yet
         self._guesses = torch.full((batch, count, window - 1), -1, device=device)
-        self._laws = (
+        self._distributions = (
             torch.zeros(batch, count, window - 1, job.codes, device=device) if noise is None else None
         )
         self._answers: Tensor | None = None
@@ -114,26 +113,32 @@ class JacobiProposer:
         fill = self._fill(roots, fronts, draws, guesses)
         guesses = torch.where(fresh, fill, guesses)
         tokens = torch.cat([roots.unsqueeze(-1), guesses], dim=-1).flatten(0, 1)
-        if self._laws is None:
+        if self._distributions is None:
             return DraftTree.from_topology(self.topology, tokens, proposal="deterministic")
-        index = lane[..., None, None].expand(-1, -1, *self._laws.shape[2:])
-        laws = self._laws.gather(1, index)
-        # a fresh guess is certain: its law is all on itself
-        certain = torch.zeros_like(laws).scatter_(-1, guesses.unsqueeze(-1), 1.0)
-        laws = torch.where(fresh.unsqueeze(-1), certain, laws)
-        laws = torch.cat([laws, torch.zeros_like(laws[:, :, :1])], dim=2).flatten(0, 1)  # [M, T, V]
-        return DraftTree.from_topology(self.topology, tokens, proposal="without_replacement", draft=laws)
+        index = lane[..., None, None].expand(-1, -1, *self._distributions.shape[2:])
+        distributions = self._distributions.gather(1, index)
+        # a fresh guess is certain: its distribution is all on itself
+        certain = torch.zeros_like(distributions).scatter_(-1, guesses.unsqueeze(-1), 1.0)
+        distributions = torch.where(fresh.unsqueeze(-1), certain, distributions)
+        distributions = torch.cat([distributions, torch.zeros_like(distributions[:, :, :1])], dim=2).flatten(
+            0, 1
+        )  # [M, T, V]
+        return DraftTree.from_topology(
+            self.topology, tokens, proposal="without_replacement", draft=distributions
+        )
 
-    def judge_by_noise(self, tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
-        """Accept the guesses that the noise of their position draws from the new law."""
+    def verify_by_noise(
+        self, tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
+    ) -> VerificationResult:
+        """Accept the guesses that the noise of their position draws from the new distribution."""
         assert self.noise is not None
-        self._answers = draw_by_noise(law, self.noise, positions)
-        return match(tree, self._answers, law.logits)
+        self._answers = draw_by_noise(distribution, self.noise, positions)
+        return match(tree, self._answers, distribution.logits)
 
-    def observe(self, outcome: Outcome, draws: Draws) -> None:
+    def observe(self, outcome: StepResult, draws: Draws) -> None:
         if self.nodes == 1:
             return
-        answers = self._answers if self._laws is None else self._answer(outcome, draws)
+        answers = self._answers if self._distributions is None else self._answer(outcome, draws)
         assert answers is not None
         fronts, width = outcome.fronts, self.nodes
         batch, open_ = fronts.start.shape
@@ -147,10 +152,12 @@ class JacobiProposer:
         lanes = self._guesses.shape[1]
         target = torch.where(fronts.open, lane, lanes)
         self._guesses = _put(self._guesses, target, guesses)
-        if self._laws is not None:
-            probs = outcome.law.probs
-            laws = probs.gather(1, source.unsqueeze(-1).expand(-1, -1, probs.shape[-1]))
-            self._laws = _put(self._laws, target, laws.view(batch, open_, *laws.shape[1:]))
+        if self._distributions is not None:
+            probs = outcome.distribution.probs
+            distributions = probs.gather(1, source.unsqueeze(-1).expand(-1, -1, probs.shape[-1]))
+            self._distributions = _put(
+                self._distributions, target, distributions.view(batch, open_, *distributions.shape[1:])
+            )
 
     def _lane(self, fronts: Fronts) -> Tensor:
         return fronts.start.clamp(min=0) // self.lanes.width
@@ -172,24 +179,24 @@ class JacobiProposer:
         decided = (self.canvas.written.gather(1, place) > 0).view(above.shape) & (above >= 0)
         return torch.where(decided, self.canvas.tokens.gather(1, place).view(above.shape), left)
 
-    def _answer(self, outcome: Outcome, draws: Draws) -> Tensor:
-        """[M, L] a draw from each of the new laws, coupled to the guess that stood there."""
+    def _answer(self, outcome: StepResult, draws: Draws) -> Tensor:
+        """[M, L] a draw from each of the new distributions, coupled to the guess that stood there."""
         numbers = draws.drafting[:, : self.nodes]
         if self.coupling == "none":
-            return outcome.law.sample(numbers)
+            return outcome.distribution.sample(numbers)
         # the last row has no guess of its own to keep
-        law, width = outcome.law, self.nodes - 1
+        distribution, width = outcome.distribution, self.nodes - 1
         tree = outcome.tree
         assert tree.draft is not None
         guess = tree.tokens[:, 1:]
         old = Categorical(tree.draft[:, :width].log())
-        new = Categorical(law.logits[:, :width], law.greedy)
+        new = Categorical(distribution.logits[:, :width], distribution.greedy)
         kept = (
             draws.drafting[:, self.nodes : self.nodes + width]
             < (new.log_prob(guess) - old.log_prob(guess)).exp()
         )
         drawn = torch.where(kept, guess, new.residual(old).sample(numbers[:, :width]))
-        last = Categorical(law.logits[:, width:], law.greedy).sample(numbers[:, width:])
+        last = Categorical(distribution.logits[:, width:], distribution.greedy).sample(numbers[:, width:])
         return torch.cat([drawn, last], dim=1)
 
 

@@ -13,10 +13,10 @@ from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.job import Job
 from varaccel.engine.options import check_choice, check_order
-from varaccel.engine.statistics import Tally
+from varaccel.engine.statistics import SpeculationStats
 from varaccel.errors import InputError
-from varaccel.speculation.loop import Draws, Judge, judge_by, speculate
-from varaccel.speculation.rejection import Relaxed, RelaxedGreedy, Residual, Verdict
+from varaccel.speculation.loop import Draws, Verifier, speculate, verify_by
+from varaccel.speculation.rejection import Relaxed, RelaxedGreedy, Residual, VerificationResult
 from varaccel.speculation.tree import DraftTree, DynamicTree, Topology
 
 
@@ -26,9 +26,9 @@ class Lantern(Accelerator):
     """Accept a guess for the sake of its neighbours in the codebook (Jang et al. 2024, arXiv 2410.03355).
 
     Approximate: before a guess is judged, it is given the mass of its nearest codes, up to a bound. With
-    `delta` (LANTERN) each such move changes the law by at most delta in total variation; with `multiplier`
+    `delta` (LANTERN) each such move changes the distribution by at most delta in total variation; with `multiplier`
     (LANTERN++, arXiv 2502.06352) it raises the guess's probability to at most that multiple. The bound is
-    per move, not for the picture. k = 0, delta = 0 and multiplier = 1 are exact with the residual "paper".
+    per move, not for the image. k = 0, delta = 0 and multiplier = 1 are exact with the residual "paper".
 
     Attributes:
         k: nearest codes that may give their mass, fewer than there are codes.
@@ -36,7 +36,7 @@ class Lantern(Accelerator):
         multiplier: multiplicative bound, at least 1.
         tree: as for `Speculative`. The published settings are "dynamic" for LANTERN, a static tree of drawn
             guesses for LANTERN++.
-        residual: what a rejected guess leaves of the law: "paper", or one of the public code's three,
+        residual: what a rejected guess leaves of the distribution: "paper", or one of the public code's three,
             "dynamic", "static" and "static_b"; see `Relaxed`.
         drafter: as for `Speculative`.
         normalise: measure distances between codes of unit length, which is what the image tokenizer decodes;
@@ -48,7 +48,6 @@ class Lantern(Accelerator):
     """
 
     name: ClassVar[str] = "lantern"
-    lossless: ClassVar[bool] = False
     hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
     summary: ClassVar[str] = "a drafter guesses, nearby codes may stand for each other"
 
@@ -87,7 +86,7 @@ class Lantern(Accelerator):
             )
 
     @property
-    def keeps_law(self) -> bool:
+    def lossless(self) -> bool:
         relaxed = self.k > 0 and self._delta != 0 and self.multiplier != 1
         return not relaxed and self.residual == "paper" and self.order == "raster"
 
@@ -95,7 +94,7 @@ class Lantern(Accelerator):
     def _delta(self) -> float | None:
         return 0.1 if self.delta is None and self.multiplier is None else self.delta
 
-    def run(self, job: Job) -> Tally:
+    def run(self, job: Job) -> SpeculationStats:
         shape = resolve_shape(self.tree)
         if self.k >= job.codes:
             raise InputError(f"LANTERN's k must be smaller than the vocabulary of {job.codes}, got {self.k}.")
@@ -110,18 +109,20 @@ class Lantern(Accelerator):
             "deterministic" if isinstance(shape, DynamicTree) else "without_replacement",
             self.adaptive,
         )
-        judge: Judge
+        judge: Verifier
         if session.sampling.greedy:
-            judge = judge_greedily(RelaxedGreedy(table, self.k, self._delta, self.multiplier))
+            judge = verify_greedily(RelaxedGreedy(table, self.k, self._delta, self.multiplier))
         else:
-            judge = judge_by(Relaxed(table, self.k, self._delta, self.multiplier, self.residual))
+            judge = verify_by(Relaxed(table, self.k, self._delta, self.multiplier, self.residual))
         return speculate(session, job.canvas, lanes, proposer, judge, job.randomness, job.on_step)
 
 
-def judge_greedily(rule: RelaxedGreedy) -> Judge:
-    """Relaxation weighs the full law, although the likeliest token is taken."""
+def verify_greedily(rule: RelaxedGreedy) -> Verifier:
+    """Relaxation weighs the full distribution, although the likeliest token is taken."""
 
-    def judge(tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
-        return rule.verify(tree, law.logits.softmax(-1), draws.judging[:, : tree.tokens.shape[1]])
+    def judge(
+        tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
+    ) -> VerificationResult:
+        return rule.verify(tree, distribution.logits.softmax(-1), draws.judging[:, : tree.tokens.shape[1]])
 
     return judge

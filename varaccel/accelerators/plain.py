@@ -16,9 +16,12 @@ class Plain(Accelerator):
     """No guesses, in the family's own order: the reference that every speed-up is stated against."""
 
     name: ClassVar[str] = "plain"
-    lossless: ClassVar[bool] = True
     hosts: ClassVar[tuple[str, ...]] = ("llamagen", "var", "mar")
     summary: ClassVar[str] = "one token per pass, in raster order"
+
+    @property
+    def lossless(self) -> bool:
+        return True
 
     def run(self, job: Job) -> int:
         return decode(job.open_session(), job.canvas, job.order, job.randomness, job.on_step)

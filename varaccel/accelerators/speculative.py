@@ -12,18 +12,18 @@ from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.job import Job
 from varaccel.engine.options import check_choice, check_order
 from varaccel.engine.randomness import GumbelNoise
-from varaccel.engine.statistics import Tally
+from varaccel.engine.statistics import SpeculationStats
 from varaccel.errors import InputError, unknown_name
 from varaccel.hosts.causal.lanes import Lanes
 from varaccel.hosts.causal.session import CausalSession
 from varaccel.speculation.eagle_drafter import EagleReader
 from varaccel.speculation.loop import (
-    Judge,
     Proposer,
-    judge_by,
-    judge_by_matching,
-    judge_by_noise,
+    Verifier,
     speculate,
+    verify_by,
+    verify_by_matching,
+    verify_by_noise,
 )
 from varaccel.speculation.network_drafter import LayerSubset, NetworkReader, check_same_codes
 from varaccel.speculation.proposers import BranchReader, DynamicProposer, StaticProposer
@@ -121,7 +121,7 @@ def resolve_drafter(drafter: object, job: Job) -> nn.Module | LayerSubset:
 class Speculative(Accelerator):
     """A drafter guesses tokens, the model judges all of them in one pass (Leviathan et al. 2023, arXiv 2211.17192).
 
-    Exact: pictures follow the law of plain decoding, whatever the drafter says; a poor drafter only costs
+    Exact: images follow the distribution of plain decoding, whatever the drafter says; a poor drafter only costs
     time. With temperature 0 they are those of plain decoding, token for token.
 
     Attributes:
@@ -134,20 +134,19 @@ class Speculative(Accelerator):
         verification: "recursive": guesses drawn without replacement, each judged against what the rejection
             of its elder siblings left (arXiv 2402.14160). "k_sequential": independent guesses, judged by the
             nearly optimal transport of SpecTr (arXiv 2310.15141). "matching": the drafter's likeliest
-            tokens, accepted where they equal what plain decoding draws with this seed, so that pictures are
+            tokens, accepted where they equal what plain decoding draws with this seed, so that images are
             token for token those of plain decoding. "gumbel": guesses drawn with the Gumbel noise that
-            belongs to a position, accepted where the model draws the same with it, so that the picture
+            belongs to a position, accepted where the model draws the same with it, so that the image
             depends on the seed alone, not on drafter or tree (arXiv 2408.07978); it is that of
             Gumbel-coupled `Jacobi`. "auto": matching for dynamic trees, else recursive.
         adaptive: let the depth of a chain or static tree follow what was accepted lately.
-        order: "raster", or the window of ZipAR's order; then the law is that of the order, approximate.
+        order: "raster", or the window of ZipAR's order; then the distribution is that of the order, approximate.
 
     Raises:
         InputError: an option that cannot be used, or a combination without meaning.
     """
 
     name: ClassVar[str] = "speculative"
-    lossless: ClassVar[bool] = True
     hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
     summary: ClassVar[str] = "a drafter guesses, the model judges"
 
@@ -168,10 +167,10 @@ class Speculative(Accelerator):
             )
 
     @property
-    def keeps_law(self) -> bool:
+    def lossless(self) -> bool:
         return self.order == "raster"
 
-    def run(self, job: Job) -> Tally:
+    def run(self, job: Job) -> SpeculationStats:
         shape = resolve_shape(self.tree)
         dynamic = isinstance(shape, DynamicTree)
         verification = self.verification
@@ -186,15 +185,15 @@ class Speculative(Accelerator):
         session, lanes, proposer = open_proposer(
             job, self.order, resolve_drafter(self.drafter, job), shape, proposal, self.adaptive, noise
         )
-        judge: Judge
+        judge: Verifier
         if session.sampling.greedy:
-            judge = judge_by(Greedy())
+            judge = verify_by(Greedy())
         elif noise is not None:
-            judge = judge_by_noise(noise)
+            judge = verify_by_noise(noise)
         elif verification == "matching":
-            judge = judge_by_matching(job.randomness)
+            judge = verify_by_matching(job.randomness)
         else:
-            judge = judge_by(KSequential() if verification == "k_sequential" else Exact())
+            judge = verify_by(KSequential() if verification == "k_sequential" else Exact())
         return speculate(session, job.canvas, lanes, proposer, judge, job.randomness, job.on_step)
 
 

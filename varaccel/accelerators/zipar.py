@@ -1,4 +1,4 @@
-"""ZipAR: rows of a picture in parallel."""
+"""ZipAR: rows of an image in parallel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ZipAR(Accelerator):
     yet. With `window` at least the row width it is raster decoding.
 
     Attributes:
-        window: lag between rows in tokens, at least 1. Smaller is faster and further from the plain law.
+        window: lag between rows in tokens, at least 1. Smaller is faster and further from the plain distribution.
         mode: "masked" starts every row early, W + (H - 1) * window passes, and hides empty slots from
             attention. "published" is the published code: the first row is finished before the second
             starts, 2 W + (H - 2) * window passes, and empty slots are visible with zero key and value.
@@ -33,12 +33,15 @@ class ZipAR(Accelerator):
     """
 
     name: ClassVar[str] = "zipar"
-    lossless: ClassVar[bool] = False
     hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
     summary: ClassVar[str] = "rows in parallel, each a window behind the row above"
 
     window: int = 8
     mode: Mode = "masked"
+
+    @property
+    def lossless(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         positive_integer("ZipAR window", self.window)

@@ -15,9 +15,9 @@ from varaccel.app.studio import Studio, checked_count, checked_seed
 from varaccel.app.turns import Stopped
 
 DESCRIPTION = (
-    "Draw pictures of a prompt, plainly or with an accelerator. `options` are the accelerator's, such as "
-    '{"window": 4}; the model\'s own guidance if `guidance_scale` is null; picture i uses seed + i. Returns the '
-    "pictures and what they cost (passes, tokens per pass, seconds by phase)."
+    "Draw images of a prompt, plainly or with an accelerator. `options` are the accelerator's, such as "
+    '{"window": 4}; the model\'s own guidance if `guidance_scale` is null; image i uses seed + i. Returns the '
+    "images and what they cost (passes, tokens per pass, seconds by phase)."
 )
 
 
@@ -66,7 +66,7 @@ def draw_endpoint(studio: Studio) -> None:
             gr.Number(None, label="guidance_scale"),
             gr.Number(1, label="count", precision=0),
         ]
-        outputs = [gr.Gallery(label="pictures", format="png"), gr.JSON(label="cost")]
+        outputs = [gr.Gallery(label="images", format="png"), gr.JSON(label="cost")]
         gr.Button("Draw").click(
             draw,
             inputs,

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from varaccel.accelerators import Accelerator, resolve_accelerator
 from varaccel.accelerators.plain import Plain
-from varaccel.app.markup import data_uri, law_badge
+from varaccel.app.markup import data_uri, distribution_badge
 from varaccel.app.models import fitting_prompt
 from varaccel.app.notices import shown_on_page
 from varaccel.app.option_controls import MODELS_OWN
@@ -26,7 +26,7 @@ from varaccel.app.race import unpaused, warm_up
 from varaccel.app.race_tab import PROMPTS
 from varaccel.app.snippet import DrawRequest, given_options, reproduce_command
 from varaccel.app.studio import (
-    MAX_PICTURES,
+    MAX_IMAGES,
     MAX_SEED,
     Studio,
     checked_count,
@@ -48,11 +48,11 @@ MAX_SETTINGS = 12
 TIMED_ONCE = (
     "Speed-ups are ratios to plain decoding in the same comparison. Every setting was warmed up and timed once, on "
     "this machine, so small differences mean nothing; `varaccel bench` repeats the measurement and judges the "
-    "pictures."
+    "images."
 )
 
 _SHOWN = 256
-"""Longer side of a picture on the page in pixels, at most: dozens of them go through it at once."""
+"""Longer side of an image on the page in pixels, at most: dozens of them go through it at once."""
 
 _PROMPT_ON_SHEET = 200
 """Letters of a prompt on a sheet."""
@@ -121,9 +121,9 @@ class ComparedRow:
 
     Attributes:
         accelerator: as it was asked for.
-        output: the pictures and their cost; its token time leaves out what the call waited for others.
+        output: the images and their cost; its token time leaves out what the call waited for others.
         speedup: token time of plain decoding in the same comparison over that of this row.
-        seed: of the first picture.
+        seed: of the first image.
     """
 
     accelerator: Accelerator
@@ -140,7 +140,7 @@ class ComparedRow:
         return self.output.stats
 
     @property
-    def law(self) -> str:
+    def distribution(self) -> str:
         return "lossless" if self.stats.lossless else "approximate"
 
     @property
@@ -176,8 +176,8 @@ def compare(
     Args:
         pipe: a pipeline with its progress bar switched off.
         accelerators: to be compared; plain decoding is added in front, repetitions are dropped.
-        seed: of the first picture; picture i has seed `seed` + i.
-        count: pictures per row, drawn in one call.
+        seed: of the first image; image i has seed `seed` + i.
+        count: images per row, drawn in one call.
         guidance_scale: None for the model's own.
         allowed: called after every pass; may raise to stop the call. What it takes is not on the clock. If it has an
             attribute `paused`, that is how long it has waited in all; else all of its time counts as waiting.
@@ -220,28 +220,30 @@ def _timed(
 
 
 def sheet(rows: Sequence[ComparedRow], prompt: str) -> Image.Image:
-    """All rows as one labelled picture, with laws and speed-ups below."""
+    """All rows as one labelled image, with distributions and speed-ups below."""
     count = len(rows[0].output.images)
     text = textwrap.shorten(prompt, _PROMPT_ON_SHEET, placeholder=" …")
     prompts = tuple(f"{text}, seed {rows[0].seed + index}" for index in range(count))
-    pictures = Samples(prompts, tuple((row.accelerator, row.output) for row in rows)).sheet()
+    images = Samples(prompts, tuple((row.accelerator, row.output) for row in rows)).sheet()
     font, height, margin = ImageFont.load_default(12), 16, 6
     lines = [
         line
         for told in (*map(_cost, rows), TIMED_ONCE.replace("`", ""))
-        for line in textwrap.wrap(told, pictures.width // 7, subsequent_indent="   ")
+        for line in textwrap.wrap(told, images.width // 7, subsequent_indent="   ")
     ]
-    whole = Image.new("RGB", (pictures.width, pictures.height + len(lines) * height + 2 * margin), "white")
-    whole.paste(pictures)
+    whole = Image.new("RGB", (images.width, images.height + len(lines) * height + 2 * margin), "white")
+    whole.paste(images)
     draw = ImageDraw.Draw(whole)
     for index, line in enumerate(lines):
-        draw.text((margin, pictures.height + margin + index * height), line, "black", font)
+        draw.text((margin, images.height + margin + index * height), line, "black", font)
     return whole
 
 
 def _cost(row: ComparedRow) -> str:
-    law = "exact" if row.stats.lossless else "approximate"
-    return f"{row.label}: {law}, {row.stats.seconds['tokens']:.2f} s, {row.speedup:.2f}x plain decoding"
+    distribution = "exact" if row.stats.lossless else "approximate"
+    return (
+        f"{row.label}: {distribution}, {row.stats.seconds['tokens']:.2f} s, {row.speedup:.2f}x plain decoding"
+    )
 
 
 # -- the page ------------------------------------------------------------------------------------------
@@ -259,7 +261,7 @@ def compare_tab(studio: Studio) -> None:
                 list(shelf.names), value=first, label="model", allow_custom_value=shelf.any_model
             )
             with gr.Row():
-                count = gr.Slider(1, MAX_PICTURES, 2, step=1, label="pictures of each", min_width=140)
+                count = gr.Slider(1, MAX_IMAGES, 2, step=1, label="images of each", min_width=140)
                 seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=110)
                 # a number field that is left empty sends 0
                 guidance = gr.Textbox("", label="guidance", placeholder=MODELS_OWN, min_width=140)
@@ -275,7 +277,7 @@ def compare_tab(studio: Studio) -> None:
                 start = gr.Button("Compare", variant="primary", min_width=100)
                 cancel = gr.Button("Cancel", variant="stop", interactive=False, min_width=100)
     table = gr.HTML(apply_default_css=False)
-    download = gr.DownloadButton("Download as one picture", visible=False, size="sm")
+    download = gr.DownloadButton("Download as one image", visible=False, size="sm")
 
     def draw(
         asked_at: float,
@@ -290,14 +292,14 @@ def compare_tab(studio: Studio) -> None:
         with shown_on_page():
             if studio.visits.was_stopped(visitor(request), asked_at):
                 return
-            number, pictures = checked_seed(seed), checked_count(count)
+            number, images = checked_seed(seed), checked_count(count)
             if not prompt.strip():
                 raise InputError("there is no prompt; type what to draw.")
             shelf.check(model)
             chosen = with_plain(settings_lines(text, shelf.family(model)))
             for accelerator in chosen:
                 shelf.check_accelerator(accelerator)
-            wanted = DrawRequest(model, prompt, Plain.name, {}, number, checked_guidance(guidance), pictures)
+            wanted = DrawRequest(model, prompt, Plain.name, {}, number, checked_guidance(guidance), images)
             yield from _shown(studio, wanted, chosen, asked_at, request)
 
     def propose(model: str, text: str, prompt: str) -> tuple[str, str]:
@@ -425,7 +427,7 @@ def _shown(
         raise failure
 
 
-HEADER = ("setting", "pictures", "passes", "tokens per pass", "seconds", "speed-up")
+HEADER = ("setting", "images", "passes", "tokens per pass", "seconds", "speed-up")
 
 
 def compared_html(rows: Sequence[str], wanted: DrawRequest, note: str, machine: str) -> str:
@@ -453,10 +455,10 @@ def compared_html(rows: Sequence[str], wanted: DrawRequest, note: str, machine: 
 def row_html(row: ComparedRow, wanted: DrawRequest) -> str:
     """A row of the table; on a phone its cells stand below each other under their titles."""
     stats = row.stats
-    pictures = "".join(
+    images = "".join(
         f'<img alt="{escape(f"{wanted.prompt}, seed {row.seed + index}: {row.label}")}" '
-        f'width="{picture.width}" height="{picture.height}" src="{data_uri(picture)}">'
-        for index, picture in enumerate(map(_reduced, row.output.images))
+        f'width="{image.width}" height="{image.height}" src="{data_uri(image)}">'
+        for index, image in enumerate(map(_reduced, row.output.images))
     )
     options = "".join(f"<small>{escape(told)}</small>" for told in _options(row.accelerator))
     chose = "" if row.chosen is None else f"<small>chose {escape(row.chosen)}</small>"
@@ -464,14 +466,14 @@ def row_html(row: ComparedRow, wanted: DrawRequest) -> str:
         f"{stats.passes}",
         f"{stats.tokens_per_pass:.2f}",
         f"{stats.seconds['tokens']:.2f}",
-        f"<b>{row.speedup:.2f}x</b> {law_badge(row.law)}",
+        f"<b>{row.speedup:.2f}x</b> {distribution_badge(row.distribution)}",
     )
     cells = "".join(
         f'<td data-title="{title}">{figure}</td>' for title, figure in zip(HEADER[2:], figures, strict=True)
     )
     return (
         f'<tr><th scope="row">{escape(row.accelerator.name)}{options}{chose}{_command(row, wanted)}</th>'
-        f'<td class="pictures"><div>{pictures}</div></td>{cells}</tr>'
+        f'<td class="images"><div>{images}</div></td>{cells}</tr>'
     )
 
 
@@ -495,11 +497,11 @@ def _command(row: ComparedRow, wanted: DrawRequest) -> str:
     return f"<details><summary>reproduce</summary><code>{escape(told)}</code></details>"
 
 
-def _reduced(picture: Image.Image) -> Image.Image:
-    """A picture as it is, or smaller if it is large."""
-    if max(picture.size) <= _SHOWN:
-        return picture
-    smaller = picture.copy()
+def _reduced(image: Image.Image) -> Image.Image:
+    """An image as it is, or smaller if it is large."""
+    if max(image.size) <= _SHOWN:
+        return image
+    smaller = image.copy()
     smaller.thumbnail((_SHOWN, _SHOWN), Image.Resampling.LANCZOS)
     return smaller
 
@@ -515,10 +517,10 @@ color:color-mix(in srgb,var(--body-text-color) 72%,var(--background-fill-primary
 .va-compare th,.va-compare td{padding:.5rem .6rem;text-align:right;vertical-align:top;
 border-top:1px solid var(--border-color-primary)}
 .va-compare thead th{border-top:0;font-size:var(--text-sm);font-weight:600}
-.va-compare th:first-child,.va-compare th:nth-child(2),.va-compare .pictures{text-align:left}
+.va-compare th:first-child,.va-compare th:nth-child(2),.va-compare .images{text-align:left}
 .va-compare tbody th{font-weight:600;width:14rem}
 .va-compare small{display:block;font-weight:400}
-.va-compare .pictures div{display:flex;flex-wrap:wrap;gap:6px}
+.va-compare .images div{display:flex;flex-wrap:wrap;gap:6px}
 .va-compare img{display:block;margin:0;border-radius:6px;max-width:100%;height:auto}
 .va-compare details{font-weight:400}
 .va-compare summary{cursor:pointer}
@@ -529,12 +531,12 @@ background:var(--background-fill-secondary);padding:.3rem .5rem;border-radius:6p
 .va-compare table,.va-compare tbody{display:block}
 .va-compare tr{display:grid;grid-template-columns:repeat(4,auto);gap:.15rem .8rem;padding:.6rem 0;
 border-top:1px solid var(--border-color-primary)}
-.va-compare tbody th,.va-compare .pictures{grid-column:1/-1;width:auto}
+.va-compare tbody th,.va-compare .images{grid-column:1/-1;width:auto}
 .va-compare tr th,.va-compare tr td{border:0;padding:.15rem 0;text-align:left}
 .va-compare td[data-title]::before{content:attr(data-title);display:block;font-size:var(--text-xs);
 color:color-mix(in srgb,var(--body-text-color) 72%,var(--background-fill-primary))}
-.va-compare .pictures div{display:grid;grid-template-columns:repeat(auto-fit,minmax(7.5rem,1fr))}
-.va-compare .pictures img{width:100%}
+.va-compare .images div{display:grid;grid-template-columns:repeat(auto-fit,minmax(7.5rem,1fr))}
+.va-compare .images img{width:100%}
 }
 """
-"""Styles of the tab; those of the labels of laws are in `varaccel.app.explore.CSS`."""
+"""Styles of the tab; those of the labels of distributions are in `varaccel.app.explore.CSS`."""

@@ -19,14 +19,14 @@ def quality_cost(folders: Sequence[Path], drawn: DrawRequest) -> str:
         folders: reports, newest first; the first that has the model is asked.
     """
     accelerator = drawn.accelerator_object()
-    if accelerator.keeps_law:
-        return "Exact: the pictures follow the law of plain decoding, so that nothing is lost."
+    if accelerator.lossless:
+        return "Exact: the images follow the distribution of plain decoding, so that nothing is lost."
     report = _report(folders, drawn.model)
     asked = Row.of(accelerator)
     row = None if report is None else next((row for row in report.rows if row.key == asked.key), None)
     if report is None or row is None or row.quality is None or report.plain.quality is None:
         return (
-            "Approximate: the pictures follow another law than plain decoding. What this setting costs has not been "
+            "Approximate: the images follow another distribution than plain decoding. What this setting costs has not been "
             "measured in the last report; `varaccel bench` measures it."
         )
     versus = report.against_plain(row)
@@ -35,11 +35,11 @@ def quality_cost(folders: Sequence[Path], drawn: DrawRequest) -> str:
     told += ", within noise" if versus.same_adherence else ""
     if row.quality.distance is not None and report.plain.quality.distance is not None:
         told += (
-            f"; distance to true pictures {row.quality.distance.value:.1f} where plain decoding has "
+            f"; distance to true images {row.quality.distance.value:.1f} where plain decoding has "
             f"{report.plain.quality.distance.value:.1f}"
         )
         told += ", within noise" if versus.same_distance else ""
-    return f"Approximate: another law than plain decoding's. Measured on {report.settings.pictures} prompts: {told}."
+    return f"Approximate: another distribution than plain decoding's. Measured on {report.settings.images} prompts: {told}."
 
 
 def _percent(quality: Quality) -> str:

@@ -1,4 +1,4 @@
-"""The tab that shows the last report: speed against quality of the models that were measured, tables and pictures."""
+"""The tab that shows the last report: speed against quality of the models that were measured, tables and images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import gradio as gr
 from PIL import Image
 
 import varaccel
-from varaccel.app.markup import data_uri, law_badge
+from varaccel.app.markup import data_uri, distribution_badge
 from varaccel.app.trade_off import trade_off
 from varaccel.errors import InputError
 from varaccel.evaluation.bench.report_page import best_sentences
@@ -42,7 +42,7 @@ class Found:
     """The report of a model in a folder.
 
     Attributes:
-        path: its JSON; pictures are beside it.
+        path: its JSON; images are beside it.
         title: what the page calls it.
         measured: when, in words; None if unknown.
     """
@@ -143,7 +143,7 @@ def explore_tab(folders: Sequence[Path]) -> None:
 
     def show_model(title: str) -> tuple[Any, str, str]:
         found = reports[title]
-        return _batch_choice(found), measured_html(found), pictures_html(found)
+        return _batch_choice(found), measured_html(found), images_html(found)
 
     def show_batch(title: str, batch: int | None) -> str:
         return measured_html(reports[title], batch)
@@ -152,12 +152,12 @@ def explore_tab(folders: Sequence[Path]) -> None:
     with gr.Row():
         model = gr.Radio(list(reports), value=first.title, label="model", scale=3)
         batches, own = _batches(first)
-        batch = gr.Radio(batches, value=own, label="pictures drawn at once", scale=2, min_width=180)
+        batch = gr.Radio(batches, value=own, label="images drawn at once", scale=2, min_width=180)
     measured = gr.HTML(measured_html(first), apply_default_css=False)
-    pictures = gr.HTML(pictures_html(first), apply_default_css=False)
+    images = gr.HTML(images_html(first), apply_default_css=False)
     # only what a visitor chooses counts, so that choosing a model does not also count as choosing a batch
     event: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-    model.input(show_model, model, [batch, measured, pictures], **event)
+    model.input(show_model, model, [batch, measured, images], **event)
     batch.input(show_batch, [model, batch], measured, **event)
 
 
@@ -176,10 +176,10 @@ def _batch_choice(found: Found) -> Any:
 
 
 def measured_html(found: Found, batch: int | None = None) -> str:
-    """Verdict, plots, tables and settings of a report; one sentence if it is damaged.
+    """VerificationResult, plots, tables and settings of a report; one sentence if it is damaged.
 
     Args:
-        batch: pictures per call whose speed is shown; the smallest measured if None or not measured.
+        batch: images per call whose speed is shown; the smallest measured if None or not measured.
     """
     try:
         report = read_report(found)
@@ -199,19 +199,19 @@ def measured_html(found: Found, batch: int | None = None) -> str:
     return _page(parts)
 
 
-def pictures_html(found: Found) -> str:
+def images_html(found: Found) -> str:
     """The sheets of samples and maps beside a report; those that are not there are left out."""
     sheets = (
         (
             "-samples.png",
             "What they draw",
-            "The same prompts and seeds in every row. A lossless accelerator may still draw other pictures: it keeps "
+            "The same prompts and seeds in every row. A lossless accelerator may still draw other images: it keeps "
             "their distribution, not each of them.",
         ),
         (
             "-maps.png",
             "Which pass decided which token",
-            "The same pictures under the pass that decided each token: dark is the first pass of the call, bright its "
+            "The same images under the pass that decided each token: dark is the first pass of the call, bright its "
             "last. Colours of different rows mean different numbers of passes.",
         ),
     )
@@ -240,13 +240,13 @@ def _quality(report: BenchReport) -> list[str]:
     lines = report.quality_cells()
     if not lines:
         return []
-    caption = f"{report.settings.pictures} pictures per row"
+    caption = f"{report.settings.images} images per row"
     return ["<h3>Quality</h3>", _table(report.quality_header(), lines, caption)]
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
-    """A table that scrolls in its own box; the first cell of a line may have lines, a law becomes a badge."""
-    words = {"accelerator", "law", "against plain"}
+    """A table that scrolls in its own box; the first cell of a line may have lines, a distribution becomes a badge."""
+    words = {"accelerator", "distribution", "against plain"}
     kinds = ["words" if name in words else "number" for name in header]
     titles = "".join(
         f'<th scope="col" class="{kind}">{escape(name)}</th>'
@@ -259,7 +259,7 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]], caption: str) 
         body.append(
             f'<tr><th scope="row" class="words">{escape(name)}{told}</th>'
             + "".join(
-                f'<td class="{kind}">{law_badge(cell) if title == "law" else _verdict(cell)}</td>'
+                f'<td class="{kind}">{distribution_badge(cell) if title == "distribution" else _verdict(cell)}</td>'
                 for title, kind, cell in zip(header[1:], kinds[1:], cells, strict=True)
             )
             + "</tr>"
@@ -292,25 +292,25 @@ def _method(found: Found, report: BenchReport) -> str:
         "Bars": "smallest and largest ratio of a round, 95 % interval of adherence, one standard deviation of the "
         "distance",
     }
-    if settings.pictures:
+    if settings.images:
         told["Quality"] = " ".join(report.notes())
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(words)}</dd>" for name, words in told.items())
     return f"<details><summary>How this was measured</summary><dl>{rows}</dl></details>"
 
 
 def _sheet(path: Path, title: str, caption: str) -> list[str]:
-    """A sheet in a box that scrolls on a narrow screen; a sentence if it is no picture."""
+    """A sheet in a box that scrolls on a narrow screen; a sentence if it is no image."""
     heading = f"<h3>{escape(title)}</h3>"
     try:
         with Image.open(path) as opened:
-            picture = opened.convert("RGB")
+            image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return [heading, f"<p>{escape(path.name)} cannot be read as a picture.</p>"]
-    source = data_uri(picture, "WEBP", quality=90)  # a sixth of the PNG, and it goes through the page
+        return [heading, f"<p>{escape(path.name)} cannot be read as an image.</p>"]
+    source = data_uri(image, "WEBP", quality=90)  # a sixth of the PNG, and it goes through the page
     return [
         heading,
         f'<figure class="sheet"><div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}"><img '
-        f'alt="{escape(caption)}" width="{picture.width}" height="{picture.height}" '
+        f'alt="{escape(caption)}" width="{image.width}" height="{image.height}" '
         f'src="{source}"></div><figcaption>{escape(caption)}</figcaption></figure>',
     ]
 
@@ -328,12 +328,12 @@ def _highlights() -> str:
 
 # gradio takes selectors apart at every comma, so none may stand within brackets
 CSS = """
-.va-explore,.va-law{--va-exact:#0b62a3;--va-near:#b4480a;--va-truth:#0f6b4a}
-.dark .va-explore,.dark .va-law{--va-exact:#7cbcf0;--va-near:#f5a066;--va-truth:#7fdcb4}
-.va-law{display:inline-block;padding:0 .5em;border:1px solid currentColor;border-radius:99px;font-size:.8em;
+.va-explore,.va-distribution{--va-exact:#0b62a3;--va-near:#b4480a;--va-truth:#0f6b4a}
+.dark .va-explore,.dark .va-distribution{--va-exact:#7cbcf0;--va-near:#f5a066;--va-truth:#7fdcb4}
+.va-distribution{display:inline-block;padding:0 .5em;border:1px solid currentColor;border-radius:99px;font-size:.8em;
 font-weight:600;white-space:nowrap;line-height:1.5}
-.va-law.exact{color:var(--va-exact)}
-.va-law.near{color:var(--va-near)}
+.va-distribution.exact{color:var(--va-exact)}
+.va-distribution.near{color:var(--va-near)}
 .va-explore{--va-soft:color-mix(in srgb,var(--body-text-color) 72%,var(--background-fill-primary));
 color:var(--body-text-color);font-size:var(--text-md);line-height:1.5;overflow-wrap:break-word}
 .va-explore h3{font-size:var(--text-lg);font-weight:600;margin:1.25rem 0 .4rem}

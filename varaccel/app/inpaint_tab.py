@@ -1,4 +1,4 @@
-"""In-painting with models that can: paint over a part of a picture and say what should be there."""
+"""In-painting with models that can: paint over a part of an image and say what should be there."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from PIL import Image
 
 from varaccel.accelerators import ACCELERATORS
 from varaccel.app.notices import notice, shown_on_page
-from varaccel.app.studio import MAX_PICTURES, MAX_SEED, Studio, checked_count, checked_seed
+from varaccel.app.studio import MAX_IMAGES, MAX_SEED, Studio, checked_count, checked_seed
 from varaccel.app.turns import Stopped
 from varaccel.errors import InputError
 
-PICTURE_PROMPT = "a red cube"
+IMAGE_PROMPT = "a red cube"
 PAINT_PROMPT = "a green sphere"
 CANVAS = 512
-"""Side of the drawing board in pixels, however small the model's pictures are."""
+"""Side of the drawing board in pixels, however small the model's images are."""
 
 
 def paints(studio: Studio, model: str) -> bool:
-    """Whether a model can paint into pictures."""
+    """Whether a model can paint into images."""
     from varaccel.pipelines.auto import PIPELINES
 
     family = studio.shelf.family(model)
@@ -35,26 +35,26 @@ def inpaint_tab(studio: Studio) -> None:
     models = [name for name in studio.shelf.names if paints(studio, name)]
     if not models:
         gr.Markdown(
-            "None of the models of this page can paint into pictures; next-scale models such as mini-var do."
+            "None of the models of this page can paint into images; next-scale models such as mini-var do."
         )
         return
     families = {studio.shelf.family(name) for name in models}
     accelerators = [name for name, cls in ACCELERATORS.items() if families <= set(cls.hosts)]
     gr.Markdown(
-        "Draw a picture or upload one, paint over what should change, and say what should be there. Nothing was "
+        "Draw an image or upload one, paint over what should change, and say what should be there. Nothing was "
         "trained for this: tokens outside of the mask are given, the others are drawn as always."
     )
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             model = gr.Dropdown(models, value=models[0], label="model")
             with gr.Row():
-                first_prompt = gr.Textbox(PICTURE_PROMPT, label="picture to start from", scale=3)
+                first_prompt = gr.Textbox(IMAGE_PROMPT, label="image to start from", scale=3)
                 draw = gr.Button("Draw it", elem_id="inpaint-draw", min_width=80)
             board = gr.ImageEditor(
                 type="pil",
                 image_mode="RGBA",
                 format="png",
-                label="picture; paint over what should change",
+                label="image; paint over what should change",
                 sources=("upload", "clipboard"),
                 layers=False,
                 transforms=(),
@@ -69,7 +69,7 @@ def inpaint_tab(studio: Studio) -> None:
             )
             with gr.Row():
                 seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED)
-                count = gr.Slider(1, MAX_PICTURES, 3, step=1, label="versions")
+                count = gr.Slider(1, MAX_IMAGES, 3, step=1, label="versions")
                 accelerator = gr.Dropdown(accelerators, value=accelerators[0], label="accelerator")
             paint = gr.Button("Paint", variant="primary", elem_id="paint")
             result = gr.Gallery(
@@ -108,13 +108,13 @@ def inpaint_tab(studio: Studio) -> None:
         request: gr.Request,
     ) -> tuple[Any, str]:
         with shown_on_page():
-            picture, mask = picture_and_mask(board)
+            image, mask = image_and_mask(board)
             wanted, first = prompt.strip(), checked_seed(seed)
             out = drawn(
                 "inpaint",
                 model,
                 request,
-                picture,
+                image,
                 mask,
                 wanted or None,
                 seed=first,
@@ -141,23 +141,23 @@ def inpaint_tab(studio: Studio) -> None:
     )
 
 
-def on_board(picture: Image.Image) -> Image.Image:
-    """A picture as large as the drawing board, so that a brush stroke is as fine as the screen."""
-    return picture.convert("RGB").resize((CANVAS, CANVAS), Image.Resampling.LANCZOS)
+def on_board(image: Image.Image) -> Image.Image:
+    """An image as large as the drawing board, so that a brush stroke is as fine as the screen."""
+    return image.convert("RGB").resize((CANVAS, CANVAS), Image.Resampling.LANCZOS)
 
 
-def picture_and_mask(board: dict[str, Any] | None) -> tuple[Image.Image, Image.Image]:
-    """What lies on the drawing board: the picture, and white where it was painted over.
+def image_and_mask(board: dict[str, Any] | None) -> tuple[Image.Image, Image.Image]:
+    """What lies on the drawing board: the image, and white where it was painted over.
 
     Raises:
-        InputError: there is no picture, or nothing was painted.
+        InputError: there is no image, or nothing was painted.
     """
     background = None if board is None else board.get("background")
     if board is None or background is None:
-        raise InputError("there is no picture yet; draw one or upload one.")
+        raise InputError("there is no image yet; draw one or upload one.")
     mask = np.zeros(background.size[::-1], bool)
     for layer in board.get("layers") or []:
         mask |= np.asarray(layer.convert("RGBA").resize(background.size))[..., 3] > 0
     if not mask.any():
-        raise InputError("nothing is painted over; paint over the part of the picture that should change.")
+        raise InputError("nothing is painted over; paint over the part of the image that should change.")
     return background.convert("RGB"), Image.fromarray(mask.astype(np.uint8) * 255)

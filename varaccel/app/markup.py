@@ -10,18 +10,18 @@ from typing import Any
 from PIL import Image
 
 
-def law_badge(law: str) -> str:
-    """A law as a label of its own colour; its style is in `varaccel.app.explore.CSS`."""
-    exact = law == "lossless"
-    return f'<span class="va-law {"exact" if exact else "near"}">{"exact" if exact else escape(law)}</span>'
+def distribution_badge(distribution: str) -> str:
+    """A distribution as a label of its own colour; its style is in `varaccel.app.explore.CSS`."""
+    exact = distribution == "lossless"
+    return f'<span class="va-distribution {"exact" if exact else "near"}">{"exact" if exact else escape(distribution)}</span>'
 
 
-def data_uri(picture: Image.Image, format: str = "PNG", **options: Any) -> str:
-    """A picture as text in a page.
+def data_uri(image: Image.Image, format: str = "PNG", **options: Any) -> str:
+    """An image as text in a page.
 
     Args:
         format, options: of `PIL.Image.Image.save`.
     """
     file = io.BytesIO()
-    picture.save(file, format, **options)
+    image.save(file, format, **options)
     return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -20,8 +20,8 @@ from varaccel.app.turns import Turns
 from varaccel.errors import InputError
 
 HEADING = """# varaccel
-Visual autoregressive models draw a picture token by token. An **accelerator** decides several tokens in one pass of the
-network. *Exact* ones keep the law of the pictures; *approximate* ones trade some quality for speed.
+Visual autoregressive models draw an image token by token. An **accelerator** decides several tokens in one pass of the
+network. *Exact* ones keep the distribution of the images; *approximate* ones trade some quality for speed.
 """
 CSS = """
 .gradio-container {max-width: 1400px !important}
@@ -33,7 +33,7 @@ WAITING_LIMIT = 32
 """Visitors that may wait; the next one is told that the queue is full."""
 
 _CALL_BYTES = 2 * 2**30
-"""Memory that a call is counted with; what it really takes depends on the model and the number of pictures."""
+"""Memory that a call is counted with; what it really takes depends on the model and the number of images."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def run(settings: PageSettings) -> None:
     studio = new_studio(settings)
     _leave_a_core()
     page = build(studio)
-    # while the visitor reads, so that the first picture does not wait for it
+    # while the visitor reads, so that the first image does not wait for it
     threading.Thread(target=_load_first, args=(studio,), daemon=True).start()
     address = serve(page, settings.host, settings.port, prevent_thread_lock=True)
     print(f"varaccel: {address} (Ctrl+C ends it)", flush=True)

@@ -1,4 +1,4 @@
-"""Two decodings of the same pictures, pass by pass beside each other, each with a clock of its own."""
+"""Two decodings of the same images, pass by pass beside each other, each with a clock of its own."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Side:
 
     Attributes:
         label: the accelerator with its options.
-        lossless: whether it keeps the law of plain decoding.
+        lossless: whether it keeps the distribution of plain decoding.
         phase: what it is doing.
         passes: forward passes of the host model.
-        tokens, of: tokens per picture that are decided, and that there are.
+        tokens, of: tokens per image that are decided, and that there are.
         seconds: computing time of this side; of the tokens alone once it has finished.
-        pictures: what there is, empty before the first preview.
+        images: what there is, empty before the first preview.
         written: [B, h, w], the pass that decided each token, 0 = empty; None for models whose tokens are not one grid.
         stats: what the call cost, when it has finished.
     """
@@ -53,7 +53,7 @@ class Side:
     tokens: float = 0.0
     of: int = 0
     seconds: float = 0.0
-    pictures: tuple[Image.Image, ...] = ()
+    images: tuple[Image.Image, ...] = ()
     written: NDArray[np.int32] | None = None
     stats: Statistics | None = None
 
@@ -98,7 +98,7 @@ class Race:
         self._allowance = Allowance(seconds_limit)
         self._error: BaseException | None = None
         self._changed = threading.Event()
-        self.sides = [Side(call_label(a.name, a.options()), a.keeps_law) for a in accelerators]
+        self.sides = [Side(call_label(a.name, a.options()), a.lossless) for a in accelerators]
 
     def stop(self) -> None:
         """End the race after the pass under way; what there is stays."""
@@ -188,7 +188,7 @@ class Race:
             tokens=float((canvas.written > 0).float().mean()) * canvas.num_positions,
             of=canvas.num_positions,
             seconds=seconds,
-            pictures=tuple(state["preview"]()),
+            images=tuple(state["preview"]()),
             written=_as_map(written),
         )
         self._changed.set()

@@ -1,4 +1,4 @@
-"""The race: plain and accelerated decoding of the same pictures, as they come."""
+"""The race: plain and accelerated decoding of the same images, as they come."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from varaccel.app.race import Race, Side
 from varaccel.app.race_view import NOTHING_YET, race_html
 from varaccel.app.snippet import DrawRequest, reproduce_command, reproduce_python
 from varaccel.app.studio import (
-    MAX_PICTURES,
+    MAX_IMAGES,
     MAX_SEED,
     Studio,
     checked_count,
@@ -52,7 +52,7 @@ SHOWN_OPTIONS = 3
 """Options of an accelerator that are always in sight; the others are folded away."""
 
 GALLERY_LIMIT = 24
-"""Pictures of a visit that are kept."""
+"""Images of a visit that are kept."""
 
 Gallery = list[tuple[Image.Image, str]]
 
@@ -88,7 +88,7 @@ def race_tab(studio: Studio) -> None:
                 _choices(family), value=_first_choice(family), label="accelerator", elem_id="accelerator"
             )
             groups, controls = _option_groups(shelf.names, _first_choice(family))
-            with gr.Accordion("Seed, guidance, number of pictures", open=False):
+            with gr.Accordion("Seed, guidance, number of images", open=False):
                 seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
                 guidance = gr.Textbox(
                     "",
@@ -98,14 +98,14 @@ def race_tab(studio: Studio) -> None:
                     max_lines=1,
                     elem_id="guidance",
                 )
-                count = gr.Slider(1, MAX_PICTURES, 1, step=1, label="pictures", elem_id="count")
+                count = gr.Slider(1, MAX_IMAGES, 1, step=1, label="images", elem_id="count")
             gr.Examples([[text] for text in PROMPTS], [prompt], label="prompts", cache_examples=False)
         with gr.Column(scale=3, min_width=300, elem_id="race-view"):
             panel = gr.HTML(NOTHING_YET, elem_id="race-panel")
             # styles look at it, so that it works while a race is under way
             gr.Checkbox(False, label="show which pass wrote each token, dark to bright", elem_id="passes")
             gallery = gr.Gallery(
-                label="pictures of this visit",
+                label="images of this visit",
                 format="png",
                 columns=6,
                 fit_columns=False,
@@ -115,7 +115,7 @@ def race_tab(studio: Studio) -> None:
                 buttons=["download", "download_all", "fullscreen"],
                 elem_id="gallery",
             )
-            with gr.Accordion("Reproduce the accelerated picture", open=False):
+            with gr.Accordion("Reproduce the accelerated image", open=False):
                 python = gr.Code(language="python", label="Python", interactive=False, elem_id="python")
                 command = gr.Code(
                     language="shell", label="command line", interactive=False, lines=2, wrap_lines=True
@@ -126,7 +126,7 @@ def race_tab(studio: Studio) -> None:
     def race(
         request: gr.Request,
         asked_at: float,
-        pictures: Gallery,
+        images: Gallery,
         model: str,
         prompt: str,
         accelerator: str,
@@ -157,9 +157,9 @@ def race_tab(studio: Studio) -> None:
             for sides in running(studio, drawn, request):
                 yield race_html(sides, prompt, cost), *([gr.skip()] * 4)
             if all(side.phase == "finished" for side in sides):
-                pictures = [*_captioned(drawn, sides), *pictures][:GALLERY_LIMIT]
+                images = [*_captioned(drawn, sides), *images][:GALLERY_LIMIT]
                 snippets = reproduce_python(drawn), reproduce_command(drawn)
-                yield gr.skip(), pictures, pictures, *snippets
+                yield gr.skip(), images, images, *snippets
 
     def stop_all(request: gr.Request) -> None:
         studio.visits.stop(visitor(request))
@@ -255,11 +255,11 @@ def running(studio: Studio, drawn: DrawRequest, request: gr.Request | None) -> I
 def _choices(family: str) -> list[tuple[str, str]]:
     """What a family offers, said for a list."""
     names = [name for name in accelerators_of(family) if name != Plain.name]
-    return [(f"{name} ({_law(name)})", name) for name in names]
+    return [(f"{name} ({_distribution(name)})", name) for name in names]
 
 
-def _law(accelerator: str) -> str:
-    return "exact" if ACCELERATORS[accelerator].lossless else "approximate"
+def _distribution(accelerator: str) -> str:
+    return "exact" if ACCELERATORS[accelerator]().lossless else "approximate"
 
 
 def _first_choice(family: str) -> str:
@@ -293,9 +293,9 @@ def _visible(groups: Mapping[str, Any], chosen: str) -> list[Any]:
 
 
 def _captioned(drawn: DrawRequest, sides: Sequence[Side]) -> Gallery:
-    """The pictures of a race for the gallery: of each seed, one after the other, plain and accelerated."""
+    """The images of a race for the gallery: of each seed, one after the other, plain and accelerated."""
     return [
-        (picture, f"{drawn.prompt}, seed {drawn.seed + index}: {side.label}")
+        (image, f"{drawn.prompt}, seed {drawn.seed + index}: {side.label}")
         for index in range(drawn.count)
-        for side, picture in ((side, side.pictures[index]) for side in reversed(sides))
+        for side, image in ((side, side.images[index]) for side in reversed(sides))
     ]

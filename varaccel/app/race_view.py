@@ -1,4 +1,4 @@
-"""A race as HTML: pictures as they come, which pass wrote which token, counters, and what was gained."""
+"""A race as HTML: images as they come, which pass wrote which token, counters, and what was gained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from varaccel.app.markup import data_uri, law_badge
+from varaccel.app.markup import data_uri, distribution_badge
 from varaccel.app.race import Side
 from varaccel.pipelines.acceptance_map import pass_colors
 
@@ -22,7 +22,7 @@ CSS = """
 .race .side {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px; min-width: 0}
 .race .side.ahead {border-color: var(--color-accent)}
 .race h3 {margin: 0 0 8px; font-size: 1rem; overflow-wrap: anywhere}
-.race .pictures {display: grid; gap: 6px; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr))}
+.race .images {display: grid; gap: 6px; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr))}
 .race figure {position: relative; margin: 0; aspect-ratio: 1; background: rgb(128 128 128); border-radius: 6px;
   overflow: hidden; max-width: 512px}
 .race figure img {position: absolute; inset: 0; width: 100%; height: 100%; margin: 0}
@@ -50,7 +50,7 @@ CSS = """
 """
 
 NOTHING_YET = (
-    '<p class="race-empty">Type a prompt and press Race. The same picture is then drawn twice from the same seed, '
+    '<p class="race-empty">Type a prompt and press Race. The same image is then drawn twice from the same seed, '
     "plainly and accelerated, at equal computing time.</p>"
 )
 
@@ -60,7 +60,7 @@ def race_html(sides: Sequence[Side], prompt: str, cost: str = "") -> str:
 
     Args:
         sides: plain decoding first.
-        prompt: what is drawn, for readers that cannot see the pictures.
+        prompt: what is drawn, for readers that cannot see the images.
         cost: what acceleration costs in quality, shown at the end.
     """
     first = max(sides, key=lambda side: (side.progress, -side.seconds))
@@ -72,7 +72,7 @@ def race_html(sides: Sequence[Side], prompt: str, cost: str = "") -> str:
 
 
 def _side(side: Side, prompt: str, *, ahead: bool) -> str:
-    law = law_badge("lossless" if side.lossless else "approximate")
+    distribution = distribution_badge("lossless" if side.lossless else "approximate")
     counters = (
         ("passes", f"{side.passes}"),
         ("tokens", f"{side.tokens:.0f} of {side.of or '?'}"),
@@ -83,24 +83,24 @@ def _side(side: Side, prompt: str, *, ahead: bool) -> str:
     label = html.escape(side.label)
     return (
         f'<section class="side{" ahead" if ahead else ""}" data-phase="{side.phase}" aria-label="{label}">'
-        f"<h3>{label} {law}</h3>"
-        f'<div class="pictures">{_pictures(side, prompt)}</div>'
+        f"<h3>{label} {distribution}</h3>"
+        f'<div class="images">{_images(side, prompt)}</div>'
         f'<div class="bar" role="progressbar" aria-valuenow="{100 * side.progress:.0f}" aria-valuemin="0" '
         f'aria-valuemax="100"><div style="width: {100 * side.progress:.1f}%"></div></div>'
         f"<dl>{terms}</dl></section>"
     )
 
 
-def _pictures(side: Side, prompt: str) -> str:
-    if not side.pictures:
+def _images(side: Side, prompt: str) -> str:
+    if not side.images:
         return f"<figure><figcaption>{side.phase}…</figcaption></figure>"
     # what is replaced in a moment need not be exact
     saved: dict[str, Any] = {} if side.phase == "finished" else {"format": "JPEG", "quality": 85}
     figures = []
-    for index, picture in enumerate(side.pictures):
+    for index, image in enumerate(side.images):
         state = "" if side.phase == "finished" else f", {100 * side.progress:.0f} % drawn"
-        alt = html.escape(f"{prompt}: {side.label}, picture {index + 1}{state}", quote=True)
-        layers = [f'<img class="picture" alt="{alt}" src="{data_uri(picture, **saved)}">']
+        alt = html.escape(f"{prompt}: {side.label}, image {index + 1}{state}", quote=True)
+        layers = [f'<img class="image" alt="{alt}" src="{data_uri(image, **saved)}">']
         if side.written is not None:
             written = side.written[index]
             if (written == 0).any():

@@ -1,4 +1,4 @@
-"""What was drawn on the page, as Python code and as a command line that draw the very same pictures again."""
+"""What was drawn on the page, as Python code and as a command line that draw the very same images again."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _LINE = 88
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """Pictures of one prompt, with everything that they depend on.
+    """Images of one prompt, with everything that they depend on.
 
     Attributes:
         model: name, folder or hub id, as `AutoPipeline` takes it.
         prompt: a description, or the name or label of a class.
         accelerator: registered name.
         options: of the accelerator, plain values by name; the others keep their defaults.
-        seed: of the first picture; picture i uses seed + i.
+        seed: of the first image; image i uses seed + i.
         guidance_scale: None for the model's own.
-        count: pictures of the prompt, drawn in one call.
+        count: images of the prompt, drawn in one call.
         call: further arguments of the pipeline call, such as num_iterations; None stands for the model's own.
     """
 
@@ -67,7 +67,7 @@ class DrawRequest:
         return {name: value for name, value in chosen.items() if value is not None}
 
     def pipeline_call(self) -> dict[str, Any]:
-        """All arguments of the pipeline call that draws the pictures.
+        """All arguments of the pipeline call that draws the images.
 
         Raises:
             InputError: an accelerator or a name of an argument that cannot be used.
@@ -94,7 +94,7 @@ def given_options(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def reproduce_python(request: DrawRequest) -> str:
-    """Code that draws the pictures of `request`, prints what they cost and saves them in the working folder.
+    """Code that draws the images of `request`, prints what they cost and saves them in the working folder.
 
     Raises:
         InputError: an accelerator that cannot be used, or a value that no text can stand for, such as a network.
@@ -110,11 +110,11 @@ def reproduce_python(request: DrawRequest) -> str:
         f"accelerator={accelerator}",
     ]
     if request.count == 1:
-        save = ['output.images[0].save("picture.png")']
+        save = ['output.images[0].save("image.png")']
     else:
         save = [
-            "for index, picture in enumerate(output.images):",
-            '    picture.save(f"picture-{index}.png")',
+            "for index, image in enumerate(output.images):",
+            '    image.save(f"image-{index}.png")',
         ]
     return "\n".join(
         [
@@ -178,9 +178,9 @@ def _not_plain(value: object) -> InputError:
 
 
 def reproduce_command(request: DrawRequest) -> str:
-    """A command for a POSIX shell that draws the pictures of `request` and writes them to the working folder.
+    """A command for a POSIX shell that draws the images of `request` and writes them to the working folder.
 
-    It writes the files that the code of `reproduce_python` writes; of several pictures also a sheet, picture.png.
+    It writes the files that the code of `reproduce_python` writes; of several images also a sheet, image.png.
 
     Raises:
         InputError: an accelerator that cannot be used; an argument of the call that the command line has no option

@@ -16,7 +16,7 @@ from varaccel.errors import InputError
 if TYPE_CHECKING:
     import gradio as gr
 
-MAX_PICTURES = 4
+MAX_IMAGES = 4
 MAX_SEED = 2**31 - 1
 
 
@@ -83,13 +83,13 @@ def visitor(request: gr.Request | None) -> str | None:
 
 
 def checked_count(count: float) -> int:
-    """Pictures of a call.
+    """Images of a call.
 
     Raises:
         InputError: more than the page draws at once.
     """
-    if not (1 <= count <= MAX_PICTURES and count == int(count)):
-        raise InputError(f"the page draws 1 to {MAX_PICTURES} pictures at once, got {count}.")
+    if not (1 <= count <= MAX_IMAGES and count == int(count)):
+        raise InputError(f"the page draws 1 to {MAX_IMAGES} images at once, got {count}.")
     return int(count)
 
 

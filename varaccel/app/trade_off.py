@@ -45,11 +45,11 @@ class _Mark:
     value: tuple[float, float, float]
 
     @property
-    def law(self) -> str:
-        return _law(self.row)
+    def distribution(self) -> str:
+        return _distribution(self.row)
 
 
-def _law(row: Row) -> str:
+def _distribution(row: Row) -> str:
     """What marker and colour say of a row."""
     return "plain" if row.accelerator == Plain.name else "exact" if row.lossless else "near"
 
@@ -88,12 +88,12 @@ def trade_off(report: BenchReport, batch: int) -> list[str]:
     found = fronts(report, batch)
     rows = [row for row in report.rows if row.quality is not None and batch in row.speed]
     if not found:
-        return ["<p>No pictures were judged, so there is no quality to plot speed against.</p>"]
+        return ["<p>No images were judged, so there is no quality to plot speed against.</p>"]
     panels = "".join(_panel(report, rows, batch, kind, front) for kind, front in found.items())
     entries = "".join(_entry(report, rows, number, batch, found) for number, _ in enumerate(rows, start=1))
     key = "".join(
-        f"<span>{_symbol(law)} {words}</span>"
-        for law, words in (
+        f"<span>{_symbol(distribution)} {words}</span>"
+        for distribution, words in (
             ("plain", "plain decoding"),
             ("exact", "exact (lossless)"),
             ("near", "approximate"),
@@ -126,7 +126,7 @@ def _panel(report: BenchReport, rows: Sequence[Row], batch: int, kind: Kind, fro
     ]
     truth = None
     if report.truth is not None and (kind == "adherence" or report.truth.distance is not None):
-        truth = _quality_of(Row("true pictures", {}, True, {}, report.truth), kind)[0]
+        truth = _quality_of(Row("true images", {}, True, {}, report.truth), kind)[0]
     left, top, right, bottom = _FRAME
     x = _axis([mark.speed for mark in marks], "speed", left, right)
     # a goal of distances is to be seen; that of adherence may be far off
@@ -177,7 +177,7 @@ def _grid(x: _Axis, y: _Axis) -> Iterator[str]:
 
 
 def _truth(level: float | None, y: _Axis) -> Iterator[str]:
-    """What true pictures reach."""
+    """What true images reach."""
     if level is None:
         return
     left, top, right, _ = _FRAME
@@ -188,7 +188,7 @@ def _truth(level: float | None, y: _Axis) -> Iterator[str]:
     above = "" if inside else " (above)"
     shift = -4 if inside and at > top + 14 else 12
     yield (
-        f'<text class="truth" x="{right - 4}" y="{at + shift:.1f}" text-anchor="end">true pictures: '
+        f'<text class="truth" x="{right - 4}" y="{at + shift:.1f}" text-anchor="end">true images: '
         f"{level:.3g}{above}</text>"
     )
 
@@ -204,7 +204,7 @@ def _bars(mark: _Mark, x: _Axis, y: _Axis) -> str:
     (speed, slow, fast), (value, low, high) = mark.speed, mark.value
     along, across = x.at(speed), y.at(value)
     return (
-        f'<path class="bar {mark.law} n{mark.number}" d="M{x.at(slow):.1f} {across:.1f}H{x.at(fast):.1f}'
+        f'<path class="bar {mark.distribution} n{mark.number}" d="M{x.at(slow):.1f} {across:.1f}H{x.at(fast):.1f}'
         f'M{along:.1f} {y.at(low):.1f}V{y.at(high):.1f}"/>'
     )
 
@@ -218,26 +218,26 @@ def _point(mark: _Mark, x: _Axis, y: _Axis, place: tuple[float, float], kind: Ki
     far = abs(place[0]) + abs(place[1]) > 40
     tie = f'<path class="tie" d="M{along:.1f} {across:.1f}L{left:.1f} {top:.1f}"/>' if far else ""
     return (
-        f'<g class="point {mark.law} n{mark.number}" tabindex="0" role="img" aria-label="{words}"><title>{words}'
+        f'<g class="point {mark.distribution} n{mark.number}" tabindex="0" role="img" aria-label="{words}"><title>{words}'
         f'</title>{tie}<circle class="reach" cx="{along:.1f}" cy="{across:.1f}" r="10"/>'
-        f"{_shape(mark.law, along, across)}"
+        f"{_shape(mark.distribution, along, across)}"
         f'<text x="{left:.1f}" y="{top + 4:.1f}" text-anchor="middle">{mark.number}</text></g>'
     )
 
 
-def _shape(law: str, x: float, y: float) -> str:
-    """The marker of a row: laws differ in shape as well as in colour."""
-    if law == "exact":
+def _shape(distribution: str, x: float, y: float) -> str:
+    """The marker of a row: distributions differ in shape as well as in colour."""
+    if distribution == "exact":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
     corners = ((0, -6.5), (6.5, 0), (0, 6.5), (-6.5, 0))
-    if law == "plain":
+    if distribution == "plain":
         corners = ((-5, -5), (5, -5), (5, 5), (-5, 5))
     return f'<polygon points="{" ".join(f"{x + right:.1f},{y + down:.1f}" for right, down in corners)}"/>'
 
 
-def _symbol(law: str) -> str:
+def _symbol(distribution: str) -> str:
     return (
-        f'<svg class="symbol" viewBox="0 0 16 16" aria-hidden="true"><g class="point {law}">{_shape(law, 8, 8)}</g>'
+        f'<svg class="symbol" viewBox="0 0 16 16" aria-hidden="true"><g class="point {distribution}">{_shape(distribution, 8, 8)}</g>'
         "</svg>"
     )
 
@@ -288,6 +288,6 @@ def _entry(
     if best:
         figures.append(f"on the front of {' and '.join(best)}")
     return (
-        f'<li class="n{number}" tabindex="0">{_symbol(_law(row))}<span><b>{number} {escape(row.accelerator)}</b> '
+        f'<li class="n{number}" tabindex="0">{_symbol(_distribution(row))}<span><b>{number} {escape(row.accelerator)}</b> '
         f"{escape(telling_options(row, rows))}<small>{escape('; '.join(figures))}</small></span></li>"
     )

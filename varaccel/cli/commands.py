@@ -48,15 +48,15 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
-def check_picture_path(path: Path) -> None:
-    """Refuse, before any work is done, a path that no picture can be written to."""
+def check_image_path(path: Path) -> None:
+    """Refuse, before any work is done, a path that no image can be written to."""
     from PIL import Image
 
     known = Image.registered_extensions()
     if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file in it, such as {path / 'picture.png'}.")
+        raise InputError(f"{path} is a folder; name a file in it, such as {path / 'image.png'}.")
     if known.get(path.suffix.lower()) not in Image.SAVE:
-        raise InputError(f"{path} must end with the name of a picture format, such as .png, .jpg or .webp.")
+        raise InputError(f"{path} must end with the name of an image format, such as .png, .jpg or .webp.")
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -65,10 +65,10 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def write_sheet(images: list[Image.Image], path: Path) -> None:
-    """Write one picture as it is, several on one sheet."""
+    """Write one image as it is, several on one sheet."""
     from varaccel.pipelines.pixels import grid
 
-    write_picture(images[0] if len(images) == 1 else grid(images), path)
+    write_image(images[0] if len(images) == 1 else grid(images), path)
 
 
 @contextmanager
@@ -177,15 +177,15 @@ def write_text(text: str, path: Path) -> None:
         raise InputError(f"nothing could be written to {path}: {error}") from error
 
 
-def write_picture(image: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all."""
+def write_image(image: Image.Image, path: Path) -> None:
+    """Write an image whole or not at all."""
     from varaccel.files import atomic_path
 
     try:
         with atomic_path(path) as temporary:
             image.save(temporary)
     except (OSError, ValueError) as error:
-        raise InputError(f"the picture could not be written to {path}: {error}") from error
+        raise InputError(f"the image could not be written to {path}: {error}") from error
 
 
 def numbered(path: Path, index: int) -> Path:
@@ -194,13 +194,13 @@ def numbered(path: Path, index: int) -> Path:
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str], typer.Argument(help="What to draw; several prompts make several pictures.")],
+    prompt: Annotated[list[str], typer.Argument(help="What to draw; several prompts make several images.")],
     model: Model = "mini-llamagen",
-    out: Annotated[Path, typer.Option(help="Where the picture, or the grid of several, goes.")] = Path(
-        "picture.png"
+    out: Annotated[Path, typer.Option(help="Where the image, or the grid of several, goes.")] = Path(
+        "image.png"
     ),
-    seed: Annotated[int, typer.Option(help="Picture i uses seed + i.")] = 0,
-    count: Annotated[int, typer.Option("-n", "--count", help="Pictures of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", help="Images of each prompt.")] = 1,
     guidance_scale: Annotated[
         float | None, typer.Option(help="How strictly to follow the prompt; 1 = off.")
     ] = None,
@@ -218,7 +218,7 @@ def generate(
         list[str] | None, typer.Option("-o", "--option", help="Accelerator option key=value; repeatable.")
     ] = None,
     separate: Annotated[
-        bool, typer.Option("--separate", help="Also write every picture by itself: NAME-0.png, ...")
+        bool, typer.Option("--separate", help="Also write every image by itself: NAME-0.png, ...")
     ] = False,
     passes_map: Annotated[
         bool, typer.Option("--map", help="Also write which pass wrote each token: NAME-map-0.png, ...")
@@ -228,11 +228,11 @@ def generate(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
-    """Make pictures from prompts."""
+    """Make images from prompts."""
     from varaccel.accelerators import make_accelerator
 
     chosen = make_accelerator(accelerator, parse_options(option or []))
-    check_picture_path(out)
+    check_image_path(out)
     pipe: Any = load_pipeline(model, quiet=quiet or as_json)
     output = pipe(
         prompt,
@@ -254,10 +254,10 @@ def generate(
     write_sheet(images, out)
     if separate:
         for index, image in enumerate(images):
-            write_picture(image, numbered(out, index))
+            write_image(image, numbered(out, index))
     if passes_map:
-        for index, picture in enumerate(output.acceptance_maps()):
-            write_picture(picture, numbered(out.with_stem(f"{out.stem}-map"), index))
+        for index, passes in enumerate(output.acceptance_maps()):
+            write_image(passes, numbered(out.with_stem(f"{out.stem}-map"), index))
     if as_json:
         typer.echo(json.dumps(output.stats.to_dict() | {"out": str(out), "seed": seed}))
     else:
@@ -266,8 +266,8 @@ def generate(
 
 @app.command()
 def inpaint(
-    picture: Annotated[Path, typer.Argument(help="Picture to change.")],
-    mask: Annotated[Path, typer.Argument(help="Picture that is white where to paint.")],
+    image: Annotated[Path, typer.Argument(help="Image to change.")],
+    mask: Annotated[Path, typer.Argument(help="Image that is white where to paint.")],
     prompt: Annotated[
         str | None, typer.Argument(help="What to paint; whatever fits if left out.", show_default=False)
     ] = None,
@@ -280,25 +280,25 @@ def inpaint(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
-    """Paint a part of a picture anew (next-scale models)."""
-    check_picture_path(out)
-    opened = [_read_picture(path) for path in (picture, mask)]
+    """Paint a part of an image anew (next-scale models)."""
+    check_image_path(out)
+    opened = [_read_image(path) for path in (image, mask)]
     pipe: Any = load_pipeline(model, quiet=quiet)
     if not hasattr(pipe, "inpaint"):
-        raise InputError(f"{model} cannot paint into a picture; choose a next-scale model such as mini-var.")
+        raise InputError(f"{model} cannot paint into an image; choose a next-scale model such as mini-var.")
     output = pipe.inpaint(*opened, prompt, seed=seed, num_images=count, guidance_scale=guidance_scale)
     write_sheet(output.images, out)
     typer.echo(f"{out}\n{output.stats}")
 
 
-def _read_picture(path: Path) -> Image.Image:
+def _read_image(path: Path) -> Image.Image:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
-            return picture.copy()
+        with Image.open(path) as image:
+            return image.copy()
     except OSError as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}") from error
+        raise InputError(f"{path} cannot be read as an image: {error}") from error
 
 
 @app.command()
@@ -318,10 +318,10 @@ def models() -> None:
     for name, entry in PUBLISHED.items():
         table.add_row(name, f"downloaded from {entry.repository}: {entry.weights}, {entry.tokenizer}")
     console.print(table)
-    table = Table("accelerator", "options", "law", "what it does", title="Accelerators")
+    table = Table("accelerator", "options", "distribution", "what it does", title="Accelerators")
     for name, cls in ACCELERATORS.items():
         options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls))  # type: ignore[arg-type]
-        table.add_row(name, options or "-", "lossless" if cls.lossless else "approximate", cls.summary)
+        table.add_row(name, options or "-", "lossless" if cls().lossless else "approximate", cls.summary)
     console.print(table)
 
 
@@ -351,7 +351,7 @@ DEMO_ACCELERATORS = {
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("outputs"),
     model: Model = "mini-llamagen",
     prompt: Annotated[list[str] | None, typer.Option(help="Repeatable; replaces the demo's own.")] = None,
     accelerator: Annotated[
@@ -363,9 +363,9 @@ def demo(
             show_default="; ".join(" ".join(shown) for shown in DEMO_ACCELERATORS.values()),
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
 ) -> None:
-    """Make the same pictures plainly and accelerated, side by side, one at a time, and say what each cost."""
+    """Make the same images plainly and accelerated, side by side, one at a time, and say what each cost."""
     from varaccel.accelerators.plain import Plain
     from varaccel.evaluation.bench.run import parse_grid
 
@@ -379,12 +379,12 @@ def demo(
         rows.append([pipe(p, seed=seed + i, accelerator=chosen) for i, p in enumerate(prompts)])
     labels = _costs(rows)
     sheet = out / "side-by-side.png"
-    write_picture(_comparison(prompts, [[o.images[0] for o in row] for row in rows], labels), sheet)
+    write_image(_comparison(prompts, [[o.images[0] for o in row] for row in rows], labels), sheet)
     typer.echo("\n".join([f"\nwrote {sheet}", *(f"  {label}" for label in labels)]))
 
 
 def _costs(rows: Sequence[Sequence[ImageOutput]]) -> list[str]:
-    """What the pictures of each row cost on average; speeds are ratios to the first row."""
+    """What the images of each row cost on average; speeds are ratios to the first row."""
     from statistics import fmean
 
     labels = []
@@ -392,10 +392,10 @@ def _costs(rows: Sequence[Sequence[ImageOutput]]) -> list[str]:
         seconds, plain = (fmean(o.stats.seconds["tokens"] for o in r) for r in (row, rows[0]))
         stats = row[0].stats
         passes = fmean(o.stats.passes for o in row)
-        law = "lossless" if stats.lossless else "approximate"
+        distribution = "lossless" if stats.lossless else "approximate"
         labels.append(
-            f"{stats.label}, {law}: {passes:.0f} passes, {stats.tokens / passes:.1f} tokens per pass, "
-            f"{seconds:.2f} s per picture, {plain / seconds:.2f}x plain"
+            f"{stats.label}, {distribution}: {passes:.0f} passes, {stats.tokens / passes:.1f} tokens per pass, "
+            f"{seconds:.2f} s per image, {plain / seconds:.2f}x plain"
         )
     return labels
 
@@ -452,15 +452,13 @@ def bench(
             show_default="a grid over all accelerators",
         ),
     ] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Pictures per timed call; repeatable.")
-    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images per timed call; repeatable.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
-    pictures: Annotated[
-        int, typer.Option(min=0, help="Pictures per accelerator to judge quality; 0 = none.")
+    images: Annotated[
+        int, typer.Option(min=0, help="Images per accelerator to judge quality; 0 = none.")
     ] = 100,
     scenes: Annotated[
-        int, typer.Option(min=0, help="True pictures to measure the distance from; 0 = no distance.")
+        int, typer.Option(min=0, help="True images to measure the distance from; 0 = no distance.")
     ] = 1000,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Guidance of every call.", show_default="the model's own")
@@ -470,7 +468,7 @@ def bench(
     ] = None,
     num_iterations: NumIterations = None,
     head_steps: HeadSteps = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
     device: Device = "cpu",
     dtype: Precision = "float32",
     compiled: Annotated[
@@ -478,7 +476,7 @@ def bench(
     ] = False,
     drawn_together: Annotated[
         int,
-        typer.Option(min=1, help="Pictures per call where quality is judged; a GPU is quicker with more."),
+        typer.Option(min=1, help="Images per call where quality is judged; a GPU is quicker with more."),
     ] = 10,
     out: Annotated[
         Path | None, typer.Option(help="Also write everything as JSON here, from the first rows on.")
@@ -487,9 +485,9 @@ def bench(
         bool, typer.Option("--resume", help="Keep what --out holds of the same settings.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Picture of speed against quality (needs matplotlib).")
+        Path | None, typer.Option(help="Image of speed against quality (needs matplotlib).")
     ] = None,
-    samples: Annotated[Path | None, typer.Option(help="Picture of what each accelerator draws.")] = None,
+    samples: Annotated[Path | None, typer.Option(help="Image of what each accelerator draws.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
 ) -> None:
     """Speed, passes and quality of accelerators, against plain decoding in the same run."""
@@ -505,13 +503,13 @@ def bench(
     if resume and out is None:
         raise InputError("--resume continues the report of --out; name that file.")
     if plot is not None:
-        check_picture_path(plot)
+        check_image_path(plot)
         check_writable(plot)
         check_extra("matplotlib")
-        if not pictures:
-            raise InputError("--plot shows quality, so it needs pictures to be judged; raise --pictures.")
+        if not images:
+            raise InputError("--plot shows quality, so it needs images to be judged; raise --images.")
     if samples is not None:
-        check_picture_path(samples)
+        check_image_path(samples)
         check_writable(samples)
     typed = None if accelerator is None else measuring.parse_grid(accelerator)
     finished = earlier_report(out) if resume and out is not None else None
@@ -536,7 +534,7 @@ def bench(
         pipe,
         grid,
         model=model,
-        pictures=pictures,
+        images=images,
         scenes=scenes,
         batches=batch or [1],
         repeats=repeats,
@@ -559,7 +557,7 @@ def bench(
         typer.echo(f"wrote {plot}")
     if samples is not None:
         shown = held_out_examples(pipe)
-        write_picture(figures.sample_sheet(pipe, grid, shown, seed=seed, **call), samples)
+        write_image(figures.sample_sheet(pipe, grid, shown, seed=seed, **call), samples)
         typer.echo(f"wrote {samples}")
 
 

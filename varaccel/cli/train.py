@@ -31,34 +31,37 @@ def drafter(
     codes: Annotated[Path, typer.Option(help="Folder of codes, from `python -m varaccel.training.codes`.")],
     target: Annotated[str, typer.Option(help="The pipeline to draft for.")] = "mini-llamagen",
     scenes: Annotated[
-        Path | None, typer.Option(help="Folder of the encoded pictures, for their captions.")
+        Path | None, typer.Option(help="Folder of the encoded images, for their captions.")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Class labels of the pictures (.npy), for class-conditional targets.")
+        Path | None, typer.Option(help="Class labels of the images (.npy), for class-conditional targets.")
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder of the run; the drafter is written to OUT/export.")
     ] = Path("runs/drafter"),
     minutes: Annotated[float | None, typer.Option(help="Training time.", show_default="20")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of or beside a time.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures per optimiser step.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Images per optimiser step.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Compute a batch in this many parts, to save memory.")] = 1,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    law_weight: Annotated[float, typer.Option(help="Weight of the cross-entropy of laws.")] = 0.1,
+    distribution_weight: Annotated[
+        float, typer.Option(help="Weight of the cross-entropy of distributions.")
+    ] = 0.1,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help="Train on the laws of this guidance; 1 = on unguided ones.", show_default="the target's own"
+            help="Train on the distributions of this guidance; 1 = on unguided ones.",
+            show_default="the target's own",
         ),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Temperature of the laws.", show_default="the target's own")
+        float | None, typer.Option(help="Temperature of the distributions.", show_default="the target's own")
     ] = None,
     noise: Annotated[float, typer.Option(help="Half-width of noise on the features that are read.")] = 0.0,
     unroll: Annotated[
         int, typer.Option(help="Guesses in a row that are trained; 2 makes later ones better.")
     ] = 1,
-    validation: Annotated[int, typer.Option(help="Pictures that are held out.")] = 256,
+    validation: Annotated[int, typer.Option(help="Images that are held out.")] = 256,
     seed: Annotated[int, typer.Option(help="Of weights, sample order and noise.")] = 0,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
     compile: Annotated[bool, typer.Option("--compile", help="Compile both networks first.")] = False,
@@ -82,7 +85,7 @@ def drafter(
         batch_size=batch_size,
         accumulate=accumulate,
         lr=lr,
-        law_weight=law_weight,
+        distribution_weight=distribution_weight,
         guidance_scale=pipe.config.guidance_scale if guidance_scale is None else guidance_scale,
         temperature=pipe.config.temperature if temperature is None else temperature,
         noise=noise,
@@ -94,7 +97,7 @@ def drafter(
     if made_by != own:
         raise InputError(
             f"the codes in {codes} were made by another image tokenizer ({made_by}) than that of {target} "
-            f"({own}); encode the pictures with the target's vq_model."
+            f"({own}); encode the images with the target's vq_model."
         )
     pipe.transformer.to(device)
     tokens, condition = _conditions(pipe, tokens, scenes, labels, device)
@@ -110,7 +113,7 @@ def drafter(
         recipe=recipe,
         validation=validation,
         compile=compile,
-        settings={"image_tokenizer": own, "pictures": len(tokens)},
+        settings={"image_tokenizer": own, "images": len(tokens)},
     )
     save_drafter(head, out / "export")
     with contextlib.suppress(ImportError):  # matplotlib comes with the `train` extra only
@@ -137,7 +140,7 @@ def _conditions(
     model = pipe.transformer
     if model.config.model_type == "t2i":
         if scenes is None:
-            raise InputError("a text-conditional target needs the captions of the pictures: pass --scenes.")
+            raise InputError("a text-conditional target needs the captions of the images: pass --scenes.")
         captions = CachedScenes(scenes, allow_partial=True).captions
         count = min(len(codes), len(captions))
         pipe.text_encoder.to(device)
@@ -146,11 +149,11 @@ def _conditions(
         )
         return codes[:count], condition
     if labels is None:
-        raise InputError("a class-conditional target needs the labels of the pictures: pass --labels.")
+        raise InputError("a class-conditional target needs the labels of the images: pass --labels.")
     numbers = torch.from_numpy(_read_array(labels))
     if len(numbers) < len(codes):
         raise InputError(
-            f"{labels} holds {len(numbers)} labels for {len(codes)} pictures; one for each is needed."
+            f"{labels} holds {len(numbers)} labels for {len(codes)} images; one for each is needed."
         )
     return codes, label_condition(numbers[: len(codes)], model.config.num_classes, device)
 

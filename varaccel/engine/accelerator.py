@@ -17,20 +17,18 @@ class Accelerator(ABC):
 
     Class attributes:
         name: what the user types.
-        lossless: whether the pictures follow exactly the law of plain decoding, with default options.
         hosts: model families it works on.
         summary: one line for lists and help texts.
     """
 
     name: ClassVar[str]
-    lossless: ClassVar[bool]
     hosts: ClassVar[tuple[str, ...]]
     summary: ClassVar[str]
 
     @property
-    def keeps_law(self) -> bool:
-        """Whether the pictures follow exactly the law of plain decoding, with these options."""
-        return self.lossless
+    @abstractmethod
+    def lossless(self) -> bool:
+        """Whether the images follow exactly the distribution of plain decoding, with these options."""
 
     def resolve(self, job: Job) -> Accelerator:
         """The accelerator that runs; another one than this if it chooses by the call."""

@@ -12,7 +12,7 @@ from varaccel.errors import InputError
 
 @dataclass
 class Canvas:
-    """N positions of a batch of pictures and, for each, in which pass it was decided.
+    """N positions of a batch of images and, for each, in which pass it was decided.
 
     `written` serves every question about progress: which positions are empty, which cache slots may be looked
     at, which pass wrote a token. Taking a decision back is setting it to 0.
@@ -68,7 +68,7 @@ class Canvas:
 
     @property
     def is_full(self) -> bool:
-        """Whether every position of every picture is decided. Synchronises with the device."""
+        """Whether every position of every image is decided. Synchronises with the device."""
         return bool((self.written > 0).all())
 
     def write(self, positions: Tensor, values: Tensor, step: int) -> None:

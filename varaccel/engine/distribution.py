@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-class Law(Protocol):
-    """A distribution for each of P positions of B pictures."""
+class Distribution(Protocol):
+    """A distribution for each of P positions of B images."""
 
     def sample(self, uniforms: Tensor) -> Tensor:
         """Turn uniform numbers [B, P] in [0, 1) into values [B, P] (or [B, P, C]); deterministic."""
@@ -58,7 +58,7 @@ class Categorical:
         return code.squeeze(-1)
 
     def by_lane(self, lanes: int) -> Categorical:
-        """Laws of all lanes of a picture, [B, A * n, V], as laws of sequences, [B * A, n, V]."""
+        """Distributions of all lanes of an image, [B, A * n, V], as distributions of sequences, [B * A, n, V]."""
         size = self.logits.shape[-1]
         return Categorical(self.logits.view(self.logits.shape[0] * lanes, -1, size), self.greedy)
 
@@ -73,10 +73,10 @@ class Categorical:
         return self.logits.log_softmax(dim=-1).gather(-1, values.unsqueeze(-1)).squeeze(-1)
 
     def residual(self, draft: Self) -> Categorical:
-        """The law to draw from after a guess from `draft` was rejected: max(p - q, 0), normalised.
+        """The distribution to draw from after a guess from `draft` was rejected: max(p - q, 0), normalised.
 
         Source: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding",
-        section 2.3. Where p = q nothing can be rejected; the law itself is returned there.
+        section 2.3. Where p = q nothing can be rejected; the distribution itself is returned there.
         """
         rest = (self.probs - draft.probs).clamp(min=0)
         empty = rest.sum(dim=-1, keepdim=True) <= 0

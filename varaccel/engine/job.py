@@ -28,8 +28,8 @@ class Job:
         grid_width: columns of the token grid.
         codes: size of the vocabulary, 0 where tokens are continuous.
         canvas: to be filled.
-        rows: rows that a pass reads per token: pictures, times two while guided.
-        randomness: the draws of each picture and position. A family may offer another source of draws; then only
+        rows: rows that a pass reads per token: images, times two while guided.
+        randomness: the draws of each image and position. A family may offer another source of draws; then only
             its `sample` can be relied on.
         order: in which the family decides its positions without acceleration.
         on_step: observer of every pass.

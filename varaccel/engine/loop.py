@@ -32,7 +32,7 @@ class Step:
 
     @property
     def decided(self) -> int:
-        """Tokens decided per picture; the most of any picture if they differ (asks the device then)."""
+        """Tokens decided per image; the most of any image if they differ (asks the device then)."""
         if self.positions.dim() == 1:
             return self.positions.shape[0]
         return int((self.positions >= 0).sum(1).max())
@@ -47,8 +47,8 @@ AnyFeed = TypeVar("AnyFeed", bound=HasPositions)
 class DrawsTokens(Protocol):
     """A source of randomness as the loop sees it: `Randomness`, or another stream."""
 
-    def sample(self, law: Any, positions: Tensor) -> Tensor:
-        """Values [B, P] (or [B, P, C]) of `positions` ([P] or [B, P]) drawn from their law."""
+    def sample(self, distribution: Any, positions: Tensor) -> Tensor:
+        """Values [B, P] (or [B, P, C]) of `positions` ([P] or [B, P]) drawn from their distribution."""
         ...
 
 
@@ -68,8 +68,8 @@ def decode(
     feeds = order.feeds(canvas)
     number = 0
     for number, feed in enumerate(feeds, start=1):
-        law = session.predict(canvas, feed)
-        canvas.write(feed.positions, randomness.sample(law, feed.positions), number)
+        distribution = session.predict(canvas, feed)
+        canvas.write(feed.positions, randomness.sample(distribution, feed.positions), number)
         if on_step is not None:
             on_step(Step(number, number / len(feeds), feed.positions, canvas))
     return number

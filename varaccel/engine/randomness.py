@@ -1,4 +1,4 @@
-"""The one source of randomness: a generator per picture, spent by position."""
+"""The one source of randomness: a generator per image, spent by position."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from varaccel.engine.distribution import Law
+from varaccel.engine.distribution import Distribution
 from varaccel.errors import InputError
 
 MAX_SEED = 2**63 - 1
@@ -16,19 +16,19 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Randomness:
-    """Uniform numbers for every position of every picture, drawn ahead.
+    """Uniform numbers for every position of every image, drawn ahead.
 
-    A draw belongs to a picture and a position, not to a moment. So a picture depends neither on its batch nor
-    on the order in which positions are decided: with the same laws, every order gives the same picture. And
+    A draw belongs to an image and a position, not to a moment. So an image depends neither on its batch nor
+    on the order in which positions are decided: with the same distributions, every order gives the same image. And
     nothing is drawn inside the decoding loop.
 
     Speculation needs more: guesses are drawn, tested and drawn again, pass after pass. Those numbers come
-    from `stream` and `gumbel`, each with generators of its own, which the pictures' generators seed: what one
+    from `stream` and `gumbel`, each with generators of its own, which the images' generators seed: what one
     of them spends changes nothing for the other.
 
     Attributes:
         uniforms: [B, N] float64 in [0, 1), one number per position.
-        stream_seeds, noise_seeds: of each picture.
+        stream_seeds, noise_seeds: of each image.
     """
 
     uniforms: Tensor
@@ -39,7 +39,7 @@ class Randomness:
     def draw(
         cls, generators: Sequence[torch.Generator], positions: int, device: torch.device | str = "cpu"
     ) -> Randomness:
-        """Draw `positions` numbers from each picture's own generator, on the generator's device."""
+        """Draw `positions` numbers from each image's own generator, on the generator's device."""
         rows = [
             torch.rand(positions, dtype=torch.float64, generator=g, device=g.device).to(device)
             for g in generators
@@ -53,12 +53,12 @@ class Randomness:
             return self.uniforms[:, positions]
         return self.uniforms.gather(1, positions.clamp(min=0))
 
-    def sample(self, law: Law, positions: Tensor) -> Tensor:
-        """Draw the values of `positions` ([P] or [B, P], -1 = padding) from their law: [B, P] or [B, P, C]."""
-        return law.sample(self.at(positions))
+    def sample(self, distribution: Distribution, positions: Tensor) -> Tensor:
+        """Draw the values of `positions` ([P] or [B, P], -1 = padding) from their distribution: [B, P] or [B, P, C]."""
+        return distribution.sample(self.at(positions))
 
     def stream(self, width: int) -> Stream:
-        """Numbers for the passes to come, `width` per picture and pass."""
+        """Numbers for the passes to come, `width` per image and pass."""
         return Stream(_seeded(self.stream_seeds), width, self.uniforms.device)
 
     def gumbel(self, codes: int) -> GumbelNoise:
@@ -71,9 +71,9 @@ def _seeded(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 class Stream:
-    """Uniform numbers per picture and pass, drawn some passes ahead in one copy to the device.
+    """Uniform numbers per image and pass, drawn some passes ahead in one copy to the device.
 
-    Every picture passes through the same number of passes from its own point of view, alone or in a batch, so
+    Every image passes through the same number of passes from its own point of view, alone or in a batch, so
     its numbers do not depend on the batch.
     """
 
@@ -98,10 +98,10 @@ class Stream:
 
 
 class GumbelNoise:
-    """Standard Gumbel noise that belongs to a picture, a position and a code.
+    """Standard Gumbel noise that belongs to an image, a position and a code.
 
     Adding it to log-probabilities and taking the largest draws from them (the Gumbel-max trick). Since a
-    position keeps its noise, laws that differ little draw the same code at it. Drawn in blocks of positions
+    position keeps its noise, distributions that differ little draw the same code at it. Drawn in blocks of positions
     when they are first asked for: 4 bytes per position and code.
     """
 
@@ -117,7 +117,7 @@ class GumbelNoise:
         """Noise of `positions` [B, P]: [B, P, V] float32. Asks the device for the last of them.
 
         Args:
-            positions: places outside the picture get the noise of its border; their draws are not used.
+            positions: places outside the image get the noise of its border; their draws are not used.
         """
         wanted = min(int(positions.max()) + 1, self.positions)
         while self._noise.shape[1] < wanted:
@@ -129,17 +129,17 @@ class GumbelNoise:
         return self._noise[batch, positions.clamp(0, wanted - 1)]
 
 
-def picture_generators(
+def image_generators(
     count: int,
     seed: int | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> list[torch.Generator]:
-    """One CPU generator per picture.
+    """One CPU generator per image.
 
     Args:
-        count: number of pictures.
-        seed: picture i gets seed + i, so that it can be made again alone with that seed.
-        generator: instead of a seed, a generator per picture, or one generator from which the pictures'
+        count: number of images.
+        seed: image i gets seed + i, so that it can be made again alone with that seed.
+        generator: instead of a seed, a generator per image, or one generator from which the images'
             seeds are drawn.
 
     Raises:
@@ -149,7 +149,7 @@ def picture_generators(
         raise InputError("pass either seed or generator, not both.")
     if isinstance(generator, Sequence):
         if len(generator) != count:
-            raise InputError(f"{count} pictures need {count} generators, one each; got {len(generator)}.")
+            raise InputError(f"{count} images need {count} generators, one each; got {len(generator)}.")
         return list(generator)
     if generator is not None:
         draws = torch.randint(2**62, (count,), generator=generator, device=generator.device)

@@ -29,14 +29,14 @@ def call_label(accelerator: str, options: Mapping[str, Any]) -> str:
 
 
 @dataclass
-class Tally:
-    """Counts of a call whose pictures advance at their own pace.
+class SpeculationStats:
+    """Counts of a call whose images advance at their own pace.
 
     Attributes:
-        passes: [B] passes of the host model until the picture was finished, the prefill included.
+        passes: [B] passes of the host model until the image was finished, the prefill included.
         attempts: [B] chains or trees of guesses that were judged.
         accepted: [B] tokens decided beyond the one that every judgement yields: the guesses that paid off.
-        draft_passes: forward passes of the drafter, shared by all pictures.
+        draft_passes: forward passes of the drafter, shared by all images.
         judged: [B] guesses that were judged, where a rule keeps or replaces each; None where trees are walked down.
     """
 
@@ -47,7 +47,7 @@ class Tally:
     judged: Tensor | None = None
 
     @classmethod
-    def start(cls, batch: int, device: torch.device) -> Tally:
+    def start(cls, batch: int, device: torch.device) -> SpeculationStats:
         """Before the first pass, in which nothing is guessed."""
         zero = torch.zeros(batch, dtype=torch.int64, device=device)
         return cls(zero, zero.clone(), zero.clone())
@@ -61,7 +61,7 @@ class Stage:
         name: what it is called.
         seconds: wall-clock time.
         passes: its forward passes.
-        tokens: tokens per picture that it decided.
+        tokens: tokens per image that it decided.
         cache_bytes: size of its key-value cache.
     """
 
@@ -76,7 +76,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Relayed:
+class StageStats:
     """Counts of a call in which several networks took turns.
 
     Attributes:
@@ -88,8 +88,8 @@ class Relayed:
     stages: tuple[Stage, ...]
 
 
-Counts = int | Tally | Relayed
-"""What an accelerator tells of a call: passes, or more if pictures have their own pace or networks take turns."""
+Counts = int | SpeculationStats | StageStats
+"""What an accelerator tells of a call: passes, or more if images have their own pace or networks take turns."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +99,21 @@ class Statistics:
     Attributes:
         accelerator: name of the accelerator.
         options: its options.
-        lossless: whether it keeps the law of plain decoding.
-        images: pictures made.
-        tokens: tokens per picture.
-        passes: forward passes of the host model, prefill included; all pictures share them, so where they
+        lossless: whether it keeps the distribution of plain decoding.
+        images: images made.
+        tokens: tokens per image.
+        passes: forward passes of the host model, prefill included; all images share them, so where they
             advance at their own pace it is the number that the slowest needed.
-        rows: network rows per pass, 2 per picture while guided.
+        rows: network rows per pass, 2 per image while guided.
         cache_bytes: size of the key-value cache.
         seconds: wall-clock time by phase: text, tokens (prefill and steps), decode (tokens to pixels).
         first_pass_seconds: the part of seconds["tokens"] until the first pass has decided its tokens: the prefill of a
             raster model, the first scale of a next-scale one, the first iteration of a masked one. 0 if the call was
             stopped before.
-        picture_passes: passes that each picture needed, empty if all need the same.
-        accepted: of each picture, tokens gained by guesses per pass and chain or tree; empty without guesses.
+        image_passes: passes that each image needed, empty if all need the same.
+        accepted: of each image, tokens gained by guesses per pass and chain or tree; empty without guesses.
         draft_passes: forward passes of the drafter.
-        kept: of each picture, share of the guesses that were kept, where a rule keeps or replaces each.
+        kept: of each image, share of the guesses that were kept, where a rule keeps or replaces each.
         stages: shares of the networks, if several took turns.
         device, dtype: where and in which precision the host model ran.
     """
@@ -128,7 +128,7 @@ class Statistics:
     cache_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
     first_pass_seconds: float = 0.0
-    picture_passes: tuple[int, ...] = ()
+    image_passes: tuple[int, ...] = ()
     accepted: tuple[float, ...] = ()
     draft_passes: int = 0
     kept: tuple[float, ...] = ()
@@ -159,7 +159,7 @@ class Statistics:
 
     @property
     def mean_accepted(self) -> float | None:
-        """Mean of `accepted` over the pictures, None without guesses."""
+        """Mean of `accepted` over the images, None without guesses."""
         return sum(self.accepted) / len(self.accepted) if self.accepted else None
 
     def __str__(self) -> str:
@@ -171,7 +171,7 @@ class Statistics:
             guessed += f", {self.draft_passes} drafter passes"
         stages = "".join(f"; {stage}" for stage in self.stages)
         return (
-            f"{self.label}: {self.images} pictures of {self.tokens} tokens in {self.passes} "
+            f"{self.label}: {self.images} images of {self.tokens} tokens in {self.passes} "
             f"passes ({self.tokens_per_pass:.2f} tokens per pass{guessed}), {self.total_seconds:.2f} s "
             f"({phases}){stages}"
         )

@@ -1,4 +1,4 @@
-"""An object detector for the captioned world, to judge whether generated pictures show what was asked for.
+"""An object detector for the captioned world, to judge whether generated images show what was asked for.
 
 A small convolutional network with one centre-based prediction per grid cell (CenterNet, Zhou et al. 2019, arXiv
 1904.07850; box edges as distances from the cell as in FCOS, Tian et al. 2019, arXiv 1904.01355).
@@ -44,11 +44,11 @@ _RARE = -3.5  # logit of the share of cells that hold a centre, so that training
 
 @dataclass(frozen=True)
 class Detection:
-    """One object found in a picture.
+    """One object found in an image.
 
     Attributes:
         shape, color, material, size: the likeliest name of each kind.
-        box: (left, top, right, bottom) of the visible part, as fractions of the picture.
+        box: (left, top, right, bottom) of the visible part, as fractions of the image.
         depth: distance from the middle of the scene away from the camera, world units.
         score: confidence that there is an object, 0 to 1.
     """
@@ -63,13 +63,13 @@ class Detection:
 
     @property
     def column(self) -> float:
-        """Centre of the box from the left, as a fraction of the picture."""
+        """Centre of the box from the left, as a fraction of the image."""
         return (self.box[0] + self.box[2]) / 2
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What is seen in one picture; `objects` are in order of falling score."""
+    """What is seen in one image; `objects` are in order of falling score."""
 
     objects: tuple[Detection, ...]
     floor: str
@@ -78,7 +78,7 @@ class Observation:
 
 @dataclass
 class DetectorOutput(BaseOutput):
-    """Raw predictions for B pictures on a grid of G × G cells.
+    """Raw predictions for B images on a grid of G × G cells.
 
     Attributes:
         heat: [B, 1, G, G] logits that the centre of a visible box lies in the cell.
@@ -127,7 +127,7 @@ class SceneDetector(ModelMixin, ConfigMixin):
     """Finds the objects of a scene with their attributes, and tells floor and time of day.
 
     Args:
-        image_size: side of the pictures in pixels; a multiple of 16.
+        image_size: side of the images in pixels; a multiple of 16.
         widths: channels at strides 4, 8 and 16. Predictions are made at stride 8, where no two objects of the
             world have their centres in one cell.
         depths: residual blocks at each of them.
@@ -166,7 +166,7 @@ class SceneDetector(ModelMixin, ConfigMixin):
             ConvUnit(middle, coarse, 2), *(ResidualBlock(coarse) for _ in range(depths[2]))
         )
         self.lateral = nn.Conv2d(coarse, middle, 1)
-        # size and depth follow from where an object stands in the picture, which convolutions cannot see
+        # size and depth follow from where an object stands in the image, which convolutions cannot see
         self.trunk = ConvUnit(middle + 2, middle)
         self.dense = nn.Conv2d(middle, sum(_DENSE.values()), 1)
         self.whole = nn.Linear(self.feature_dim, len(FLOORS) + len(TIMES))
@@ -190,12 +190,12 @@ class SceneDetector(ModelMixin, ConfigMixin):
         """Trunk [B, C, G, G] and pooled features [B, feature_dim] of `images` [B, 3, S, S] in [-1, 1].
 
         Raises:
-            InputError: the pictures have another shape.
+            InputError: the images have another shape.
         """
         size = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise InputError(
-                f"the detector takes pictures [B, 3, {size}, {size}], got {list(images.shape)}; resize them."
+                f"the detector takes images [B, 3, {size}, {size}], got {list(images.shape)}; resize them."
             )
         patches = F.pixel_unshuffle(images, _PATCH).contiguous(memory_format=torch.channels_last)
         middle = self.middle(self.fine(self.stem(patches)))  # [B, C1, G, G]
@@ -210,7 +210,7 @@ class SceneDetector(ModelMixin, ConfigMixin):
         """Predictions for `images` [B, 3, S, S] in [-1, 1].
 
         Raises:
-            InputError: the pictures have another shape.
+            InputError: the images have another shape.
         """
         trunk, features = self.encode(images)
         dense = self._dense(trunk)
@@ -247,18 +247,18 @@ class SceneDetector(ModelMixin, ConfigMixin):
     def observe(
         self, images: Tensor | Sequence[Image.Image], threshold: float = 0.4, batch_size: int = 64
     ) -> list[Observation]:
-        """Objects, floor and time of day of each picture.
+        """Objects, floor and time of day of each image.
 
         Args:
-            images: [B, 3, H, W] in [-1, 1], or PIL pictures; resized to `image_size` if they differ.
+            images: [B, 3, H, W] in [-1, 1], or PIL images; resized to `image_size` if they differ.
             threshold: least score of an object.
-            batch_size: pictures per forward pass.
+            batch_size: images per forward pass.
 
         Raises:
-            InputError: `images` has no pictures or the wrong shape, or the network is in training mode.
+            InputError: `images` has no images or the wrong shape, or the network is in training mode.
         """
         if self.training:
-            raise InputError("the detector is in training mode; call eval() before judging pictures.")
+            raise InputError("the detector is in training mode; call eval() before judging images.")
         found: list[Observation] = []
         for batch in self._prepare(images).split(batch_size):
             found += decode(self(batch.to(self.device, self.dtype)), threshold)
@@ -267,7 +267,7 @@ class SceneDetector(ModelMixin, ConfigMixin):
     def detect(
         self, images: Tensor | Sequence[Image.Image], threshold: float = 0.4, batch_size: int = 64
     ) -> list[list[Detection]]:
-        """The objects of each picture in order of falling score; arguments as of `observe`."""
+        """The objects of each image in order of falling score; arguments as of `observe`."""
         return [list(seen.objects) for seen in self.observe(images, threshold, batch_size)]
 
     def _prepare(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
@@ -275,31 +275,29 @@ class SceneDetector(ModelMixin, ConfigMixin):
 
 
 def as_batch(images: Tensor | Sequence[Image.Image], size: int) -> Tensor:
-    """Pictures as float32 [B, 3, size, size] in [-1, 1]; other sizes are resized with antialiasing.
+    """Images as float32 [B, 3, size, size] in [-1, 1]; other sizes are resized with antialiasing.
 
     Raises:
-        InputError: no pictures, or a tensor that is not [B, 3, H, W].
+        InputError: no images, or a tensor that is not [B, 3, H, W].
     """
     if len(images) == 0:
-        raise InputError("there are no pictures to look at; pass at least one.")
+        raise InputError("there are no images to look at; pass at least one.")
     if isinstance(images, Tensor):
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise InputError(
-                f"pictures are a floating-point tensor [B, 3, H, W], got {images.dtype} {list(images.shape)}."
+                f"images are a floating-point tensor [B, 3, H, W], got {images.dtype} {list(images.shape)}."
             )
         batch = images.float()
         if batch.shape[-2:] != (size, size):
             batch = F.interpolate(batch, (size, size), mode="bilinear", antialias=True)
         return batch
-    pictures = [picture.convert("RGB") for picture in images]
+    colored = [one.convert("RGB") for one in images]
     pixels = np.stack(
         [
             np.asarray(
-                picture
-                if picture.size == (size, size)
-                else picture.resize((size, size), Image.Resampling.BILINEAR)
+                one if one.size == (size, size) else one.resize((size, size), Image.Resampling.BILINEAR)
             )
-            for picture in pictures
+            for one in colored
         ]
     )  # [B, S, S, 3]
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
@@ -344,7 +342,7 @@ def decode(output: DetectorOutput, threshold: float, overlap: float = 0.5) -> li
 
 
 def load_detector(folder: str | Path | None = None, **options: Any) -> SceneDetector:
-    """The detector in `folder`, by default the one that ships with the library, ready to judge pictures.
+    """The detector in `folder`, by default the one that ships with the library, ready to judge images.
 
     Raises:
         CheckpointError: there is no detector in `folder`.

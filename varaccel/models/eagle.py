@@ -127,7 +127,7 @@ class EagleHead(ModelMixin, ConfigMixin):
 
     @property
     def num_tokens(self) -> int:
-        """Number of image tokens of one picture."""
+        """Number of image tokens of one image."""
         return self.config.grid_size**2
 
     @property
@@ -145,7 +145,7 @@ class EagleHead(ModelMixin, ConfigMixin):
         )
 
     def new_cache(self, batch: int, spare: int = 0) -> KVCache:
-        """An empty cache for `batch` rows, the prefix and one picture, and `spare` slots beyond."""
+        """An empty cache for `batch` rows, the prefix and one image, and `spare` slots beyond."""
         return KVCache(
             layers=1,
             batch=batch,
@@ -169,7 +169,7 @@ class EagleHead(ModelMixin, ConfigMixin):
         return x
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """Causal pass over the leading pairs of a picture, without a cache.
+        """Causal pass over the leading pairs of an image, without a cache.
 
         Args:
             tokens: [B, P] int64; the first `prefix_pairs` are 0, then image tokens in raster order.

@@ -218,7 +218,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
 
     @property
     def num_tokens(self) -> int:
-        """Number of image tokens of one picture."""
+        """Number of image tokens of one image."""
         return self.config.grid_size**2
 
     @property
@@ -236,7 +236,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         )
 
     def new_cache(self, batch: int, spare: int = 0, layers: int | None = None) -> KVCache:
-        """An empty cache for `batch` rows, the prefix and one picture, and `spare` slots beyond."""
+        """An empty cache for `batch` rows, the prefix and one image, and `spare` slots beyond."""
         return KVCache(
             layers=self.config.num_layers if layers is None else layers,
             batch=batch,

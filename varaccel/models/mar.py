@@ -123,7 +123,7 @@ class _Head(nn.Module):
 class MARTransformer(ModelMixin, ConfigMixin):
     """MAR, conditional on classes as published, or on captions.
 
-    A picture is N = grid_size² tokens of `token_channels` numbers in raster order. In front of them stand
+    An image is N = grid_size² tokens of `token_channels` numbers in raster order. In front of them stand
     `buffer_size` slots for the condition: all of them hold the embedding of the class, or slot i holds the i-th
     feature of the caption.
 
@@ -210,7 +210,7 @@ class MARTransformer(ModelMixin, ConfigMixin):
 
     @property
     def num_tokens(self) -> int:
-        """Number N of tokens of one picture."""
+        """Number N of tokens of one image."""
         return self.config.grid_size**2
 
     @property
@@ -448,5 +448,5 @@ def published_sizes(state: Mapping[str, Tensor], *, source: str) -> dict[str, An
         reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else "it has no such blocks"
         raise CheckpointError(f"{source} does not fit MARTransformer: {reason}.") from error
     if sizes["grid_size"] ** 2 != tokens:
-        raise CheckpointError(f"{source} has {tokens} tokens per picture, which are no square grid.")
+        raise CheckpointError(f"{source} has {tokens} tokens per image, which are no square grid.")
     return sizes

@@ -258,7 +258,7 @@ class VARTransformer(ModelMixin, ConfigMixin):
 
     @property
     def num_tokens(self) -> int:
-        """Number L of tokens of one picture, over all scales."""
+        """Number L of tokens of one image, over all scales."""
         return self.schedule.num_tokens
 
     def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:

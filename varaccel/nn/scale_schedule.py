@@ -56,7 +56,7 @@ class ScaleSchedule:
 
     @property
     def num_tokens(self) -> int:
-        """Number L of tokens of a picture."""
+        """Number L of tokens of an image."""
         return self.borders[-1]
 
     def span(self, scale: int) -> slice:

@@ -1,4 +1,4 @@
-"""A picture of which pass decided which token: how an accelerator went about it."""
+"""An image of which pass decided which token: how an accelerator went about it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def acceptance_map(
     passes: int,
     size: int = 512,
     *,
-    picture: Image.Image | None = None,
+    image: Image.Image | None = None,
     opacity: float = 0.5,
     legend: bool = True,
 ) -> Image.Image:
@@ -54,8 +54,8 @@ def acceptance_map(
         passes: passes of the whole call. Maps of one call share it, so that their colours mean the same.
         size: longer side of the map in pixels, without the legend; at least the longer side of the grid. The map
             is made of whole pixels per token and may be a little smaller.
-        picture: the picture itself, to be seen in grey under the colours.
-        opacity: of the colours over `picture`, 0 to 1.
+        image: the image itself, to be seen in grey under the colours.
+        opacity: of the colours over `image`, 0 to 1.
         legend: add a bar of the colours below the map; maps too narrow for its words go without.
 
     Raises:
@@ -82,9 +82,9 @@ def acceptance_map(
         )
     area = (columns * cell, rows * cell)
     tokens = Image.fromarray(pass_colors(passes_written, passes)).resize(area, Image.Resampling.NEAREST)
-    if picture is not None:
+    if image is not None:
         # scenes at night would vanish under the colours
-        grey = ImageOps.autocontrast(picture.convert("L"), cutoff=1).convert("RGB")
+        grey = ImageOps.autocontrast(image.convert("L"), cutoff=1).convert("RGB")
         grey = grey.resize(area, Image.Resampling.LANCZOS)
         tokens = Image.blend(grey, tokens, opacity)
     elif cell >= _LEAST_CELL:

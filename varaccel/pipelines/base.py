@@ -16,8 +16,8 @@ from varaccel.accelerators import Accelerator, resolve_accelerator
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.job import Job
 from varaccel.engine.loop import OnStep, Step
-from varaccel.engine.randomness import Randomness, picture_generators
-from varaccel.engine.statistics import Counts, Relayed, Statistics, Tally
+from varaccel.engine.randomness import Randomness, image_generators
+from varaccel.engine.statistics import Counts, SpeculationStats, StageStats, Statistics
 from varaccel.engine.stopwatch import Stopwatch
 from varaccel.errors import InputError, unknown_name
 from varaccel.pipelines.loading import LoadablePipeline
@@ -41,8 +41,8 @@ class Call:
 
     Attributes:
         prompts: descriptions, or labels and names of classes.
-        num_images_per_prompt: pictures of each.
-        generators: one per picture.
+        num_images_per_prompt: images of each.
+        generators: one per image.
         accelerator: as it was asked for, before it is resolved.
         output_type: one of `OUTPUT_TYPES`.
         return_dict: False for a plain tuple.
@@ -59,7 +59,7 @@ class Call:
 
     @property
     def images(self) -> int:
-        """Pictures of the call, B."""
+        """Images of the call, B."""
         return len(self.generators)
 
 
@@ -70,7 +70,7 @@ class Run:
     Attributes:
         call: its arguments.
         settings: what else the family needs to know, such as guidance and sampling.
-        condition: of each picture: labels [B], or text features [B, T, C].
+        condition: of each image: labels [B], or text features [B, T, C].
         mask: [B, T], true where a caption position is valid; None for labels.
         device: where it runs.
         canvas: what is decided so far; set by `_new_canvas`.
@@ -89,12 +89,12 @@ class Run:
 
 
 class TokenPipeline(LoadablePipeline):
-    """Base of all pipelines whose pictures are tokens on a canvas.
+    """Base of all pipelines whose images are tokens on a canvas.
 
     A subclass registers its components, checks the arguments of its own in `__call__` and implements
-    `_condition`, `_open_session`, `_make_job` and `_pictures`; the other hooks have defaults. Hooks run in this
+    `_condition`, `_open_session`, `_make_job` and `_images`; the other hooks have defaults. Hooks run in this
     order: `_condition`, `_new_canvas`, `_randomness`, `_make_job`, then per session `_open_session`, per pass with
-    a callback that asks for pictures `_preview`, and at the end `_pictures`, `_written` and `_cost`.
+    a callback that asks for images `_preview`, and at the end `_images`, `_written` and `_cost`.
 
     Class attributes:
         family: the name by which accelerators know the model family, see `Accelerator.hosts`.
@@ -132,7 +132,7 @@ class TokenPipeline(LoadablePipeline):
         """The call as accelerators see it."""
 
     @abstractmethod
-    def _pictures(self, run: Run) -> Any:
+    def _images(self, run: Run) -> Any:
         """The finished canvas as `run.call.output_type` says; empty places of a stopped one hold code 0."""
 
     def _new_canvas(self, run: Run) -> Canvas:
@@ -144,8 +144,8 @@ class TokenPipeline(LoadablePipeline):
         return Randomness.draw(run.call.generators, run.canvas.num_positions, run.device)
 
     def _preview(self, run: Run, step: Step) -> Any:
-        """What there is after a pass as pictures of the call's output type; arrays if that is "latent"."""
-        return self._pictures(run)
+        """What there is after a pass as images of the call's output type; arrays if that is "latent"."""
+        return self._images(run)
 
     def _written(self, run: Run) -> Tensor:
         """The pass that decided each token, [B, h, w], or [B, N] if the tokens are not one grid."""
@@ -184,7 +184,7 @@ class TokenPipeline(LoadablePipeline):
         return Call(
             prompts,
             num_images_per_prompt,
-            picture_generators(len(prompts) * num_images_per_prompt, seed, generator),
+            image_generators(len(prompts) * num_images_per_prompt, seed, generator),
             resolve_accelerator(accelerator, self.family),
             output_type,
             return_dict,
@@ -192,7 +192,7 @@ class TokenPipeline(LoadablePipeline):
         )
 
     def _generate(self, call: Call, settings: Any) -> ImageOutput | tuple[Any, Statistics]:
-        """Make the pictures of a call.
+        """Make the images of a call.
 
         Args:
             settings: handed to the hooks as `run.settings`.
@@ -218,14 +218,14 @@ class TokenPipeline(LoadablePipeline):
         accelerator, passes, counts = self._decode(run, first)
         clock.lap("tokens")
 
-        pictures = self._pictures(run)
+        images = self._images(run)
         clock.lap("decode")
         self.maybe_free_model_hooks()
         rows, cache_bytes = self._cost(run)
         stats = Statistics(
             accelerator=accelerator.name,
             options=accelerator.options(),
-            lossless=accelerator.keeps_law,
+            lossless=accelerator.lossless,
             images=call.images,
             tokens=run.canvas.num_positions,
             passes=passes,
@@ -238,8 +238,8 @@ class TokenPipeline(LoadablePipeline):
             dtype=str(self.transformer.dtype).removeprefix("torch."),
         )
         if not call.return_dict:
-            return pictures, stats
-        return ImageOutput(images=pictures, stats=stats, written=self._written(run))
+            return images, stats
+        return ImageOutput(images=images, stats=stats, written=self._written(run))
 
     def _decode(self, run: Run, first: Stopwatch) -> tuple[Accelerator, int, Counts | None]:
         """Fill `run.canvas`; what did it, in how many passes, and what it tells, None if it was stopped.
@@ -276,7 +276,7 @@ class TokenPipeline(LoadablePipeline):
             accelerator = run.call.accelerator.resolve(job)
             with contextlib.suppress(Interrupted):
                 counts = accelerator.run(job)
-        return accelerator, counts.passes if isinstance(counts, Relayed) else passes, counts
+        return accelerator, counts.passes if isinstance(counts, StageStats) else passes, counts
 
     # -- conditions ------------------------------------------------------------------------------------
 
@@ -355,21 +355,21 @@ class TokenPipeline(LoadablePipeline):
 
 def _of_counts(counts: Counts | None) -> dict[str, Any]:
     """What an accelerator tells as fields of the statistics."""
-    if isinstance(counts, Relayed):
+    if isinstance(counts, StageStats):
         return {"stages": counts.stages}
-    if not isinstance(counts, Tally):
+    if not isinstance(counts, SpeculationStats):
         return {}
     accepted = counts.accepted / counts.attempts.clamp(min=1)
     return {
-        "picture_passes": tuple(counts.passes.tolist()),
+        "image_passes": tuple(counts.passes.tolist()),
         "accepted": tuple(accepted.tolist()),
         "draft_passes": counts.draft_passes,
         "kept": _kept(counts),
     }
 
 
-def _kept(counts: Tally) -> tuple[float, ...]:
-    """The share of each picture's guesses that a rule kept."""
+def _kept(counts: SpeculationStats) -> tuple[float, ...]:
+    """The share of each image's guesses that a rule kept."""
     if counts.judged is None:
         return ()
     return tuple((counts.accepted / counts.judged.clamp(min=1)).tolist())

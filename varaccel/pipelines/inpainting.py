@@ -1,4 +1,4 @@
-"""What stays and what is painted anew: pictures and masks for zero-shot editing with next-scale models."""
+"""What stays and what is painted anew: images and masks for zero-shot editing with next-scale models."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from varaccel.errors import InputError
 from varaccel.nn.scale_schedule import ScaleSchedule
 
 ALWAYS_KEPT = 3
-"""Scales of at most so many tokens are kept whole: they say what the picture is as a whole (published code)."""
+"""Scales of at most so many tokens are kept whole: they say what the image is as a whole (published code)."""
 
 
-def picture_tensor(image: Any, size: int) -> Tensor:
-    """A picture as [1, 3, size, size] float32 in [-1, 1].
+def image_tensor(image: Any, size: int) -> Tensor:
+    """An image as [1, 3, size, size] float32 in [-1, 1].
 
     Args:
-        image: a PIL picture of any size, which is scaled and cropped to a centred square; or an array or tensor in
+        image: a PIL image of any size, which is scaled and cropped to a centred square; or an array or tensor in
             [0, 1] of shape [H, W, 3] or [3, H, W] with H = W = size.
 
     Raises:
@@ -39,19 +39,19 @@ def picture_tensor(image: Any, size: int) -> Tensor:
         x = x.permute(2, 0, 1)
     if x.shape != (3, size, size):
         raise InputError(
-            f"the picture must be a PIL image, or numbers in [0, 1] of shape [3, {size}, {size}], "
+            f"the image must be a PIL image, or numbers in [0, 1] of shape [3, {size}, {size}], "
             f"got {given or type(image).__name__}."
         )
     if not bool(((x >= 0) & (x <= 1)).all()):
-        raise InputError("the picture's numbers must be from 0 to 1; divide 8-bit values by 255.")
+        raise InputError("the image's numbers must be from 0 to 1; divide 8-bit values by 255.")
     return x[None] * 2 - 1
 
 
 def mask_tensor(mask: Any, size: int) -> Tensor:
-    """A mask as [size, size] float32: 1 where the picture is painted anew (white), 0 where it stays (black).
+    """A mask as [size, size] float32: 1 where the image is painted anew (white), 0 where it stays (black).
 
     Args:
-        mask: a PIL picture, or an array or tensor [H, W] of numbers in [0, 1] or of bool; scaled to `size`.
+        mask: a PIL image, or an array or tensor [H, W] of numbers in [0, 1] or of bool; scaled to `size`.
 
     Raises:
         InputError: another shape, or a mask that paints nothing.
@@ -94,7 +94,7 @@ def kept_tokens(mask: Tensor, schedule: ScaleSchedule) -> Tensor:
     bilinearly to every scale and cut at one half (published code).
 
     Args:
-        mask: [size, size], 1 where the picture is painted anew.
+        mask: [size, size], 1 where the image is painted anew.
     """
     side = schedule.last_side
     keep = 1 - F.adaptive_max_pool2d(mask[None, None], side)
@@ -109,18 +109,18 @@ def kept_tokens(mask: Tensor, schedule: ScaleSchedule) -> Tensor:
 
 
 def placed(image: Any, box: tuple[int, int, int, int], size: int) -> tuple[Image.Image, Tensor]:
-    """A picture in a box of a larger one, and the mask of what is around it, for out-painting.
+    """An image in a box of a larger one, and the mask of what is around it, for out-painting.
 
     Args:
-        image: a PIL picture; scaled to the box.
-        box: left, top, right, bottom in pixels of the larger picture.
-        size: side of the larger picture.
+        image: a PIL image; scaled to the box.
+        box: left, top, right, bottom in pixels of the larger image.
+        size: side of the larger image.
 
     Returns:
-        the larger picture, its border filled by the nearest pixels, and its mask [size, size].
+        the larger image, its border filled by the nearest pixels, and its mask [size, size].
 
     Raises:
-        InputError: a box outside the picture, or one that covers all of it.
+        InputError: a box outside the image, or one that covers all of it.
     """
     if len(box) != 4 or not all(isinstance(edge, (int, np.integer)) for edge in box):
         raise InputError(f"the box must be four integers, (left, top, right, bottom), got {box}.")
@@ -128,9 +128,9 @@ def placed(image: Any, box: tuple[int, int, int, int], size: int) -> tuple[Image
     if not (0 <= left < right <= size and 0 <= top < bottom <= size):
         raise InputError(f"the box must lie within 0 to {size} as (left, top, right, bottom), got {box}.")
     if (left, top, right, bottom) == (0, 0, size, size):
-        raise InputError("the box covers the whole picture, so nothing is left to paint; make it smaller.")
+        raise InputError("the box covers the whole image, so nothing is left to paint; make it smaller.")
     if not isinstance(image, Image.Image):
-        raise InputError(f"out-painting takes a PIL picture, got {type(image).__name__}.")
+        raise InputError(f"out-painting takes a PIL image, got {type(image).__name__}.")
     inner = np.array(image.convert("RGB").resize((right - left, bottom - top), Image.Resampling.LANCZOS))
     around = ((top, size - bottom), (left, size - right), (0, 0))
     mask = torch.ones(size, size)

@@ -1,4 +1,4 @@
-"""Pictures from prompts or classes with LlamaGen (arXiv 2406.06525)."""
+"""Images from prompts or classes with LlamaGen (arXiv 2406.06525)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from varaccel.tokenizers.vq import VQModel
 
 @dataclass(frozen=True)
 class LlamaGenSettings:
-    """What a call says about the laws of tokens."""
+    """What a call says about the distributions of tokens."""
 
     guidance: Guidance
     sampling: Sampling
@@ -109,7 +109,7 @@ class LlamaGenPipeline(TokenPipeline):
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures in pixels."""
+        """Height and width of the images in pixels."""
         return self.transformer.config.grid_size * self.vq_model.downsample_factor
 
     @property
@@ -187,23 +187,23 @@ class LlamaGenPipeline(TokenPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
     ) -> ImageOutput | tuple[Any, Statistics]:
-        """Make pictures.
+        """Make images.
 
         Args:
             prompt: one description or several; for class-conditional models a label or class name.
             guidance_scale: how strictly to follow the prompt; 1 switches guidance off and halves the work.
                 The model's own default if None.
             guidance_interval: see `Guidance`.
-            num_images_per_prompt: pictures of each prompt, at least 1.
-            seed: picture i uses seed + i and can be made again alone with it.
-            generator: instead of a seed: one generator, or one per picture.
+            num_images_per_prompt: images of each prompt, at least 1.
+            seed: image i uses seed + i and can be made again alone with it.
+            generator: instead of a seed: one generator, or one per image.
             temperature, top_k, top_p: see `Sampling`; the model's own defaults if None.
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token codes.
             return_dict: False for a plain tuple (images, stats).
-            callback_on_step_end: called after every pass as (pipe, step from 0, tokens decided per picture in
+            callback_on_step_end: called after every pass as (pipe, step from 0, tokens decided per image in
                 this pass, {"canvas": canvas, "preview": function, "written": function}); `preview()` decodes what
-                there is to pictures of `output_type` (arrays if that is "latent"), `written()` is
+                there is to images of `output_type` (arrays if that is "latent"), `written()` is
                 `ImageOutput.written` so far. Set `pipe._interrupt = True` in it to stop. Empty places hold code 0.
 
         Raises:
@@ -270,7 +270,7 @@ class LlamaGenPipeline(TokenPipeline):
             drafters=self.drafters,
         )
 
-    def _pictures(self, run: Run) -> Any:
+    def _images(self, run: Run) -> Any:
         if run.call.output_type == "latent":
             return self._as_grid(run.canvas.tokens)
         return self._decoded(run)

@@ -1,4 +1,4 @@
-"""Pictures from classes or prompts with MAR (arXiv 2406.11838): continuous tokens, drawn by a diffusion head."""
+"""Images from classes or prompts with MAR (arXiv 2406.11838): continuous tokens, drawn by a diffusion head."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from varaccel.hosts.masked.denoising import HeadSampling, Loop, Sampler, Step, d
 from varaccel.hosts.masked.guidance import GuidanceSchedule, MaskedGuidance
 from varaccel.hosts.masked.noise import TokenNoise
 from varaccel.hosts.masked.schedule import CosineGroups, cosine_borders
-from varaccel.hosts.masked.session import MaskedSession, StaleSession
+from varaccel.hosts.masked.session import FeatureCacheSession, MaskedSession
 from varaccel.models.mar import MARTransformer
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
 from varaccel.pipelines.output import ImageOutput
@@ -113,7 +113,7 @@ class MARPipeline(TokenPipeline):
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures in pixels."""
+        """Height and width of the images in pixels."""
         levels = len(self.vae.config.block_out_channels)
         return self.transformer.config.grid_size * patch_size(self.transformer, self.vae) * 2 ** (levels - 1)
 
@@ -199,22 +199,22 @@ class MARPipeline(TokenPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
     ) -> ImageOutput | tuple[Any, Statistics]:
-        """Make pictures.
+        """Make images.
 
         Args:
             prompt: one description or several; for class-conditional models a label or class name.
             guidance_scale, guidance_schedule: how strictly to follow the prompt, see `MaskedGuidance`; a scale of 1
                 switches guidance off and halves the work. The model's own defaults if None.
-            num_images_per_prompt: pictures of each prompt, at least 1.
+            num_images_per_prompt: images of each prompt, at least 1.
             num_iterations: in how many passes the tokens are decided, at most one per token.
             head_steps, head_sampler, temperature, final_noise: see `HeadSampling`.
-            seed: picture i uses seed + i and can be made again alone with it.
-            generator: instead of a seed: one generator, or one per picture.
+            seed: image i uses seed + i and can be made again alone with it.
+            generator: instead of a seed: one generator, or one per image.
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for scaled latents [B, c, H, W].
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every pass as (pipe, pass from 0, tokens decided in it, {"canvas":
-                canvas, "preview": function, "written": function}); `preview()` decodes what there is to pictures of
+                canvas, "preview": function, "written": function}); `preview()` decodes what there is to images of
                 `output_type` (arrays if that is "latent"), `written()` is `ImageOutput.written` so far. Set
                 `pipe._interrupt = True` in it to stop.
 
@@ -299,8 +299,8 @@ class MARPipeline(TokenPipeline):
 
         Args:
             head_steps, head_sampler, final_noise: instead of the call's.
-            refresh, keep_unconditional: of a `StaleSession`.
-            contexts: canvases per picture that are read side by side.
+            refresh, keep_unconditional: of a `FeatureCacheSession`.
+            contexts: canvases per image that are read side by side.
         """
         changes = {
             name: value
@@ -325,12 +325,12 @@ class MARPipeline(TokenPipeline):
             "loop": self._loop,
         }
         if refresh is not None:
-            return StaleSession(
+            return FeatureCacheSession(
                 chosen, condition, mask, refresh=refresh, keep_unconditional=keep_unconditional, **common
             )
         return MaskedSession(chosen, condition, mask, transform=self._transforms.get(id(chosen)), **common)
 
-    def _pictures(self, run: Run) -> Any:
+    def _images(self, run: Run) -> Any:
         if run.call.output_type == "latent":
             return self._latents(run.canvas)
         return self._decoded(run)

@@ -19,7 +19,7 @@ def memory_errors(images: int) -> Iterator[None]:
     """Turn an allocation failure inside the block into `OutOfMemory`.
 
     Args:
-        images: pictures of the call, for the advice.
+        images: images of the call, for the advice.
     """
     try:
         yield
@@ -33,5 +33,5 @@ def memory_errors(images: int) -> Iterator[None]:
 
 
 def _advice(images: int) -> str:
-    fewer = f"make fewer than {images} pictures in one call, or " if images > 1 else ""
+    fewer = f"make fewer than {images} images in one call, or " if images > 1 else ""
     return f"out of memory: {fewer}load the model with dtype=torch.bfloat16."

@@ -1,4 +1,4 @@
-"""From the image tokenizer's output to pictures."""
+"""From the image tokenizer's output to images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def to_output(images: Tensor, output_type: str) -> Any:
     if output_type == "raw":
         return images.float()
     if output_type == "pil":
-        return [Image.fromarray(np.asarray(picture)) for picture in to_uint8(images).cpu()]
+        return [Image.fromarray(np.asarray(image)) for image in to_uint8(images).cpu()]
     unit = (images.float() / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return unit
@@ -40,12 +40,12 @@ def to_output(images: Tensor, output_type: str) -> Any:
 
 
 def grid(images: list[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """One sheet of equally large pictures."""
+    """One sheet of equally large images."""
     columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
     rows = -(-len(images) // columns)
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for index, picture in enumerate(images):
+    for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        sheet.paste(picture, (column * (width + gap), row * (height + gap)))
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
     return sheet

@@ -1,4 +1,4 @@
-"""Pictures from classes or prompts with VAR (arXiv 2404.02905), and zero-shot editing of pictures."""
+"""Images from classes or prompts with VAR (arXiv 2404.02905), and zero-shot editing of images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.hosts.next_scale.session import ScaleSession
 from varaccel.models.var import VARTransformer
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
-from varaccel.pipelines.inpainting import kept_tokens, mask_tensor, picture_tensor, placed
+from varaccel.pipelines.inpainting import image_tensor, kept_tokens, mask_tensor, placed
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.pixels import to_output
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
@@ -41,9 +41,9 @@ class VARSettings:
     Attributes:
         guidance, sampling: of the call.
         smooth: soften code vectors, see `FeatureMap`.
-        published_seed: seed of the published random stream; None for numbers of each picture's own.
+        published_seed: seed of the published random stream; None for numbers of each image's own.
         cache_dtype: number type of stored keys and values.
-        source: codes [1, L] and kept tokens [L] of a picture that is edited.
+        source: codes [1, L] and kept tokens [L] of an image that is edited.
     """
 
     guidance: ScaleGuidance
@@ -115,7 +115,7 @@ class VARPipeline(TokenPipeline):
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures in pixels."""
+        """Height and width of the images in pixels."""
         return self.vq_model.image_size
 
     @property
@@ -198,27 +198,27 @@ class VARPipeline(TokenPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
     ) -> ImageOutput | tuple[Any, Statistics]:
-        """Make pictures.
+        """Make images.
 
         Args:
             prompt: one description or several; for class-conditional models a label or class name.
             guidance_scale: how strictly to follow the prompt, see `ScaleGuidance`; 0 switches guidance off and
                 halves the work. The model's own default if None.
-            num_images_per_prompt: pictures of each prompt, at least 1.
-            seed: picture i uses seed + i and can be made again alone with it.
-            generator: instead of a seed: one generator, or one per picture.
+            num_images_per_prompt: images of each prompt, at least 1.
+            seed: image i uses seed + i and can be made again alone with it.
+            generator: instead of a seed: one generator, or one per image.
             temperature, top_k, top_p: see `ScaleSampling`; the model's own defaults if None.
             smooth: soften the code vectors, for looks; not for figures (VAR's "more smooth" sampling).
-            published_rng: draw as the published code does from `seed`: the same pictures on the same kind of
-                device, but a picture then depends on its batch.
+            published_rng: draw as the published code does from `seed`: the same images on the same kind of
+                device, but an image then depends on its batch.
             cache_dtype: number type of stored keys and values, such as `torch.bfloat16`; the network's if None.
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token codes [B, L].
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every scale as (pipe, scale from 0, its tokens, {"canvas": canvas,
-                "preview": function, "written": function}); `preview()` decodes what there is to pictures of
+                "preview": function, "written": function}); `preview()` decodes what there is to images of
                 `output_type` (arrays if that is "latent"), `written()` is `ImageOutput.written` so far. Set
-                `pipe._interrupt = True` in it to stop; the pictures then show the scales that are there.
+                `pipe._interrupt = True` in it to stop; the images then show the scales that are there.
 
         Raises:
             InputError: any argument that cannot be used.
@@ -263,13 +263,13 @@ class VARPipeline(TokenPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
     ) -> ImageOutput | tuple[Any, Statistics]:
-        """Paint a part of a picture anew, without training for it (VAR, section 5.3).
+        """Paint a part of an image anew, without training for it (VAR, section 5.3).
 
-        Tokens outside the mask are those of the picture. They went through the image tokenizer, so that they come
+        Tokens outside the mask are those of the image. They went through the image tokenizer, so that they come
         back close to what they were, not equal.
 
         Args:
-            image: see `picture_tensor`.
+            image: see `image_tensor`.
             mask: white where to paint, see `mask_tensor`.
             prompt: what to paint: a description, or a class (class-conditional editing); None for whatever fits
                 (in-painting).
@@ -282,7 +282,7 @@ class VARPipeline(TokenPipeline):
             OutOfMemory: the device is too small for the call.
         """
         positive_integer("num_images", num_images)
-        pixels = picture_tensor(image, self.image_size).to(self._execution_device, self.vq_model.dtype)
+        pixels = image_tensor(image, self.image_size).to(self._execution_device, self.vq_model.dtype)
         kept = kept_tokens(mask_tensor(mask, self.image_size), self.transformer.schedule)
         settings = VARSettings(
             self._guidance(0.0 if prompt is None else guidance_scale),
@@ -309,10 +309,10 @@ class VARPipeline(TokenPipeline):
         prompt: str | int | None = None,
         **options: Any,
     ) -> ImageOutput | tuple[Any, Statistics]:
-        """Paint what is around a picture.
+        """Paint what is around an image.
 
         Args:
-            image: a PIL picture; scaled to the box.
+            image: a PIL image; scaled to the box.
             box: where it stands in the result, (left, top, right, bottom) in pixels.
             prompt, options: as in `inpaint`.
 
@@ -400,7 +400,7 @@ class VARPipeline(TokenPipeline):
             transform=self._compiled if own else None,
         )
 
-    def _pictures(self, run: Run) -> Any:
+    def _images(self, run: Run) -> Any:
         if run.call.output_type == "latent":
             return run.canvas.tokens
         return self._decoded(run, self._finished_scales(run.canvas))

@@ -1,4 +1,4 @@
-"""A procedural captioned world: solids on a floor, ray cast, with captions that are true of the picture."""
+"""A procedural captioned world: solids on a floor, ray cast, with captions that are true of the image."""
 
 from varaccel.scenes.grammar import VOCABULARY, Caption, Statement, caption, describe
 from varaccel.scenes.renderer import Rendering, render

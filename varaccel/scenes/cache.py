@@ -1,7 +1,7 @@
-"""Rendered scenes on disk: shards of pictures with their captions and ground truth.
+"""Rendered scenes on disk: shards of images with their captions and ground truth.
 
 A cache is a folder of `manifest.json` and, numbered per shard, `images-00000.npy` (uint8 [n, S, S, 3]) and
-`captions-00000.jsonl`, one record per picture: `seed`, `caption`, the keys of `grammar.describe`, and `boxes`
+`captions-00000.jsonl`, one record per image: `seed`, `caption`, the keys of `grammar.describe`, and `boxes`
 and `visible_fraction` as in `renderer.Rendering`. Run
 `python -m varaccel.scenes.cache --out FOLDER --count N` to write one; run it again to resume.
 """
@@ -38,7 +38,7 @@ _CHUNK = 50
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds: pictures of the seeds `first_seed` to `first_seed + count - 1`."""
+    """What a cache holds: images of the seeds `first_seed` to `first_seed + count - 1`."""
 
     version: str
     first_seed: int
@@ -65,7 +65,7 @@ class Manifest:
         return -(-self.count // self.shard_size)
 
     def shard_range(self, shard: int) -> range:
-        """Indices of the pictures in one shard."""
+        """Indices of the images in one shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
 
 
@@ -180,7 +180,7 @@ def write_cache(
     missing = [shard for shard in range(manifest.shards) if not _finished(target, shard)]
     ready = count - sum(len(manifest.shard_range(shard)) for shard in missing)
     with (
-        tqdm(total=count, initial=ready, unit="picture", disable=not progress) as bar,
+        tqdm(total=count, initial=ready, unit="image", disable=not progress) as bar,
         _renderers(workers) as run,
     ):
         for shard in missing:
@@ -196,7 +196,7 @@ def write_cache(
                 images[len(lines) : len(lines) + len(records)] = part
                 lines += records
                 bar.update(len(records))
-            # the pictures go last: they mark the shard as finished
+            # the images go last: they mark the shard as finished
             with atomic_path(_captions_path(target, shard)) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
             with atomic_path(_images_path(target, shard)) as temporary:
@@ -208,7 +208,7 @@ class CachedScenes(Dataset[dict[str, Any]]):
     """A cache written by `write_cache`, read by memory map.
 
     An item is the same dict as that of `ScenesDataset`: `image` (float32 [3, S, S] in [-1, 1]), `caption`,
-    `seed`. `captions` lists the captions of all pictures.
+    `seed`. `captions` lists the captions of all images.
 
     Args:
         folder: the cache.
@@ -248,27 +248,27 @@ class CachedScenes(Dataset[dict[str, Any]]):
 
     @property
     def size(self) -> int:
-        """Side of the pictures in pixels."""
+        """Side of the images in pixels."""
         return self.manifest.size
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside a cache of {len(self)} pictures.")
+            raise IndexError(f"index {index} is outside a cache of {len(self)} images.")
         return divmod(index, self.manifest.shard_size)
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
-        """Picture `index` as a read-only view, uint8 [S, S, 3]."""
+        """Image `index` as a read-only view, uint8 [S, S, 3]."""
         shard, row = self._locate(index)
         if shard not in self._maps:
             self._maps[shard] = np.load(_images_path(self.folder, shard), mmap_mode="r")
         return self._maps[shard][row]
 
     def batch_pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Pictures `indices` as a new array, uint8 [n, S, S, 3]."""
+        """Images `indices` as a new array, uint8 [n, S, S, 3]."""
         return np.stack([self.pixels(int(index)) for index in indices])
 
     def ground_truth(self, index: int) -> dict[str, Any]:
-        """The record of picture `index`, with the keys listed at the top of this module."""
+        """The record of image `index`, with the keys listed at the top of this module."""
         shard, _ = self._locate(index)
         with _captions_path(self.folder, shard).open("rb") as file:
             file.seek(self._offsets[index])
@@ -289,11 +289,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m varaccel.scenes.cache", description="Render captioned scenes into a folder."
     )
     parser.add_argument("--out", required=True, help="folder of the cache")
-    parser.add_argument("--count", type=int, required=True, help="number of pictures")
-    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first picture")
-    parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
+    parser.add_argument("--count", type=int, required=True, help="number of images")
+    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first image")
+    parser.add_argument("--size", type=int, default=128, help="side of an image in pixels")
     parser.add_argument("--workers", type=int, default=1, help="rendering processes")
-    parser.add_argument("--shard-size", type=int, default=1000, help="pictures per file")
+    parser.add_argument("--shard-size", type=int, default=1000, help="images per file")
     options = parser.parse_args(arguments)
     try:
         write_cache(

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
-"""Numbers of pictures and points; float32 in practice, for speed."""
+"""Numbers of images and points; float32 in practice, for speed."""
 
 HEIGHT = 3.4
 DISTANCE = 6.4
 PITCH = math.radians(17.0)
 TANGENT = math.tan(math.radians(22.0))
-"""Tangent of half the field of view; the picture is square."""
+"""Tangent of half the field of view; the image is square."""
 
 _SIN = math.sin(PITCH)
 _COS = math.cos(PITCH)
@@ -39,7 +39,7 @@ class RayGrid:
 
 @lru_cache(maxsize=8)
 def ray_grid(resolution: int) -> RayGrid:
-    """Rays of a `resolution` × `resolution` picture. Floor values of sky rows are 0."""
+    """Rays of a `resolution` × `resolution` image. Floor values of sky rows are 0."""
     steps = (np.arange(resolution) + 0.5) / resolution * 2.0 - 1.0
     across = steps[None, :] * TANGENT
     upwards = -steps[:, None] * TANGENT
@@ -62,7 +62,7 @@ def ray_grid(resolution: int) -> RayGrid:
 
 
 def project(x: Array, y: Array, z: Array) -> tuple[Array, Array]:
-    """Screen position of world points as fractions of the picture: column from the left, row from the top."""
+    """Screen position of world points as fractions of the image: column from the left, row from the top."""
     depth = -(y - HEIGHT) * _SIN + (z + DISTANCE) * _COS
     upwards = (y - HEIGHT) * _COS + (z + DISTANCE) * _SIN
     scale = 0.5 / (TANGENT * np.maximum(depth, 0.05))

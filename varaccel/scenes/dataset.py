@@ -29,7 +29,7 @@ class Sample:
 
 
 def make_sample(seed: int, size: int = 128) -> Sample:
-    """Scene, caption and picture of `seed`; the same for the same arguments."""
+    """Scene, caption and image of `seed`; the same for the same arguments."""
     scene = sample_scene(seed)
     return Sample(seed, scene, caption(scene, seed), render(scene, size))
 

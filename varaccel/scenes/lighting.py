@@ -174,7 +174,7 @@ class Backdrop:
 
 
 def _stars(columns: Array, rows: Array) -> Array:
-    """Brightness of a fixed field of small stars, at fractions of the picture."""
+    """Brightness of a fixed field of small stars, at fractions of the image."""
     generator = np.random.default_rng(7)
     field = np.zeros_like(columns)
     for _ in range(26):

@@ -24,7 +24,7 @@ from varaccel.scenes.primitives import Points, intersect, normal, shadow_distanc
 from varaccel.scenes.world import Scene, SceneObject
 
 MIN_SIZE = 16
-"""Least side of a picture in pixels."""
+"""Least side of an image in pixels."""
 
 _SUPERSAMPLING = 2
 _EYE = (0.0, HEIGHT, -DISTANCE)
@@ -32,13 +32,13 @@ _EYE = (0.0, HEIGHT, -DISTANCE)
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """A picture with its ground truth.
+    """An image with its ground truth.
 
     Attributes:
         image: [S, S, 3] uint8, sRGB.
         object_ids: [S, S] int8, index of the object that covers most of the pixel, -1 for floor and sky.
-        visible_fraction: for each object the share of its silhouette inside the picture that nothing hides.
-        boxes: for each object (left, top, right, bottom) of its visible pixels as fractions of the picture;
+        visible_fraction: for each object the share of its silhouette inside the image that nothing hides.
+        boxes: for each object (left, top, right, bottom) of its visible pixels as fractions of the image;
             all zero for an object that is hidden.
     """
 
@@ -66,7 +66,7 @@ class Visibility:
 
 
 def silhouette_box(solid: SceneObject) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom), as fractions of the picture, of a box that contains the projected solid."""
+    """(left, top, right, bottom), as fractions of the image, of a box that contains the projected solid."""
     reach = solid.footprint
     corners = np.array(
         [
@@ -151,7 +151,7 @@ def _contact(solid: SceneObject, x: Array, z: Array) -> Array:
 
 
 def _floor_window(solid: SceneObject, light: Light, grid: RayGrid, resolution: int) -> tuple[slice, slice]:
-    """Part of the picture in which `solid` may change the floor."""
+    """Part of the image in which `solid` may change the floor."""
     reach = solid.footprint * 1.1 + 1.4
     shift = solid.height * light.lean
     end_x, end_z = solid.x + math.cos(light.heading) * shift, solid.z + math.sin(light.heading) * shift
@@ -311,15 +311,13 @@ _TONE = _tone_curve()
 
 
 def check_size(size: int) -> None:
-    """Raise InputError unless pictures of `size` × `size` pixels can be rendered."""
+    """Raise InputError unless images of `size` × `size` pixels can be rendered."""
     if size < MIN_SIZE:
-        raise InputError(
-            f"a picture needs at least {MIN_SIZE} pixels a side, got {size}; pass a larger size."
-        )
+        raise InputError(f"an image needs at least {MIN_SIZE} pixels a side, got {size}; pass a larger size.")
 
 
 def render(scene: Scene, size: int = 128) -> Rendering:
-    """The picture of `scene` at `size` × `size` pixels, with the buffers that tell what is where.
+    """The image of `scene` at `size` × `size` pixels, with the buffers that tell what is where.
 
     Raises:
         InputError: `size` is below `MIN_SIZE`.

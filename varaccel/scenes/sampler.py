@@ -105,7 +105,7 @@ def sample_scene(seed: int) -> Scene:
     """The scene of `seed`; the same seed always gives the same scene.
 
     About 40 % of scenes hold one object, 45 % two and 15 % three. No two objects of a scene share both shape
-    and colour, all lie inside the picture without touching, each shows at least `MIN_VISIBLE` of its
+    and colour, all lie inside the image without touching, each shows at least `MIN_VISIBLE` of its
     silhouette, and `Scene.relation` holds between the first object and every other.
 
     Raises:

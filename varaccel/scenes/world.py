@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from varaccel.errors import InputError, unknown_name
 
 WORLD_VERSION = "scenes-1"
-"""Changes whenever the picture or caption made from a seed changes."""
+"""Changes whenever the image or caption made from a seed changes."""
 
 HELD_OUT_SEED = 1_000_000_000
-"""Seeds from here on are reserved for evaluation; no training picture may use them."""
+"""Seeds from here on are reserved for evaluation; no training image may use them."""
 
 SHAPES = ("sphere", "cube", "cylinder", "cone")
 COLORS = (

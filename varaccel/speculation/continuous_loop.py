@@ -1,7 +1,8 @@
 """Speculation over groups of continuous tokens: a small model decides some groups, the large one judges them.
 
-The loop of `speculation` is made for causal networks: guesses stand in slots and trees, and the law of each follows
-from one pass. A masked network has neither; what it says about a group changes with every token that is shown to it.
+The loop of `speculation` is made for causal networks: guesses stand in slots and trees, and the distribution
+of each follows from one pass. A masked network has neither; what it says about a group changes with every
+token that is shown to it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch.nn import functional as F
 
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import OnStep, Step
-from varaccel.engine.statistics import Tally
+from varaccel.engine.statistics import SpeculationStats
 from varaccel.hosts.masked.denoising import Denoised
-from varaccel.hosts.masked.distribution import DiffusionLaw
+from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.hosts.masked.noise import TokenNoise
 from varaccel.hosts.masked.schedule import CosineGroups, MaskedFeed
 from varaccel.hosts.masked.session import MaskedSession
@@ -26,7 +27,7 @@ from varaccel.speculation.continuous_rejection import (
     ContinuousRule,
     Decision,
     Gaussian,
-    SeededProposals,
+    ResampleNoise,
 )
 
 
@@ -46,23 +47,27 @@ class Comparison:
     draft_noise: TokenNoise
     target_noise: TokenNoise
 
-    def draft(self, law: DiffusionLaw, positions: Tensor) -> tuple[Tensor, Denoised]:
+    def draft(self, distribution: DiffusionDistribution, positions: Tensor) -> tuple[Tensor, Denoised]:
         """Tokens [B, P, C], and their paths at the compared step."""
-        start, noise = self.draft_noise.paths(positions, law.noisy_steps)
-        path = law.run(start, noise, last=self.step, record=True)
-        return self._finish(law, path.value, noise).unflatten(0, law.shape), path
+        start, noise = self.draft_noise.paths(positions, distribution.noisy_steps)
+        path = distribution.run(start, noise, last=self.step, record=True)
+        return self._finish(distribution, path.value, noise).unflatten(0, distribution.shape), path
 
     def judge(
-        self, law: DiffusionLaw, drafted: Denoised, positions: Tensor, proposals: SeededProposals
+        self,
+        distribution: DiffusionDistribution,
+        drafted: Denoised,
+        positions: Tensor,
+        proposals: ResampleNoise,
     ) -> tuple[Tensor, Decision]:
         """What becomes of drafted tokens at `positions` [B, P] (-1 is padding): tokens [B, P, C] and the decision.
 
         Args:
-            law: the target's.
+            distribution: the target's.
             drafted: paths of these tokens, B * P rows.
         """
-        start, noise = self.target_noise.paths(positions, law.noisy_steps)
-        path = law.run(start, noise, last=self.step, record=True)
+        start, noise = self.target_noise.paths(positions, distribution.noisy_steps)
+        path = distribution.run(start, noise, last=self.step, record=True)
         sigma = (drafted.log_std_sum - path.log_std_sum).double().sum(-1)
         decision = self.rule.judge(
             Aligned(
@@ -75,10 +80,10 @@ class Comparison:
             proposals,
             (positions >= 0).flatten(),
         )
-        return self._finish(law, decision.values, noise).unflatten(0, law.shape), decision
+        return self._finish(distribution, decision.values, noise).unflatten(0, distribution.shape), decision
 
-    def _finish(self, law: DiffusionLaw, value: Tensor, noise: Tensor | None) -> Tensor:
-        return law.run(value, noise, first=self.step - 1).value if self.step else value
+    def _finish(self, distribution: DiffusionDistribution, value: Tensor, noise: Tensor | None) -> Tensor:
+        return distribution.run(value, noise, first=self.step - 1).value if self.step else value
 
 
 @torch.inference_mode()
@@ -92,11 +97,11 @@ def speculate_jointly(
     draft_length: int,
     prefill: float,
     on_step: OnStep | None = None,
-) -> Tally:
+) -> SpeculationStats:
     """Fill the canvas; all drafted groups of a block are judged in one pass that sees none of them.
 
     What is decided is decided for good, so that the number of passes does not depend on what is accepted. The target's
-    law of a block is that of deciding all its groups at once: plain decoding with fewer iterations.
+    distribution of a block is that of deciding all its groups at once: plain decoding with fewer iterations.
 
     Source: the published code of continuous speculative decoding (arXiv 2411.11925): the target decides iterations up
     to `prefill` times their number, blocks end at multiples of `draft_length`, and guidance of a block is that of its
@@ -149,19 +154,19 @@ def speculate_in_turn(
     draft_length: int,
     prefill: float,
     on_step: OnStep | None = None,
-) -> Tally:
+) -> SpeculationStats:
     """Fill the canvas; every drafted group is judged in sight of those before it, up to the first rejection.
 
-    A block of `draft_length` groups costs one pass over as many canvases per picture: attention looks both ways, so
-    nothing of one serves another. Groups after one with a rejected token are drafted again. Pictures advance at their
+    A block of `draft_length` groups costs one pass over as many canvases per image: attention looks both ways, so
+    nothing of one serves another. Groups after one with a rejected token are drafted again. Images advance at their
     own pace. The device is asked once per block how far they are.
 
-    The law is the target's if a kept token is what later groups of its block were drafted and judged in sight of: if
-    tokens themselves are compared (`Comparison.step` 0) by a rule that keeps the target's law.
+    The distribution is the target's if a kept token is what later groups of its block were drafted and judged
+    in sight of: if tokens themselves are compared (`Comparison.step` 0) by a rule that keeps the target's distribution.
 
     Args:
         target: for the iterations that it decides itself.
-        verifier: a session of the same network with `draft_length` canvases per picture.
+        verifier: a session of the same network with `draft_length` canvases per image.
     """
     feeds = order.feeds(canvas)
     batch, device = canvas.batch, canvas.written.device
@@ -177,10 +182,12 @@ def speculate_in_turn(
             canvas.write(feed.positions, tokens, number)
             paths.append(path)
         positions = _stack([f.positions for f in block], order.widest)  # [B, G, P]
-        law = _verify(verifier, canvas, block, positions)
+        distribution = _verify(verifier, canvas, block, positions)
         flat = positions.flatten(1)
         proposals = _proposals(comparison.target_noise, number, flat.shape[1])
-        tokens, decision = comparison.judge(law, _beside(paths, batch, positions.shape[2]), flat, proposals)
+        tokens, decision = comparison.judge(
+            distribution, _beside(paths, batch, positions.shape[2]), flat, proposals
+        )
         accepted = decision.accepted.view(positions.shape)
         broken = (~accepted).any(2).to(torch.int64)  # [B, G]
         # all groups before the first that broke, and that one
@@ -209,13 +216,13 @@ def _prefill(
     comparison: Comparison,
     share: float,
     on_step: OnStep | None,
-) -> tuple[Tally, int]:
+) -> tuple[SpeculationStats, int]:
     """Let the target decide the iterations up to `share` times their number, the first always; how many these are."""
-    tally = Tally.start(canvas.batch, canvas.written.device)
+    tally = SpeculationStats.start(canvas.batch, canvas.written.device)
     count = min(len(feeds), int(share * len(feeds)) + 1)
     for number, feed in enumerate(feeds[:count], start=1):
-        law = target.predict(canvas, feed)
-        canvas.write(feed.positions, comparison.target_noise.sample(law, feed.positions), number)
+        distribution = target.predict(canvas, feed)
+        canvas.write(feed.positions, comparison.target_noise.sample(distribution, feed.positions), number)
         tally.passes += 1
         if on_step is not None:
             on_step(Step(number, number / len(feeds), feed.positions, canvas))
@@ -240,8 +247,8 @@ def _stack(indices: list[Tensor], width: int) -> Tensor:
 
 def _verify(
     verifier: MaskedSession, canvas: Canvas, block: list[MaskedFeed], positions: Tensor
-) -> DiffusionLaw:
-    """The target's law of all groups, [B, G * P], each in sight of what was known when it was drafted."""
+) -> DiffusionDistribution:
+    """The target's distribution of all groups, [B, G * P], each in sight of what was known when it was drafted."""
     groups = len(block)
     known = _stack([f.known for f in block], max(f.known.shape[1] for f in block))  # [B, G, K]
     remaining = torch.stack([torch.as_tensor(f.remaining, device=known.device) for f in block], 1)  # [B, G]
@@ -249,16 +256,16 @@ def _verify(
     feed = MaskedFeed(
         positions.flatten(0, 1), known.flatten(0, 1), remaining.flatten(), block[0].number, padded=True
     )
-    law = verifier.predict(many, feed)
-    conditions = law.conditions.unflatten(0, (-1, groups)).flatten(1, 2)  # [R, G * P, D]
-    return DiffusionLaw(law.process, conditions, law.scale)
+    distribution = verifier.predict(many, feed)
+    conditions = distribution.conditions.unflatten(0, (-1, groups)).flatten(1, 2)  # [R, G * P, D]
+    return DiffusionDistribution(distribution.process, conditions, distribution.scale)
 
 
-def _proposals(noise: TokenNoise, verification: int, rows: int) -> SeededProposals:
-    """Numbers for tokens that are drawn again: a function of the picture and of how often it was judged before.
+def _proposals(noise: TokenNoise, verification: int, rows: int) -> ResampleNoise:
+    """Numbers for tokens that are drawn again: a function of the image and of how often it was judged before.
 
     Args:
-        rows: judged per picture, padding included; must not depend on the batch.
+        rows: judged per image, padding included; must not depend on the batch.
     """
     seeds = [(seed + 1 + verification) % 2**62 for seed in noise.seeds]
-    return SeededProposals(seeds, rows, noise.start.shape[2], noise.start.device)
+    return ResampleNoise(seeds, rows, noise.start.shape[2], noise.start.device)

@@ -59,7 +59,7 @@ class Aligned:
     """What is known about M drafted tokens of C channels.
 
     Attributes:
-        value: [M, C] the drafted value. The rules that keep a law need it drawn from `draft`.
+        value: [M, C] the drafted value. The rules that keep a distribution need it drawn from `draft`.
         draft, target: [M, C] the Gaussians of the step that is compared, each at the end of its own chain.
         log_sigma: [M] sum over the other noisy steps and the channels of draft log std - target log std; the
             logarithm of the paper's factor Sigma (2411.11925, section 3).
@@ -76,11 +76,11 @@ class Aligned:
     def __post_init__(self) -> None:
         if self.value.dim() != 2:
             raise InputError(f"value must be [M, C], got {list(self.value.shape)}.")
-        for name, law in (("draft", self.draft), ("target", self.target)):
-            if law.mean.shape != self.value.shape or law.log_std.shape != self.value.shape:
+        for name, distribution in (("draft", self.draft), ("target", self.target)):
+            if distribution.mean.shape != self.value.shape or distribution.log_std.shape != self.value.shape:
                 raise InputError(
                     f"mean and log_std of the {name} must be [M, C] = {list(self.value.shape)} as value is, "
-                    f"got {list(law.mean.shape)} and {list(law.log_std.shape)}."
+                    f"got {list(distribution.mean.shape)} and {list(distribution.log_std.shape)}."
                 )
         if self.log_sigma.shape != self.value.shape[:1]:
             raise InputError(
@@ -114,15 +114,15 @@ class Proposals(Protocol):
         ...
 
 
-class SeededProposals:
-    """Numbers from a CPU generator per picture, for M = B * rows_per_picture tokens, those of a picture together.
+class ResampleNoise:
+    """Numbers from a CPU generator per image, for M = B * rows_per_image tokens, those of an image together.
 
-    A picture's numbers depend neither on its batch nor on the device. How many are asked for in a verification does
-    depend on the batch: one picture may need more of them than another. So call `restart` before each.
+    An image's numbers depend neither on its batch nor on the device. How many are asked for in a verification does
+    depend on the batch: one image may need more of them than another. So call `restart` before each.
 
     Args:
-        seeds: of each picture, from 0 to 2**63 - 1.
-        rows_per_picture: tokens of a picture that are judged together, padding included.
+        seeds: of each image, from 0 to 2**63 - 1.
+        rows_per_image: tokens of an image that are judged together, padding included.
         channels: of a token.
         device: of the results.
 
@@ -135,21 +135,21 @@ class SeededProposals:
     def __init__(
         self,
         seeds: Sequence[int],
-        rows_per_picture: int,
+        rows_per_image: int,
         channels: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        positive_integer("rows_per_picture", rows_per_picture)
+        positive_integer("rows_per_image", rows_per_image)
         positive_integer("channels", channels)
         if not seeds:
-            raise InputError("seeds must name one seed per picture, got none.")
-        self.rows, self.channels, self.device = rows_per_picture, channels, device
-        self._pictures = [torch.Generator().manual_seed(seed) for seed in seeds]
+            raise InputError("seeds must name one seed per image, got none.")
+        self.rows, self.channels, self.device = rows_per_image, channels, device
+        self._images = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.restart()
 
     def restart(self) -> None:
         """Go on to the numbers of the next verification, however many of this one's were used."""
-        seeds = [int(torch.randint(2**62, (), generator=g)) for g in self._pictures]
+        seeds = [int(torch.randint(2**62, (), generator=g)) for g in self._images]
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._normals = self._uniforms = torch.empty(0)
         self._left = 0  # numbers of every token that are drawn but not used
@@ -184,7 +184,7 @@ class ContinuousRule(Protocol):
     def judge(
         self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
     ) -> Decision:
-        """Judge M tokens of C channels.
+        """Verifier M tokens of C channels.
 
         A ratio that is not a finite number counts as a rejection. Nothing is asked of `proposals` if no token is
         rejected.
@@ -236,7 +236,7 @@ def _residual(draft: Gaussian, target: Gaussian, values: Tensor, log_factor: Ten
 
 
 # Two or three proposals are usual, so the first blocks are small. The sizes must not depend on what happens, or a
-# picture's numbers would depend on its batch.
+# image's numbers would depend on its batch.
 _FIRST_BLOCK, _LARGEST_BLOCK = 4, 32
 
 
@@ -318,8 +318,8 @@ class _RatioRule:
 class ReferenceRule(_RatioRule):
     """The decisions of the published code of continuous speculative decoding (2411.11925), for comparison.
 
-    It draws from no known law. It multiplies the ratio by 1 / Sigma where the paper says Sigma; it divides squared
-    distances by `inner_temperature`², in the acceptance only; every token takes part in every round of
+    It draws from no known distribution. It multiplies the ratio by 1 / Sigma where the paper says Sigma; it
+    divides squared distances by `inner_temperature`², in the acceptance only; every token takes part in every round of
     resampling, accepted ones too, until each has had a success, and later successes replace earlier ones. So a
     token depends on the others it is judged with.
 
@@ -370,8 +370,8 @@ class PaperRule(_RatioRule):
     """Continuous speculative decoding as printed (2411.11925, section 3).
 
     A token is kept with the chance min(1, Sigma p / q), and drawn again from max(0, Sigma p - q) otherwise, where
-    Sigma stands for the steps before. The paper calls the criterion approximate, and it does change the law: given
-    the steps before, only the ratio without Sigma is right, see `ExactRule`.
+    Sigma stands for the steps before. The paper calls the criterion approximate, and it does change the
+    distribution: given the steps before, only the ratio without Sigma is right, see `ExactRule`.
 
     A token all of whose proposals failed is drawn from the target's Gaussian.
 
@@ -403,7 +403,7 @@ class PaperRule(_RatioRule):
 
 @dataclass(frozen=True)
 class ExactRule(_RatioRule):
-    """Keeps the target's law: min(1, p / q), and max(0, p - q) after a rejection (Leviathan et al. 2023).
+    """Keeps the target's distribution: min(1, p / q), and max(0, p - q) after a rejection (Leviathan et al. 2023).
 
     Given the start and the noise of the steps before, both models' next states are fixed Gaussians p and q. A value
     drawn from q and judged so is distributed as p, whatever the steps before were, hence also on average over
@@ -411,7 +411,7 @@ class ExactRule(_RatioRule):
     last of a chain usually has none, and then no density that could be compared.
 
     The residual is drawn from by proposing from p. A token all of whose proposals failed is drawn from p itself.
-    Where a share r of the drafts is rejected, that happens to r (1 - r)^tries of all; so the law is off by at
+    Where a share r of the drafts is rejected, that happens to r (1 - r)^tries of all; so the distribution is off by at
     most 1 / (e tries) in total variation, 0.0004 for 1000, and by far less unless r is near 1 / tries.
 
     Attributes:

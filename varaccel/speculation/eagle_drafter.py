@@ -13,7 +13,7 @@ from varaccel.hosts.causal.cache_slots import Memory, scratch_slots, spread
 from varaccel.hosts.causal.lanes import Fronts
 from varaccel.hosts.causal.session import CausalSession
 from varaccel.nn.attention_inputs import Reading
-from varaccel.speculation.loop import Outcome
+from varaccel.speculation.loop import StepResult
 from varaccel.speculation.network_drafter import guess_positions
 from varaccel.speculation.proposers import Branch
 
@@ -26,9 +26,9 @@ class EagleReader:
 
     A pair joins the feature that predicted a token with the token, and stands at the token's position. Pairs
     of decided tokens carry the target's features, pairs of guesses those that the head has guessed. Both
-    branches of a guided call are drafted, from their own features; laws come from the guided logits.
+    branches of a guided call are drafted, from their own features; distributions come from the guided logits.
 
-    A lane that has just begun from a stand-in has no pair yet; its guesses are drawn from the law of a feature
+    A lane that has just begun from a stand-in has no pair yet; its guesses are drawn from the distribution of a feature
     of zeros and will rarely hold, which costs no exactness.
 
     Args:
@@ -70,7 +70,7 @@ class EagleReader:
         index = place.repeat(repeats, 1).unsqueeze(-1).expand(-1, -1, guessed.shape[-1])
         self._root = guessed.gather(1, index) * found.repeat(repeats, 1).unsqueeze(-1)
         self._guessed = guessed.new_zeros(*self._root.shape[:2], self.scratch, guessed.shape[-1])
-        return self._law(self._root, fronts.start.clamp(min=0))
+        return self._distribution(self._root, fronts.start.clamp(min=0))
 
     def extend(self, branch: Branch) -> Categorical:
         assert self._fronts is not None
@@ -89,9 +89,9 @@ class EagleReader:
             spread(branch.visible, self.scratch, self.memory.scratch),
         )
         self._guessed[:, :, branch.first : branch.first + count] = features.unflatten(1, (lanes, count))
-        return self._law(features, (positions + 1).flatten(1))
+        return self._distribution(features, (positions + 1).flatten(1))
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: StepResult) -> None:
         """Every decided token makes a pair with the target feature that predicted it."""
         features = outcome.features  # [R, A, T, dim]
         rows, lanes, _, dim = features.shape
@@ -131,6 +131,6 @@ class EagleReader:
         joined = self.head.fuse(tokens.repeat(rows // tokens.shape[0], 1), features)
         return self.head.transform(joined, reading)
 
-    def _law(self, features: Tensor, positions: Tensor) -> Categorical:
+    def _distribution(self, features: Tensor, positions: Tensor) -> Categorical:
         assert self._fronts is not None
-        return self.session.law(features, positions).by_lane(self._fronts.start.shape[1])
+        return self.session.distribution(features, positions).by_lane(self._fronts.start.shape[1])

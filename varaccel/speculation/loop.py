@@ -12,11 +12,11 @@ from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.loop import OnStep, Step
 from varaccel.engine.randomness import GumbelNoise, Randomness, Stream
-from varaccel.engine.statistics import Tally
+from varaccel.engine.statistics import SpeculationStats
 from varaccel.hosts.causal.cache_slots import scratch_slots, spread
 from varaccel.hosts.causal.lanes import Fronts, Lanes
 from varaccel.hosts.causal.session import CausalSession, Guesses
-from varaccel.speculation.rejection import Rule, Verdict, match
+from varaccel.speculation.rejection import Rule, VerificationResult, match
 from varaccel.speculation.tree import DraftTree
 
 
@@ -36,13 +36,13 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of the guesses of one pass. M = B * A sequences: the open lanes of all pictures.
+class StepResult:
+    """What became of the guesses of one pass. M = B * A sequences: the open lanes of all images.
 
     Attributes:
         fronts: where the lanes stood before the pass.
         tree: what was guessed.
-        law: [M, T, V] the target law after each node.
+        distribution: [M, T, V] the target distribution after each node.
         features: [R, M / B, T, dim] target features at the nodes, R = 2 B while guided.
         path: [M, D + 1] nodes that were accepted, root first, -1 padded.
         committed: [M] tokens that were decided: accepted ones, then one drawn by the rule.
@@ -52,7 +52,7 @@ class Outcome:
 
     fronts: Fronts
     tree: DraftTree
-    law: Categorical
+    distribution: Categorical
     features: Tensor
     path: Tensor
     committed: Tensor
@@ -60,63 +60,71 @@ class Outcome:
     positions: Tensor
 
 
-class Judge(Protocol):
+class Verifier(Protocol):
     """Decides about guesses."""
 
-    def __call__(self, tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
-        """Judge M trees.
+    def __call__(
+        self, tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
+    ) -> VerificationResult:
+        """Verifier M trees.
 
         Args:
-            law: [M, T, V] the target law after each node.
-            positions: [M, T] what each law is the law of; some place in the picture where a node stands
+            distribution: [M, T, V] the target distribution after each node.
+            positions: [M, T] what each distribution is the distribution of; some place in the image where a node stands
                 outside its lane or predicts what is beyond it.
         """
         ...
 
 
-def judge_by(rule: Rule) -> Judge:
+def verify_by(rule: Rule) -> Verifier:
     """A rule that tests each guess with a number of its own."""
 
-    def judge(tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
-        return rule.verify(tree, law.probs, draws.judging[:, : tree.tokens.shape[1]])
+    def judge(
+        tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
+    ) -> VerificationResult:
+        return rule.verify(tree, distribution.probs, draws.judging[:, : tree.tokens.shape[1]])
 
     return judge
 
 
-def judge_by_matching(randomness: Randomness) -> Judge:
+def verify_by_matching(randomness: Randomness) -> Verifier:
     """Draw each token as plain decoding does, with the number of its position; accept guesses that equal it.
 
-    The pictures are those of plain decoding with the same seed, token for token. For guesses that are no
+    The images are those of plain decoding with the same seed, token for token. For guesses that are no
     draws themselves (a dynamic tree) no exact rule accepts more.
     """
 
-    def judge(tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
+    def judge(
+        tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
+    ) -> VerificationResult:
         numbers = randomness.at(positions.view(randomness.uniforms.shape[0], -1)).view(positions.shape)
-        return match(tree, law.sample(numbers), law.logits)
+        return match(tree, distribution.sample(numbers), distribution.logits)
 
     return judge
 
 
-def judge_by_noise(noise: GumbelNoise) -> Judge:
+def verify_by_noise(noise: GumbelNoise) -> Verifier:
     """Draw each token with the Gumbel noise of its position; accept guesses that equal it.
 
-    The picture is a function of the seed alone: neither the drafter nor the tree changes it, only how many
+    The image is a function of the seed alone: neither the drafter nor the tree changes it, only how many
     passes it takes. Guesses that were drawn with the same noise hold most often.
 
     Source: Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative Decoding"
     (arXiv 2408.07978).
     """
 
-    def judge(tree: DraftTree, law: Categorical, draws: Draws, positions: Tensor) -> Verdict:
-        return match(tree, draw_by_noise(law, noise, positions), law.logits)
+    def judge(
+        tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
+    ) -> VerificationResult:
+        return match(tree, draw_by_noise(distribution, noise, positions), distribution.logits)
 
     return judge
 
 
-def draw_by_noise(law: Categorical, noise: GumbelNoise, positions: Tensor) -> Tensor:
-    """[M, T] codes from laws [M, T, V] with the noise of `positions` [M, T]."""
-    here = noise.at(positions.view(len(noise.generators), -1)).view(law.logits.shape)
-    return law.perturbed(here).argmax(dim=-1)
+def draw_by_noise(distribution: Categorical, noise: GumbelNoise, positions: Tensor) -> Tensor:
+    """[M, T] codes from distributions [M, T, V] with the noise of `positions` [M, T]."""
+    here = noise.at(positions.view(len(noise.generators), -1)).view(distribution.logits.shape)
+    return distribution.perturbed(here).argmax(dim=-1)
 
 
 class Proposer(Protocol):
@@ -138,7 +146,7 @@ class Proposer(Protocol):
         """Guess what follows `roots` [B, A], the tokens before the lanes' next positions."""
         ...
 
-    def observe(self, outcome: Outcome, draws: Draws) -> None:
+    def observe(self, outcome: StepResult, draws: Draws) -> None:
         """Learn what became of the guesses."""
         ...
 
@@ -149,24 +157,24 @@ def speculate(
     canvas: Canvas,
     lanes: Lanes,
     proposer: Proposer,
-    judge: Judge,
+    judge: Verifier,
     randomness: Randomness,
     on_step: OnStep | None = None,
-) -> Tally:
-    """Fill the canvas by guessing and judging. Every picture, and every lane of it, has its own pace.
+) -> SpeculationStats:
+    """Fill the canvas by guessing and judging. Every image, and every lane of it, has its own pace.
 
     The first pass reads the condition and decides position 0 as plain decoding does. Every later pass reads,
-    for each open lane, its last token and a tree of guesses; the rule walks down the tree and yields the law
+    for each open lane, its last token and a tree of guesses; the rule walks down the tree and yields the distribution
     of one more token. So each pass decides at least one token per open lane.
 
-    The device is asked once per pass how far the pictures are.
+    The device is asked once per pass how far the images are.
     """
     width = proposer.nodes
     most = lanes.most_open(canvas.num_positions)
     stream = randomness.stream(most * (width + 1 + proposer.draws))
     first = torch.zeros(1, dtype=torch.int64, device=canvas.written.device)
-    canvas.write(first, session.first_law().sample(randomness.at(first)), 1)
-    tally = Tally.start(canvas.batch, canvas.written.device)
+    canvas.write(first, session.first_distribution().sample(randomness.at(first)), 1)
+    tally = SpeculationStats.start(canvas.batch, canvas.written.device)
     tally.passes += 1
     step = 1
     if on_step is not None:
@@ -177,7 +185,7 @@ def speculate(
         draws = _draws(stream, most, fronts.start.shape[1], width)
         roots = canvas.tokens.gather(1, fronts.source.clamp(min=0))
         tree = proposer.propose(roots, fronts, draws)
-        outcome = _settle(session, canvas, fronts, tree, judge, draws)
+        outcome = _verify_step(session, canvas, fronts, tree, judge, draws)
         proposer.observe(outcome, draws)
         positions = outcome.positions.view(canvas.batch, -1)
         canvas.write(positions, outcome.tokens.view(canvas.batch, -1), step)
@@ -201,9 +209,9 @@ def _draws(stream: Stream, most: int, lanes: int, nodes: int) -> Draws:
     return Draws(judging, extra, drafting)
 
 
-def _settle(
-    session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTree, judge: Judge, draws: Draws
-) -> Outcome:
+def _verify_step(
+    session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTree, judge: Verifier, draws: Draws
+) -> StepResult:
     batch, lanes = fronts.start.shape
     nodes = tree.tokens.shape[1]
     start, limit, end = (x.reshape(-1, 1) for x in (fronts.start, fronts.limit, fronts.end))
@@ -214,8 +222,8 @@ def _settle(
     features = _read(session, canvas, fronts, tree, stands)  # [R, A * T, dim]
     predicted = torch.where(inside, (stands + 1).clamp(max=canvas.num_positions - 1), 0)
     predicted = predicted.view(batch, lanes * nodes)
-    law = session.law(features, predicted).by_lane(lanes)
-    verdict = judge(tree, law, draws, predicted.view(stands.shape))
+    distribution = session.distribution(features, predicted).by_lane(lanes)
+    verdict = judge(tree, distribution, draws, predicted.view(stands.shape))
     extra = Categorical(verdict.probs.log().unsqueeze(1)).sample(draws.extra)  # [M, 1]
     committed = torch.minimum(verdict.length + 1, limit.squeeze(1))  # 0 where the lane is closed
     path = verdict.nodes  # [M, D + 1]
@@ -232,10 +240,10 @@ def _settle(
             (first + below.clamp(min=1) - 1).view(batch, -1),
             torch.where(accepted, start + index, -1).view(batch, -1),
         )
-    return Outcome(
+    return StepResult(
         fronts=fronts,
         tree=tree,
-        law=law,
+        distribution=distribution,
         features=features.unflatten(1, (lanes, nodes)),
         path=path,
         committed=committed,

@@ -15,7 +15,7 @@ from varaccel.hosts.causal.lanes import Fronts
 from varaccel.hosts.causal.session import CausalSession, Guesses
 from varaccel.nn.attention_inputs import Reading
 from varaccel.nn.kv_cache import KVCache
-from varaccel.speculation.loop import Outcome
+from varaccel.speculation.loop import StepResult
 from varaccel.speculation.proposers import Branch
 
 
@@ -105,7 +105,7 @@ class NetworkReader:
         positions = torch.where(used, positions, -1)
         features = self._read(tokens.flatten(1), positions.flatten(1))
         features = features.view(features.shape[0], -1, len(back), features.shape[-1])[:, -lanes:, -1]
-        return self._law(features, fronts.start.clamp(min=0), lanes)
+        return self._distribution(features, fronts.start.clamp(min=0), lanes)
 
     def extend(self, branch: Branch) -> Categorical:
         assert self._fronts is not None
@@ -115,9 +115,9 @@ class NetworkReader:
         scratch = scratch_slots(lanes, self.scratch, entries).flatten().expand(batch, -1)
         visible = spread(branch.visible, self.scratch, self.session.memory.scratch)
         features = self._read(branch.tokens.flatten(1), positions.flatten(1), scratch, visible)
-        return self._law(features, (positions + 1).flatten(1), lanes)
+        return self._distribution(features, (positions + 1).flatten(1), lanes)
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: StepResult) -> None:
         pass
 
     def _read(
@@ -126,8 +126,8 @@ class NetworkReader:
         assert self._fronts is not None
         return self.session.read(Guesses(tokens, positions, scratch, visible), self._fronts.start)
 
-    def _law(self, features: Tensor, positions: Tensor, lanes: int) -> Categorical:
-        return self.session.law(features, positions).by_lane(lanes)
+    def _distribution(self, features: Tensor, positions: Tensor, lanes: int) -> Categorical:
+        return self.session.distribution(features, positions).by_lane(lanes)
 
 
 def guess_positions(fronts: Fronts, branch: Branch) -> Tensor:

@@ -1,4 +1,5 @@
-"""Trees of guesses from a drafter: how its laws become tokens, whatever network the laws come from."""
+"""Trees of guesses from a drafter: how its distributions become tokens, whatever network the distributions
+come from."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.randomness import GumbelNoise
 from varaccel.hosts.causal.lanes import Fronts
-from varaccel.speculation.loop import Draws, Outcome
+from varaccel.speculation.loop import Draws, StepResult
 from varaccel.speculation.tree import Beam, DraftTree, DynamicTree, Proposal, Topology
 
 
@@ -46,14 +47,14 @@ class BranchReader(Protocol):
     def passes(self) -> int: ...
 
     def begin(self, roots: Tensor, fronts: Fronts) -> Categorical:
-        """Catch up with the canvas; the law [M, 1, V] of what follows the roots [B, A]."""
+        """Catch up with the canvas; the distribution [M, 1, V] of what follows the roots [B, A]."""
         ...
 
     def extend(self, branch: Branch) -> Categorical:
-        """The laws [M, n, V] of what follows guesses."""
+        """The distributions [M, n, V] of what follows guesses."""
         ...
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: StepResult) -> None:
         """Learn what became of the guesses."""
         ...
 
@@ -65,8 +66,8 @@ def cut(topology: Topology, depth: int) -> Topology:
     return Topology(topology.parents[:count], topology.ranks[:count])
 
 
-def draw_children(law: Categorical, numbers: Tensor, proposal: Proposal) -> Tensor:
-    """Tokens that continue a node: [M, n, R] from laws [M, n, V].
+def draw_children(distribution: Categorical, numbers: Tensor, proposal: Proposal) -> Tensor:
+    """Tokens that continue a node: [M, n, R] from distributions [M, n, V].
 
     Args:
         numbers: [M, n, R] uniform numbers; not used for deterministic children, the R likeliest.
@@ -74,9 +75,9 @@ def draw_children(law: Categorical, numbers: Tensor, proposal: Proposal) -> Tens
     count = numbers.shape[-1]
     if proposal == "deterministic":
         # with fewer codes than children the last one is guessed again, which changes nothing
-        codes = min(count, law.logits.shape[-1])
-        return law.logits.topk(codes, dim=-1).indices[..., [min(i, codes - 1) for i in range(count)]]
-    left = law.probs
+        codes = min(count, distribution.logits.shape[-1])
+        return distribution.logits.topk(codes, dim=-1).indices[..., [min(i, codes - 1) for i in range(count)]]
+    left = distribution.probs
     tokens: list[Tensor] = []
     for child in range(count):
         if child and proposal == "without_replacement":
@@ -91,11 +92,11 @@ class StaticProposer:
     """Trees of one shape, cut to the depth that has paid off so far if `adaptive`.
 
     With `adaptive`, a lane whose guesses were all accepted is guessed two levels deeper next time, otherwise
-    one level less deep (the schedule of assisted generation in transformers). Each lane of each picture has a
-    depth of its own, so pictures do not depend on their batch.
+    one level less deep (the schedule of assisted generation in transformers). Each lane of each image has a
+    depth of its own, so images do not depend on their batch.
 
     With `noise`, children are the likeliest after the noise of their position is added: draws, but the same as
-    the target's wherever the laws are the same. They are "deterministic" for the rule, which draws alike.
+    the target's wherever the distributions are the same. They are "deterministic" for the rule, which draws alike.
     """
 
     def __init__(
@@ -129,28 +130,28 @@ class StaticProposer:
             if not self.fixed:
                 topology = cut(topology, int(torch.where(fronts.open, reach, 0).max()))
         batch, open_ = roots.shape
-        law = self.reader.begin(roots, fronts)
-        greedy = law.greedy
+        distribution = self.reader.begin(roots, fronts)
+        greedy = distribution.greedy
         proposal: Proposal = "deterministic" if greedy else self.proposal
         nodes = topology.num_nodes
         tokens = torch.zeros(batch * open_, nodes, dtype=torch.int64, device=roots.device)
         tokens[:, 0] = roots.flatten()
         drawn_from = None
         if proposal != "deterministic":
-            drawn_from = torch.zeros(batch * open_, nodes, law.logits.shape[-1], device=roots.device)
+            drawn_from = torch.zeros(batch * open_, nodes, distribution.logits.shape[-1], device=roots.device)
         for level in _levels(topology, roots.device):
             if level.depth:
-                law = self.reader.extend(level.branch(tokens, batch, open_))
+                distribution = self.reader.extend(level.branch(tokens, batch, open_))
             if drawn_from is not None:
-                drawn_from[:, level.nodes] = law.probs
+                drawn_from[:, level.nodes] = distribution.probs
             numbers = draws.drafting[:, level.children]
             if self.noise is not None:  # the noise that the target draws with at the children's position
                 place = (fronts.start.clamp(min=0) + level.depth).unsqueeze(-1)
                 noise = self.noise.at(place.expand(-1, -1, len(level.nodes)).flatten(1)).view(
-                    law.logits.shape
+                    distribution.logits.shape
                 )
-                law = Categorical(law.perturbed(noise), greedy)
-            children = draw_children(law, numbers, proposal)  # [M, n, width]
+                distribution = Categorical(distribution.perturbed(noise), greedy)
+            children = draw_children(distribution, numbers, proposal)  # [M, n, width]
             tokens[:, level.children[level.real]] = children[:, level.real]
         tree = DraftTree.from_topology(topology, tokens, proposal=proposal, draft=drawn_from)
         if reach is None:
@@ -158,7 +159,7 @@ class StaticProposer:
         deep = tree.depths > reach.view(-1, 1)
         return DraftTree(tokens, torch.where(deep, -1, tree.parents), proposal, drawn_from)
 
-    def observe(self, outcome: Outcome, draws: Draws) -> None:
+    def observe(self, outcome: StepResult, draws: Draws) -> None:
         self.reader.observe(outcome)
         if not self.adaptive:
             return
@@ -278,13 +279,13 @@ class DynamicProposer:
                 first,
                 visible.view(batch, lanes, width, size),
             )
-            law = self.reader.extend(branch).logits.log_softmax(-1)
+            distribution = self.reader.extend(branch).logits.log_softmax(-1)
             # what cannot be decided in this pass would only take places away from what can
             within = (beam.level < fronts.limit).view(-1, 1, 1)
-            return torch.where(within, law, -torch.inf)
+            return torch.where(within, distribution, -torch.inf)
 
         first = self.reader.begin(roots, fronts).logits.log_softmax(-1)
         return self.shape.grow(roots.flatten(), first.squeeze(1), expand)
 
-    def observe(self, outcome: Outcome, draws: Draws) -> None:
+    def observe(self, outcome: StepResult, draws: Draws) -> None:
         self.reader.observe(outcome)

@@ -1,4 +1,4 @@
-"""Which guesses of a draft tree are kept, and the law of the token that follows them.
+"""Which guesses of a draft tree are kept, and the distribution of the token that follows them.
 
 A rule is a pure function of the tree, the target's distributions at its nodes and given uniform numbers. It never
 sees a network. All rules that use chance share one walk from the root: at each node its children are examined in
@@ -22,13 +22,13 @@ Residual = Literal["paper", "dynamic", "static", "static_b"]
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class VerificationResult:
     """What a rule decided about M trees of depth D over V tokens.
 
     Attributes:
         nodes: [M, D + 1] int64, the accepted nodes from the root downwards, root first, padded with -1.
         length: [M] int64, accepted nodes below the root.
-        probs: [M, V] the law of the token that follows the last accepted node: the target's own at a leaf,
+        probs: [M, V] the distribution of the token that follows the last accepted node: the target's own at a leaf,
             what a rejection leaves of it elsewhere.
         rejected: [M] bool, whether `probs` is what a rejection left.
     """
@@ -42,8 +42,8 @@ class Verdict:
 class Rule(Protocol):
     """Accepts or rejects the nodes of draft trees."""
 
-    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
-        """Judge M trees of T nodes over V tokens.
+    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
+        """Verifier M trees of T nodes over V tokens.
 
         Args:
             tree: the guesses.
@@ -65,8 +65,8 @@ class _Fork:
     Missing children repeat the first child; where there are none at all, the root.
 
     Attributes:
-        target: [M, V] law of the token below the node.
-        draft: [M, V] law that the children were drawn from, None if deterministic.
+        target: [M, V] distribution of the token below the node.
+        draft: [M, V] distribution that the children were drawn from, None if deterministic.
         tokens: [M, C] of the children.
         uniforms: [M, C].
         real: [M, C] bool, false at missing children.
@@ -81,7 +81,7 @@ class _Fork:
     proposal: Proposal
 
 
-# children that would be accepted [M, C] (the first counts), and the law that is left if there is none [M, V]
+# children that would be accepted [M, C] (the first counts), and the distribution that is left if there is none [M, V]
 _Decision = tuple[Tensor, Tensor]
 
 
@@ -95,12 +95,14 @@ def _check(tree: DraftTree, target: Tensor, uniforms: Tensor) -> None:
         raise InputError(f"draft {list(tree.draft.shape)} and target {list(target.shape)} differ in shape.")
 
 
-def _walk(tree: DraftTree, target: Tensor, uniforms: Tensor, decide: Callable[[_Fork], _Decision]) -> Verdict:
+def _walk(
+    tree: DraftTree, target: Tensor, uniforms: Tensor, decide: Callable[[_Fork], _Decision]
+) -> VerificationResult:
     _check(tree, target, uniforms)
     rows = torch.arange(target.shape[0], device=target.device)
     children = tree.children
     node = torch.zeros_like(rows)
-    law = target[:, 0]
+    distribution = target[:, 0]
     path = [node]
     descends = None
     for _ in range(tree.max_depth):
@@ -108,7 +110,7 @@ def _walk(tree: DraftTree, target: Tensor, uniforms: Tensor, decide: Callable[[_
         real = kids >= 0
         kids = torch.where(real, kids, kids[:, :1]).clamp(min=0)
         fork = _Fork(
-            target=law,
+            target=distribution,
             draft=None if tree.draft is None else tree.draft[rows, node],
             tokens=tree.tokens.gather(1, kids),
             uniforms=uniforms.gather(1, kids),
@@ -121,16 +123,16 @@ def _walk(tree: DraftTree, target: Tensor, uniforms: Tensor, decide: Callable[[_
         # A row that has ended stays at its node and comes to the same end again, so no row needs a mask.
         node = torch.where(descends, kids.gather(1, first[:, None])[:, 0], node)
         path.append(torch.where(descends, node, -1))
-        ended_law = rest
-        law = target[rows, node]
+        ended_distribution = rest
+        distribution = target[rows, node]
         if not descends.any():
             break
     if descends is not None:
-        law = torch.where(descends[:, None], law, ended_law)
+        distribution = torch.where(descends[:, None], distribution, ended_distribution)
     nodes = torch.stack(path, dim=1)
     length = (nodes > 0).sum(dim=1)
     nodes = F.pad(nodes, (0, tree.max_depth + 1 - nodes.shape[1]), value=-1)
-    return Verdict(nodes, length, law, rejected=children[rows, node, 0] >= 0)
+    return VerificationResult(nodes, length, distribution, rejected=children[rows, node, 0] >= 0)
 
 
 def _normalised(rest: Tensor, otherwise: Tensor | float) -> Tensor:
@@ -139,21 +141,21 @@ def _normalised(rest: Tensor, otherwise: Tensor | float) -> Tensor:
     return torch.where(total > 0, rest / total, otherwise)
 
 
-def _take(law: Tensor, tokens: Tensor, taken: Tensor | None = None) -> Tensor:
-    """The law [M, V] without the mass of `tokens` [M, J], or of those that are `taken` [M, J] only."""
+def _take(distribution: Tensor, tokens: Tensor, taken: Tensor | None = None) -> Tensor:
+    """The distribution [M, V] without the mass of `tokens` [M, J], or of those that are `taken` [M, J] only."""
     if taken is None:
-        return law.scatter(-1, tokens, 0.0)
-    return law.scatter(-1, tokens, law.gather(-1, tokens).masked_fill(taken, 0.0))
+        return distribution.scatter(-1, tokens, 0.0)
+    return distribution.scatter(-1, tokens, distribution.gather(-1, tokens).masked_fill(taken, 0.0))
 
 
 def _one_by_one(fork: _Fork, relaxed: Relaxed | None = None) -> _Decision:
-    """Examine children in turn, each against what the rejections before it left of the law."""
-    law, draft = fork.target, fork.draft
+    """Examine children in turn, each against what the rejections before it left of the distribution."""
+    distribution, draft = fork.target, fork.draft
     accepted = []
     width = fork.tokens.shape[1]
     for child in range(width):
         token, real = fork.tokens[:, child : child + 1], fork.real[:, child : child + 1]
-        mass = law.gather(-1, token)
+        mass = distribution.gather(-1, token)
         bar = fork.uniforms[:, child : child + 1]
         if draft is not None:
             drawn = draft.gather(-1, token)
@@ -161,19 +163,19 @@ def _one_by_one(fork: _Fork, relaxed: Relaxed | None = None) -> _Decision:
             # never drawn, so nothing can be learned from it: fillers behind the last token of positive mass
             real = real & (drawn > 0)
         if relaxed is None or relaxed.k == 0:
-            rest = _take(law, token) if draft is None else (law - draft).clamp_(min=0)
-            otherwise: Tensor | float = law
+            rest = _take(distribution, token) if draft is None else (distribution - draft).clamp_(min=0)
+            otherwise: Tensor | float = distribution
         else:
-            near, within, extra = relaxed.aggregate(law, token)
+            near, within, extra = relaxed.aggregate(distribution, token)
             mass = mass + extra
-            rest = relaxed.rest(law, draft, token, near, within)
-            otherwise = law if relaxed.residual == "paper" else 1 / law.shape[-1]
+            rest = relaxed.rest(distribution, draft, token, near, within)
+            otherwise = distribution if relaxed.residual == "paper" else 1 / distribution.shape[-1]
         # the second condition: a number of exactly 0 must not let an impossible token through
         accepted.append((bar <= mass) & (mass > 0) & real)
-        law = torch.where(real, _normalised(rest, otherwise), law)
+        distribution = torch.where(real, _normalised(rest, otherwise), distribution)
         if draft is not None and fork.proposal == "without_replacement" and child + 1 < width:
             draft = _normalised(_take(draft, token), 0.0)
-    return torch.cat(accepted, dim=1), law
+    return torch.cat(accepted, dim=1), distribution
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ class Exact:
     2305.09781), section 4.3; Jeon et al. 2024, "Recursive Speculative Decoding" (arXiv 2402.14160), section 3.
     """
 
-    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
         return _walk(tree, target, uniforms, self._decide)
 
     @staticmethod
@@ -223,12 +225,12 @@ class Greedy:
     Uses no chance; `probs` is all on the most likely token (the first of several) at the last accepted node.
     """
 
-    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
         _check(tree, target, uniforms)
         return match(tree, target.argmax(dim=-1), target)
 
 
-def match(tree: DraftTree, drawn: Tensor, target: Tensor) -> Verdict:
+def match(tree: DraftTree, drawn: Tensor, target: Tensor) -> VerificationResult:
     """Accept the guesses that equal what the target draws by itself.
 
     Exact whatever the guesses are, as long as they do not depend on the numbers that the target draws with.
@@ -240,7 +242,7 @@ def match(tree: DraftTree, drawn: Tensor, target: Tensor) -> Verdict:
     return _longest(tree, tree.tokens == drawn.gather(1, tree.parents.clamp(min=0)), drawn, target)
 
 
-def _longest(tree: DraftTree, matches: Tensor, best: Tensor, target: Tensor) -> Verdict:
+def _longest(tree: DraftTree, matches: Tensor, best: Tensor, target: Tensor) -> VerificationResult:
     """Of all paths on which each node `matches` [M, T] its parent, the longest; then the `best` [M, T] token."""
     parents = tree.parents.clamp(min=0)
     nodes = torch.arange(parents.shape[1], device=parents.device)
@@ -255,7 +257,9 @@ def _longest(tree: DraftTree, matches: Tensor, best: Tensor, target: Tensor) -> 
         path.append(torch.where(here, node, -1))
         node = torch.where(here, parents.gather(1, node[:, None])[:, 0], node)
     probs = torch.zeros_like(target[:, 0]).scatter_(1, token, 1.0)
-    return Verdict(torch.stack(path[::-1], dim=1), length, probs, torch.zeros_like(length, dtype=torch.bool))
+    return VerificationResult(
+        torch.stack(path[::-1], dim=1), length, probs, torch.zeros_like(length, dtype=torch.bool)
+    )
 
 
 @dataclass(frozen=True)
@@ -264,15 +268,16 @@ class KSequential:
 
     Each is accepted with probability min(1, p(x) / (ρ q(x))), all alike. With β = Σ min(p / ρ, q), one guess
     is accepted with probability β, and then distributed as min(p / ρ, q) / β; so all k contribute
-    min(p / ρ, q) · S to the law of the outcome, where S = (1 - (1 - β)^k) / β. The rest, p - min(p / ρ, q) · S,
-    is drawn when all are rejected. It is nowhere negative iff ρβ >= 1 - (1 - β)^k; the left side grows with ρ
-    and the right side shrinks, so the smallest such ρ, which accepts most, is found by bisection in [1, k].
+    min(p / ρ, q) · S to the distribution of the outcome, where S = (1 - (1 - β)^k) / β. The rest, p - min(p /
+    ρ, q) · S, is drawn when all are rejected. It is nowhere negative iff ρβ >= 1 - (1 - β)^k; the left side
+    grows with ρ and the right side shrinks, so the smallest such ρ, which accepts most, is found by bisection
+    in [1, k].
     The upper end of the last interval is taken: exact even if the bisection is not.
 
     Source: Sun et al. 2023, "SpecTr: Fast Speculative Decoding via Optimal Transport" (arXiv 2310.15141), k-SEQ.
 
     Attributes:
-        iterations: halvings of the interval; they decide how many guesses are accepted, not whether the law
+        iterations: halvings of the interval; they decide how many guesses are accepted, not whether the distribution
             is right.
     """
 
@@ -282,7 +287,7 @@ class KSequential:
         if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
             raise InputError(f"iterations must be an integer >= 1, got {self.iterations!r}.")
 
-    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
         if tree.proposal != "independent":
             raise InputError(
                 "k-sequential selection needs guesses that were drawn independently, these are"
@@ -308,8 +313,8 @@ class KSequential:
         rest = torch.where(chance > 0, target - share * times, target).clamp_(min=0)
         mass = target.gather(-1, fork.tokens)
         bar = fork.uniforms * (scale * draft.gather(-1, fork.tokens))
-        law = torch.where(fork.real[:, :1], _normalised(rest, target), target)
-        return (bar <= mass) & (mass > 0), law
+        distribution = torch.where(fork.real[:, :1], _normalised(rest, target), target)
+        return (bar <= mass) & (mass > 0), distribution
 
 
 def _any_of(chance: Tensor, count: Tensor) -> Tensor:
@@ -388,20 +393,20 @@ class Relaxed(_Neighbourhood):
     """LANTERN: a token may stand for its nearest neighbours in the codebook. Not lossless.
 
     The acceptance test of `Exact` with p(x) raised by c_J, the mass of the first J neighbours of x, J as large
-    as the bound allows. Moving that mass changes the law by exactly c_J in total variation. p is always the
-    current law, what elder siblings have left of it. The token after the last accepted one is drawn from an
-    unrelaxed law.
+    as the bound allows. Moving that mass changes the distribution by exactly c_J in total variation. p is always the
+    current distribution, what elder siblings have left of it. The token after the last accepted one is drawn from an
+    unrelaxed distribution.
 
     What a rejection leaves depends on `residual`:
 
-    - "paper": as for `Exact`, of the law in which x has been given the mass of its first J neighbours: only
+    - "paper": as for `Exact`, of the distribution in which x has been given the mass of its first J neighbours: only
       these J lose theirs. Guesses drawn from q~: max(p_J - q~, 0), where p_J is p without the J neighbours
       (x itself has no part, for it was rejected because even p(x) + c_J < q~(x)). Borrowing nothing is then
       exact: delta = 0, multiplier = 1 or k = 0, also with zeros in p.
     - "dynamic", "static", "static_b": the three that the public code has, for comparison. If J >= 1, all first
       k + 1 neighbours are cleared: in p ("dynamic", for deterministic guesses; "static_b", for drawn ones) or in
       the draft that is subtracted ("static", for drawn ones). J >= 1 is already true for a neighbour of mass 0,
-      so these are not exact at delta = 0. If nothing is left, the law becomes uniform over all tokens.
+      so these are not exact at delta = 0. If nothing is left, the distribution becomes uniform over all tokens.
 
     Sources: Jang et al. 2024, "LANTERN" (arXiv 2410.03355); Park et al. 2025, "LANTERN++" (arXiv 2502.06352).
 
@@ -417,7 +422,7 @@ class Relaxed(_Neighbourhood):
         if self.residual not in get_args(Residual):
             raise unknown_name("residual", str(self.residual), get_args(Residual))
 
-    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
         self._check_vocabulary(target)
         if self.residual != "paper" and (self.residual == "dynamic") != (tree.draft is None):
             kind = "deterministic" if self.residual == "dynamic" else "drawn"
@@ -426,11 +431,11 @@ class Relaxed(_Neighbourhood):
             )
         return _walk(tree, target, uniforms, lambda fork: _one_by_one(fork, self))
 
-    def aggregate(self, law: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def aggregate(self, distribution: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What tokens borrow from their neighbours.
 
         Args:
-            law: [M, V] probabilities.
+            distribution: [M, V] probabilities.
             token: [M, 1].
 
         Returns:
@@ -439,20 +444,24 @@ class Relaxed(_Neighbourhood):
         """
         near = self.table[token[:, 0], : self.k + 1].long()
         if self.k == 0:
-            return near, near[:, :0] > 0, torch.zeros_like(law[:, :1])
-        within, extra = self._borrow(law.gather(-1, token), law.gather(-1, near[:, : self.k]))
+            return near, near[:, :0] > 0, torch.zeros_like(distribution[:, :1])
+        within, extra = self._borrow(
+            distribution.gather(-1, token), distribution.gather(-1, near[:, : self.k])
+        )
         return near, within, extra
 
-    def rest(self, law: Tensor, draft: Tensor | None, token: Tensor, near: Tensor, within: Tensor) -> Tensor:
-        """[M, V] what is left of the law after `token` was rejected, not normalised; see `aggregate`."""
+    def rest(
+        self, distribution: Tensor, draft: Tensor | None, token: Tensor, near: Tensor, within: Tensor
+    ) -> Tensor:
+        """[M, V] what is left of the distribution after `token` was rejected, not normalised; see `aggregate`."""
         if self.residual == "paper":
-            law = _take(law, near[:, : self.k], within)
+            distribution = _take(distribution, near[:, : self.k], within)
         elif self.residual == "static":
             assert draft is not None
             draft = _take(draft, near, within[:, :1])
         else:
-            law = _take(law, near, within[:, :1])
-        return _take(law, token) if draft is None else (law - draft).clamp_(min=0)
+            distribution = _take(distribution, near, within[:, :1])
+        return _take(distribution, token) if draft is None else (distribution - draft).clamp_(min=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -460,12 +469,12 @@ class RelaxedGreedy(_Neighbourhood):
     """LANTERN without chance: a token passes if the mass of its neighbours makes it the most likely one.
 
     The neighbours keep their mass in the comparison, so several siblings may pass; the longest path is taken,
-    of equals the first. The token that follows is the most likely one of the unrelaxed law.
+    of equals the first. The token that follows is the most likely one of the unrelaxed distribution.
 
     Source: Jang et al. 2024, "LANTERN" (arXiv 2410.03355), greedy decoding.
     """
 
-    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verdict:
+    def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
         _check(tree, target, uniforms)
         self._check_vocabulary(target)
         num_rows, num_nodes, size = target.shape

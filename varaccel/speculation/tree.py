@@ -276,7 +276,7 @@ class DraftTree:
                 f"tokens must be [M, {topology.num_nodes}], one per node, got {list(tokens.shape)}."
             )
         if proposal == "without_replacement" and not topology.consecutive:
-            # a draw that is not shown changes the law of the later ones, so they could not be judged exactly
+            # a draw that is not shown changes the distribution of the later ones, so they could not be judged exactly
             raise InputError("children drawn without replacement must take draws 0, 1, 2, ... in order.")
         parents = _tables(topology, tokens.device).parents.expand(tokens.shape)
         return cls(tokens, parents, proposal, draft, topology)
@@ -408,8 +408,8 @@ class DynamicTree:
         all_scores, all_tokens, all_parents = [scores], [tokens], [torch.full_like(tokens, -1)]
         created = width
         for level in range(1, self.depth + 1):
-            law = expand(Beam(beam_tokens, rows, visible, level))  # [M, K, V]
-            gains, tokens = _finite(law).topk(width, dim=-1)  # [M, K, K]
+            distribution = expand(Beam(beam_tokens, rows, visible, level))  # [M, K, V]
+            gains, tokens = _finite(distribution).topk(width, dim=-1)  # [M, K, K]
             scores = (beam_scores[:, :, None] + gains).flatten(1)  # [M, K * K]
             tokens = tokens.flatten(1)
             all_scores.append(scores)

@@ -58,7 +58,7 @@ _TEXT_RULES = (
     Rule(rf"(?<!\S)\S+\.(?:{_FILE_TYPES})", "", "a file name"),
     Rule(r"[\"']{2,}", '"', "repeated quotation marks"),
     Rule(r"\.{2,}", " ", "repeated full stops"),
-    Rule(r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " ", "punctuation that carries no meaning for a picture"),
+    Rule(r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " ", "punctuation that carries no meaning for an image"),
     Rule(r"\s+\.\s+", " ", "a full stop on its own"),
 )
 _WORDING_RULES = (

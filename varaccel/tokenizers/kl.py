@@ -1,4 +1,4 @@
-"""KL-regularised image tokenizers: pictures to a grid of continuous latents and back.
+"""KL-regularised image tokenizers: images to a grid of continuous latents and back.
 
 Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752), section
 3.1, in the layout that MAR (arXiv 2406.11838) publishes as `kl16.ckpt`. The network is diffusers' `AutoencoderKL`; here
@@ -96,7 +96,7 @@ def load_kl(path: str | os.PathLike[str], **changes: Any) -> AutoencoderKL:
         changes: config entries that the tensors do not tell, such as `scaling_factor` or `sample_size`.
 
     Returns:
-        the model in float32 and eval mode: pictures [B, 3, H, W] in [-1, 1] to latents [B, c, H / f, W / f] that are
+        the model in float32 and eval mode: images [B, 3, H, W] in [-1, 1] to latents [B, c, H / f, W / f] that are
         not scaled, and back.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Multi-scale residual VQ image tokenizer of VAR: pictures to token maps of growing size and back.
+"""Multi-scale residual VQ image tokenizer of VAR: images to token maps of growing size and back.
 
 Source: Tian et al., "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction" (VAR,
 arXiv 2404.02905), section 3.2, algorithms 1 and 2; layout of the published `vae_ch160v4096z32.pth`.
@@ -264,7 +264,7 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
 
     @property
     def schedule(self) -> ScaleSchedule:
-        """The scales of a picture."""
+        """The scales of an image."""
         return self.quantize.schedule
 
     @property
@@ -274,7 +274,7 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures that fit the schedule."""
+        """Height and width of the images that fit the schedule."""
         return self.schedule.last_side * self.downsample_factor
 
     @property
@@ -290,8 +290,8 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height != self.image_size or width != self.image_size:
             raise InputError(
-                f"the scales {list(self.schedule.sides)} are for {self.image_size}x{self.image_size} pictures, "
-                f"got {height}x{width}; resize the picture or choose another schedule."
+                f"the scales {list(self.schedule.sides)} are for {self.image_size}x{self.image_size} images, "
+                f"got {height}x{width}; resize the image or choose another schedule."
             )
         return self.schedule.last_side, self.schedule.last_side
 

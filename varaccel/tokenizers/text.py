@@ -143,7 +143,7 @@ def _checked(prompt: Any, preprocess: Callable[[str], str]) -> str:
     # a lone surrogate, as from a badly decoded file, cannot be written as UTF-8 and would stop the tokenizer
     text = preprocess(prompt.encode("utf-8", "replace").decode())
     if not text.strip():
-        raise InputError(f"the prompt {_head(prompt)!r} holds no text; describe the picture in words.")
+        raise InputError(f"the prompt {_head(prompt)!r} holds no text; describe the image in words.")
     return text
 
 

@@ -1,7 +1,7 @@
-"""Codes of a cache of pictures, so that a transformer trains without running the image tokenizer.
+"""Codes of a cache of images, so that a transformer trains without running the image tokenizer.
 
-A folder of codes is `manifest.json` and one `codes-00000.npy` (uint16 [n, N]) per shard of the picture cache. The
-N codes of a picture are its rows in raster order, or, of a multi-scale tokenizer, its scales one after another. Run
+A folder of codes is `manifest.json` and one `codes-00000.npy` (uint16 [n, N]) per shard of the image cache. The
+N codes of an image are its rows in raster order, or, of a multi-scale tokenizer, its scales one after another. Run
 `python -m varaccel.training.codes --tokenizer FOLDER --scenes FOLDER --out FOLDER` to write one, and run it
 again to resume or to add shards that have been rendered since.
 """
@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 """Name of the file that says what a folder of codes or latents was made from."""
 # Below this share of equal indices the half-precision encoder is not a stand-in for the float32 one.
 MIN_AGREEMENT = 0.97
-# The parts of a tokenizer that decide which codes or latents a picture gets.
+# The parts of a tokenizer that decide which codes or latents an image gets.
 CODE_PARTS = ("encoder.", "quant_conv.", "quantize.")
 
 
@@ -46,9 +46,9 @@ class CodesManifest:
     Attributes:
         tokenizer: fingerprint of the tokenizer.
         codebook_size: number of codes.
-        grid: rows and columns of a picture, or of the feature map of a multi-scale tokenizer.
+        grid: rows and columns of an image, or of the feature map of a multi-scale tokenizer.
         precision: dtype of the encoder's convolutions, "bfloat16" or "float32".
-        world, first_seed, size, shard_size: of the picture cache.
+        world, first_seed, size, shard_size: of the image cache.
         scales: sides of the token maps of a multi-scale tokenizer; empty for a single scale, the grid.
     """
 
@@ -64,12 +64,12 @@ class CodesManifest:
 
     @property
     def num_tokens(self) -> int:
-        """Number N of codes of one picture."""
+        """Number N of codes of one image."""
         return sum(p * p for p in self.scales) or self.grid[0] * self.grid[1]
 
 
 def fingerprint(tokenizer: nn.Module) -> str:
-    """A hash of what decides the codes or latents of a picture, the same on every machine; 16 hex digits.
+    """A hash of what decides the codes or latents of an image, the same on every machine; 16 hex digits.
 
     It covers the encoder and the codebook, if there is one. A decoder that was trained further leaves it, and codes
     made before, valid.
@@ -111,19 +111,19 @@ def encode_cache(
     batch_size: int = 32,
     progress: bool = True,
 ) -> CodesManifest:
-    """Encode every finished shard of the picture cache `scenes` into `out`; shards already there are kept.
+    """Encode every finished shard of the image cache `scenes` into `out`; shards already there are kept.
 
     Args:
         vq: the tokenizer, on the device to use; put into eval mode and channels-last.
         scenes: folder written by `varaccel.scenes.cache`.
         out: folder of the codes.
         precision: "float32", "bfloat16", or "auto": bfloat16 if it finds at least 97 % of the same codes on
-            64 pictures.
-        batch_size: pictures per call of the encoder.
+            64 images.
+        batch_size: images per call of the encoder.
         progress: show a progress bar.
 
     Raises:
-        InputError: unknown precision, no cache, pictures that the tokenizer cannot take, or more than 65536
+        InputError: unknown precision, no cache, images that the tokenizer cannot take, or more than 65536
             codes.
         CheckpointError: `out` holds codes of another tokenizer, precision or cache.
     """
@@ -165,7 +165,7 @@ def encode_cache(
 def read_codes(folder: str | os.PathLike[str]) -> tuple[Tensor, str]:
     """The codes of the leading finished shards, int32 [M, N], and the tokenizer's fingerprint.
 
-    Row `i` belongs to picture `i` of the cache.
+    Row `i` belongs to image `i` of the cache.
 
     Raises:
         InputError: `folder` holds no codes.
@@ -195,13 +195,13 @@ def encode_shards(
     description: str,
     progress: bool,
 ) -> None:
-    """Write what `encode` makes of the pictures of every finished shard; shards already there are kept.
+    """Write what `encode` makes of the images of every finished shard; shards already there are kept.
 
     Args:
-        data: the pictures.
+        data: the images.
         shard_path: file of a shard.
         encode: makes an array [n, ...] of pixels uint8 [n, H, W, 3].
-        batch_size: pictures per call of `encode`.
+        batch_size: images per call of `encode`.
         description: of the progress bar.
         progress: show a progress bar.
 
@@ -211,7 +211,7 @@ def encode_shards(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")
     size = data.manifest.shard_size
-    with tqdm(total=len(data), unit="picture", desc=description, disable=not progress) as bar:
+    with tqdm(total=len(data), unit="image", desc=description, disable=not progress) as bar:
         for shard, start in enumerate(range(0, len(data), size)):
             stop = min(start + size, len(data))
             path = shard_path(shard)
@@ -337,7 +337,7 @@ def _choose_precision(vq: ImageTokenizer, data: CachedScenes) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the encoder."""
     parser = argparse.ArgumentParser(
-        prog="python -m varaccel.training.codes", description="Encode a cache of pictures as codes."
+        prog="python -m varaccel.training.codes", description="Encode a cache of images as codes."
     )
     parser.add_argument("--tokenizer", required=True, help="folder of a VQModel or MultiScaleVQModel")
     parser.add_argument("--scenes", required=True, help="folder written by varaccel.scenes.cache")

@@ -1,4 +1,4 @@
-"""The conditions of training pictures, as the pipeline will make them when it draws."""
+"""The conditions of training images, as the pipeline will make them when it draws."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def caption_condition(
     """Sample indices [B] -> frozen text features [B, T, C] float32 and mask [B, T] of their captions.
 
     Args:
-        captions: of all pictures; entry i belongs to picture i. What is longer than the prefix is cut.
+        captions: of all images; entry i belongs to image i. What is longer than the prefix is cut.
         tokenizer, text_encoder: of the pipeline; the encoder runs where it is, in bfloat16.
         prefix_length: caption slots T of the transformer.
         device: of the result.
@@ -64,7 +64,7 @@ def label_condition(labels: Tensor, num_classes: int, device: torch.device | str
     """Sample indices [B] -> class labels [B] int64, without a mask.
 
     Args:
-        labels: [M] integers, entry i belongs to picture i.
+        labels: [M] integers, entry i belongs to image i.
         num_classes: of the transformer, without the unconditional one.
 
     Raises:
@@ -72,7 +72,7 @@ def label_condition(labels: Tensor, num_classes: int, device: torch.device | str
     """
     if labels.dim() != 1 or labels.is_floating_point():
         raise InputError(
-            f"labels must be one whole number per picture, got {labels.dtype} {list(labels.shape)}."
+            f"labels must be one whole number per image, got {labels.dtype} {list(labels.shape)}."
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise InputError(

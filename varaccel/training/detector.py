@@ -1,4 +1,4 @@
-"""Training the scene detector on rendered pictures, degraded in the ways in which an image decoder errs."""
+"""Training the scene detector on rendered images, degraded in the ways in which an image decoder errs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _KINDS = {"shape": SHAPES, "color": COLORS, "material": MATERIALS, "size": SIZES
 
 @dataclass(frozen=True)
 class Degradation:
-    """What is done to training pictures; the `_share`s say to how many of them.
+    """What is done to training images; the `_share`s say to how many of them.
 
     Attributes:
         jpeg_share, jpeg_quality: JPEG compression, quality drawn from the range.
@@ -83,7 +83,7 @@ def _warp(images: Tensor, strength: float, generator: np.random.Generator) -> Te
 def degrade(
     pixels: NDArray[np.uint8], generator: np.random.Generator, options: Degradation | None = None
 ) -> Tensor:
-    """Pictures [B, S, S, 3] as an image tokenizer might return them: float32 [B, 3, S, S] around [-1, 1].
+    """Images [B, S, S, 3] as an image tokenizer might return them: float32 [B, 3, S, S] around [-1, 1].
 
     A decoder of vector-quantised codes blurs, wobbles edges, and errs in texture more than in colour; JPEG
     artefacts, warps, resampling and grain stand in for that, without tying the detector to one tokenizer.
@@ -101,7 +101,7 @@ def degrade(
     warped = chosen(options.warp_share)
     if len(warped):
         images[warped] = _warp(images[warped], options.warp * float(generator.random()), generator)
-    # one factor and filter per group of pictures, because resampling works on whole batches
+    # one factor and filter per group of images, because resampling works on whole batches
     for group in np.array_split(generator.permutation(chosen(options.resample_share)), 4):
         if not len(group):
             continue
@@ -123,11 +123,11 @@ def degrade(
 
 @dataclass(frozen=True)
 class Truth:
-    """Ground truth of B pictures with up to M = 3 objects each; rows beyond a picture's objects are not `present`.
+    """Ground truth of B images with up to M = 3 objects each; rows beyond an image's objects are not `present`.
 
     Attributes:
         present: [B, M] bool.
-        boxes: [B, M, 4] left, top, right, bottom as fractions of the picture.
+        boxes: [B, M, 4] left, top, right, bottom as fractions of the image.
         depth: [B, M] world units.
         kinds: shape, color, material and size, each [B, M] int64 indices.
         floor, time_of_day: [B] int64 indices.
@@ -155,7 +155,7 @@ class Truth:
 
     @classmethod
     def empty(cls, count: int) -> Truth:
-        """Room for `count` pictures, none with an object."""
+        """Room for `count` images, none with an object."""
 
         def names(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64)
@@ -171,9 +171,9 @@ class Truth:
 
     @classmethod
     def of_cache(cls, scenes: CachedScenes) -> Truth:
-        """The ground truth of every picture of a cache."""
+        """The ground truth of every image of a cache."""
         truth = cls.empty(len(scenes))
-        for row in tqdm(range(len(scenes)), desc="reading ground truth", unit="picture", leave=False):
+        for row in tqdm(range(len(scenes)), desc="reading ground truth", unit="image", leave=False):
             record = scenes.ground_truth(row)
             truth.floor[row] = FLOORS.index(record["floor"])
             truth.time_of_day[row] = TIMES.index(record["time_of_day"])
@@ -241,12 +241,12 @@ class DetectorRecipe:
     """Everything that decides what is learnt; a resumed run must have the same.
 
     Attributes:
-        batch_size: pictures per optimiser step.
+        batch_size: images per optimiser step.
         lr, weight_decay: of AdamW; the peak of the schedule.
         warmup_steps, decay: see `Schedule`.
         ema_decay: of the averaged weights that are exported.
         grad_clip: largest gradient norm.
-        degradation: what is done to the pictures.
+        degradation: what is done to the images.
         seed: of initialisation, sample order and degradation.
     """
 
@@ -280,20 +280,20 @@ def train_detector(
 
     Args:
         model: ends with the averaged weights, in evaluation mode.
-        scenes: training pictures of the model's `image_size`.
+        scenes: training images of the model's `image_size`.
 
     Raises:
-        InputError: the pictures have another size or do not fill a batch.
+        InputError: the images have another size or do not fill a batch.
         CheckpointError: `folder` holds a different run.
     """
     recipe = recipe or DetectorRecipe()
     if scenes.size != model.config.image_size:
         raise InputError(
-            f"the pictures are {scenes.size} pixels wide but the detector takes {model.config.image_size}; "
+            f"the images are {scenes.size} pixels wide but the detector takes {model.config.image_size}; "
             "set its image_size."
         )
     if len(scenes) < recipe.batch_size:
-        raise InputError(f"{len(scenes)} pictures do not fill a batch of {recipe.batch_size}.")
+        raise InputError(f"{len(scenes)} images do not fill a batch of {recipe.batch_size}.")
     truth = Truth.of_cache(scenes)
     model.to(memory_format=torch.channels_last)
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -310,7 +310,7 @@ def train_detector(
     run = TrainingRun(
         folder,
         budget,
-        {"recipe": asdict(recipe), "model": config, "pictures": len(scenes)},
+        {"recipe": asdict(recipe), "model": config, "images": len(scenes)},
         state,
         save_every_minutes=1.0,
     )
@@ -371,14 +371,14 @@ def validate_detector(
     Args:
         model: in evaluation mode.
         samples: scenes with their ground truth.
-        images: [B, 3, S, S] pictures of the samples, for instance degraded; the renderings by default.
+        images: [B, 3, S, S] images of the samples, for instance degraded; the renderings by default.
 
     Returns:
         Shares of 1, except `depth_error` (mean absolute, world units): `precision` and `recall` of objects at an
         intersection over union of 0.5; accuracy of `shape`, `color`, `shape_and_color`, `material`, `size` of
         matched objects; `relation`: stated relations seen to hold, over those whose objects are matched; `floor`
-        and `time_of_day`; `adherence` of the pictures with their captions (the rate `correct`) and
-        `adherence_alone` (no objects besides), `adherence_shuffled` with the captions of the next picture.
+        and `time_of_day`; `adherence` of the images with their captions (the rate `correct`) and
+        `adherence_alone` (no objects besides), `adherence_shuffled` with the captions of the next image.
 
     Raises:
         InputError: there are fewer than two samples.

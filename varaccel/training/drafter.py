@@ -1,9 +1,9 @@
 """Training a one-layer EAGLE drafter for a frozen LlamaGen target (arXiv 2401.15077, 2410.03355).
 
-The target reads real pictures teacher-forced; the drafter learns to predict its features one slot ahead:
-smooth L1 on the features plus the cross-entropy between the target's law and the law that the target's head
-reads off the prediction. With `guidance_scale` > 1 the target reads every picture with and without its
-condition, as in guided decoding, and the second term compares the guided laws, which are what speculation
+The target reads real images teacher-forced; the drafter learns to predict its features one slot ahead:
+smooth L1 on the features plus the cross-entropy between the target's distribution and the distribution that
+the target's head reads off the prediction. With `guidance_scale` > 1 the target reads every image with and without its
+condition, as in guided decoding, and the second term compares the guided distributions, which are what speculation
 verifies.
 """
 
@@ -35,7 +35,7 @@ MEASURED_DEPTH = 3
 
 VALIDATE_EVERY = 250
 
-_LAW_ENTRIES = 1 << 24  # probabilities held at a time; 64 MB in float32
+_DISTRIBUTION_ENTRIES = 1 << 24  # probabilities held at a time; 64 MB in float32
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class DrafterRecipe:
     """Everything that decides what is learnt; a resumed run must have the same.
 
     Attributes:
-        batch_size: pictures per optimiser step.
+        batch_size: images per optimiser step.
         accumulate: number of equal parts a batch is computed in, to save memory; the step is the same.
         lr: peak learning rate of AdamW (betas 0.9 and 0.95). The default suits short runs for small targets;
             published drafters of the XL size take 20 epochs at 1e-4.
         weight_decay: decoupled, on matrices only.
-        feature_weight, law_weight: of the smooth L1 and the cross-entropy term, as published. More of the
+        feature_weight, distribution_weight: of the smooth L1 and the cross-entropy term, as published. More of the
             second helps the first guess and harms those after it, whose input it lets drift.
-        guidance_scale: 1 or less: one branch, whose condition is dropped for a share of the pictures. More:
-            both branches of every picture, and the cross-entropy of their guided laws.
-        temperature: of the laws in the cross-entropy.
-        condition_dropout: share of pictures without condition; has no meaning with guidance.
+        guidance_scale: 1 or less: one branch, whose condition is dropped for a share of the images. More:
+            both branches of every image, and the cross-entropy of their guided distributions.
+        temperature: of the distributions in the cross-entropy.
+        condition_dropout: share of images without condition; has no meaning with guidance.
         noise: half-width of uniform noise on the features that the drafter reads, 0 for none. EAGLE's
             formula for a sequence of L slots is 0.1 * 512 / L.
         unroll: guesses in a row that are trained: the second reads the feature that the first predicted, as
@@ -63,7 +63,7 @@ class DrafterRecipe:
         warmup_steps, decay: see `Schedule`.
         ema_decay: of the averaged weights that are exported.
         grad_clip: largest gradient norm.
-        precision: of the matrix products, "bfloat16" or "float32"; the target's laws are always computed
+        precision: of the matrix products, "bfloat16" or "float32"; the target's distributions are always computed
             from its features in its own precision.
         seed: of sample order, condition dropout and noise.
 
@@ -76,7 +76,7 @@ class DrafterRecipe:
     lr: float = 2e-3
     weight_decay: float = 0.01
     feature_weight: float = 1.0
-    law_weight: float = 0.1
+    distribution_weight: float = 0.1
     guidance_scale: float = 1.0
     temperature: float = 1.0
     condition_dropout: float = 0.1
@@ -97,7 +97,9 @@ class DrafterRecipe:
                 "choose a batch_size that is a multiple of accumulate."
             )
         if not self.temperature > 0:
-            raise InputError(f"the temperature of a trained law must be above 0, got {self.temperature}.")
+            raise InputError(
+                f"the temperature of a trained distribution must be above 0, got {self.temperature}."
+            )
         if self.unroll < 1:
             raise InputError(f"unroll must be at least 1, got {self.unroll}.")
         if self.precision not in ("bfloat16", "float32"):
@@ -110,7 +112,7 @@ class DrafterRecipe:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a drafter reads and should say about some pictures; G branches, 2 with guidance, else 1.
+    """What a drafter reads and should say about some images; G branches, 2 with guidance, else 1.
 
     Attributes:
         tokens: [G, B, T + N - 2] int64, zeros at the T - 1 prefix pairs, then all image tokens but the last.
@@ -190,7 +192,7 @@ def predictions(
 ) -> list[Tensor]:
     """Guessed features of `depth` guesses in a row, each from the true tokens and the features guessed before.
 
-    Every position of a picture is a start, and what a guess attends to is exactly what it would in drafting
+    Every position of an image is a start, and what a guess attends to is exactly what it would in drafting
     (`chain_mask`). Entry d - 1 is [G, B, N - d, dim], in line with the last N - d features of `pairs.wanted`.
 
     Args:
@@ -221,43 +223,48 @@ def predictions(
     return [g.unflatten(0, (branches, -1)) for g in guesses]
 
 
-def law_logits(target: LlamaGenTransformer, features: Tensor, recipe: DrafterRecipe) -> Tensor:
-    """Features [G, ..., dim] -> logits [..., V] of the law that is verified: guided, over the temperature."""
-    # Guidance and a low temperature multiply the rounding of logits, so bfloat16 would blur the laws.
+def distribution_logits(target: LlamaGenTransformer, features: Tensor, recipe: DrafterRecipe) -> Tensor:
+    """Features [G, ..., dim] -> logits [..., V] of the distribution that is verified: guided, over the temperature."""
+    # Guidance and a low temperature multiply the rounding of logits, so bfloat16 would blur the distributions.
     with torch.autocast(features.device.type, enabled=False):
         logits = target.logits(features.to(target.dtype))
     combined = recipe.guidance.combine(*logits) if len(logits) == 2 else logits[0]
     return combined / recipe.temperature
 
 
-def _by_pictures(
+def _by_images(
     function: Callable[..., Tensor], vocab_size: int, wanted: Tensor, guesses: list[Tensor]
 ) -> Tensor:
-    """Sum of `function(wanted, *guesses)` over groups of pictures, so that V-wide tensors stay small.
+    """Sum of `function(wanted, *guesses)` over groups of images, so that V-wide tensors stay small.
 
     With several groups, those of the backward pass are computed again instead of being kept.
     """
-    group = max(1, _LAW_ENTRIES // (wanted.shape[2] * vocab_size))
+    group = max(1, _DISTRIBUTION_ENTRIES // (wanted.shape[2] * vocab_size))
     parts = list(zip(*(t.split(group, dim=1) for t in (wanted, *guesses)), strict=True))
     if len(parts) == 1:
         return function(*parts[0])
     return torch.stack([checkpoint(function, *part, use_reentrant=False) for part in parts]).sum(0)
 
 
-def law_losses(
+def distribution_losses(
     target: LlamaGenTransformer, wanted: Tensor, guesses: list[Tensor], recipe: DrafterRecipe
 ) -> Tensor:
-    """Cross-entropy of the target's law against that of each guess, mean over positions: [depth]."""
+    """Cross-entropy of the target's distribution against that of each guess, mean over positions: [depth]."""
 
     def summed(wanted: Tensor, *guesses: Tensor) -> Tensor:
         with torch.no_grad():
-            law = law_logits(target, wanted, recipe).softmax(-1)
+            distribution = distribution_logits(target, wanted, recipe).softmax(-1)
         return torch.stack(
-            [-(law[:, -g.shape[2] :] * law_logits(target, g, recipe).log_softmax(-1)).sum() for g in guesses]
+            [
+                -(
+                    distribution[:, -g.shape[2] :] * distribution_logits(target, g, recipe).log_softmax(-1)
+                ).sum()
+                for g in guesses
+            ]
         )
 
     counts = torch.tensor([g.shape[1] * g.shape[2] for g in guesses], device=wanted.device)
-    return _by_pictures(summed, target.config.vocab_size, wanted, guesses) / counts
+    return _by_images(summed, target.config.vocab_size, wanted, guesses) / counts
 
 
 @torch.no_grad()
@@ -271,27 +278,29 @@ def acceptance(
     """
 
     def summed(wanted: Tensor, *guesses: Tensor) -> Tensor:
-        law = law_logits(target, wanted, recipe).softmax(-1)
+        distribution = distribution_logits(target, wanted, recipe).softmax(-1)
         return torch.stack(
             [
-                torch.minimum(law[:, -g.shape[2] :], law_logits(target, g, recipe).softmax(-1)).sum()
+                torch.minimum(
+                    distribution[:, -g.shape[2] :], distribution_logits(target, g, recipe).softmax(-1)
+                ).sum()
                 for g in guesses
             ]
         )
 
     counts = torch.tensor([g.shape[1] * g.shape[2] for g in guesses], device=wanted.device)
-    return _by_pictures(summed, target.config.vocab_size, wanted, guesses) / counts
+    return _by_images(summed, target.config.vocab_size, wanted, guesses) / counts
 
 
 def drafter_losses(
     target: LlamaGenTransformer, wanted: Tensor, guesses: list[Tensor], recipe: DrafterRecipe
 ) -> tuple[Tensor, Tensor]:
-    """Feature and law loss, each the mean over the guesses."""
+    """Feature and distribution loss, each the mean over the guesses."""
     if recipe.mask_first_pair:
         wanted = wanted[:, :, 1:]
         guesses = [g[:, :, -wanted.shape[2] :] for g in guesses]  # later guesses have no such pair
     feature = [F.smooth_l1_loss(g.float(), wanted[:, :, -g.shape[2] :].float()) for g in guesses]
-    return torch.stack(feature).mean(), law_losses(target, wanted, guesses, recipe).mean()
+    return torch.stack(feature).mean(), distribution_losses(target, wanted, guesses, recipe).mean()
 
 
 @contextmanager
@@ -325,13 +334,13 @@ def train_drafter(
 ) -> TrainingRun:
     """Train until the budget is spent; resumes a run found in `folder`.
 
-    The log has `loss`, `feature_loss` and `law_loss`, and from validation `acceptance_1` to `acceptance_3`,
+    The log has `loss`, `feature_loss` and `distribution_loss`, and from validation `acceptance_1` to `acceptance_3`,
     the chance of the first, second and third guess in a row (see `acceptance`).
 
     Args:
         head: moved to the target's device; ends with the averaged weights. Its embedding is not trained.
         target: what it drafts for; not changed.
-        codes: [M, N] integer codes of M pictures in raster order, on the CPU; the last `validation` of them
+        codes: [M, N] integer codes of M images in raster order, on the CPU; the last `validation` of them
             are not trained on.
         condition: gives the condition of samples, on the target's device.
         compile: compile the passes of both networks (worth minutes of compilation on long runs).
@@ -382,8 +391,8 @@ def train_drafter(
         if dropped is not None and not guided:
             where = dropped.to(device).view(-1, *[1] * (features.dim() - 1))
             features = torch.where(where, target.unconditional(features), features)
-        picture = codes[indices].to(device, torch.int64)
-        return make_pairs(target, read_target, features, mask, picture, guided)
+        image = codes[indices].to(device, torch.int64)
+        return make_pairs(target, read_target, features, mask, image, guided)
 
     @torch.no_grad()
     def validate(kind: str) -> None:
@@ -395,8 +404,8 @@ def train_drafter(
             with autocast():
                 pairs = pairs_of(indices)
                 guesses = predictions(head, head.transform, pairs, MEASURED_DEPTH)
-                feature, law = drafter_losses(target, pairs.wanted, guesses[:1], recipe)
-                loss = recipe.feature_weight * feature + recipe.law_weight * law
+                feature, distribution = drafter_losses(target, pairs.wanted, guesses[:1], recipe)
+                loss = recipe.feature_weight * feature + recipe.distribution_weight * distribution
                 chances = acceptance(target, pairs.wanted, guesses, recipe)
             sums += len(indices) * torch.cat([loss.view(1), chances]).double().cpu()
         mean_loss, *means = (sums / validation).tolist()
@@ -430,10 +439,10 @@ def train_drafter(
                     pairs = pairs_of(order[step][part], dropped[part])
                     part_noise = None if noise is None else noise[:, part.to(device)]
                     guesses = predictions(head, read_pairs, pairs, recipe.unroll, part_noise)
-                    feature, law = drafter_losses(target, pairs.wanted, guesses, recipe)
-                loss = recipe.feature_weight * feature + recipe.law_weight * law
+                    feature, distribution = drafter_losses(target, pairs.wanted, guesses, recipe)
+                loss = recipe.feature_weight * feature + recipe.distribution_weight * distribution
                 (loss / recipe.accumulate).backward()
-                losses += torch.stack([feature, law]).detach() / recipe.accumulate
+                losses += torch.stack([feature, distribution]).detach() / recipe.accumulate
             norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip)
             for group in optimizer.param_groups:
                 group["lr"] = schedule(step, run.progress)
@@ -441,10 +450,12 @@ def train_drafter(
             optimizer.zero_grad(set_to_none=True)
             ema.update(head)
             if step % 20 == 0:
-                feature_loss, law_loss = losses.tolist()
-                value = recipe.feature_weight * feature_loss + recipe.law_weight * law_loss
+                feature_loss, distribution_loss = losses.tolist()
+                value = recipe.feature_weight * feature_loss + recipe.distribution_weight * distribution_loss
                 smooth = value if smooth is None else 0.8 * smooth + 0.2 * value
-                run.log(loss=value, feature_loss=feature_loss, law_loss=law_loss, grad_norm=norm)
+                run.log(
+                    loss=value, feature_loss=feature_loss, distribution_loss=distribution_loss, grad_norm=norm
+                )
                 bar.n = min(100, round(100 * run.progress))
                 bar.set_postfix_str(f"step {step}, loss {smooth:.3f}")
             if validation and step and step % VALIDATE_EVERY == 0:
@@ -460,11 +471,11 @@ def train_drafter(
 def _check_codes(codes: Tensor, target: LlamaGenTransformer) -> None:
     if codes.dim() != 2 or codes.shape[1] != target.num_tokens:
         raise InputError(
-            f"the codes have the shape {list(codes.shape)}, but the target makes pictures of "
-            f"{target.num_tokens} tokens; encode pictures of its size."
+            f"the codes have the shape {list(codes.shape)}, but the target makes images of "
+            f"{target.num_tokens} tokens; encode images of its size."
         )
     if int(codes.max()) >= target.config.vocab_size:
         raise InputError(
             f"the codes go up to {int(codes.max())}, but the target has {target.config.vocab_size}; "
-            "encode the pictures with its own image tokenizer."
+            "encode the images with its own image tokenizer."
         )

@@ -28,8 +28,8 @@ from varaccel.training.precision import quick_bfloat16
 from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
 from varaccel.training.vq import PixelSource, reconstruction_terms, summed_likeness, to_images
 
-SCALE_PICTURES = 2048
-"""From how many pictures the scaling factor of latents is measured."""
+SCALE_IMAGES = 2048
+"""From how many images the scaling factor of latents is measured."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class KLRecipe:
         batch_size, learning_rate, warmup_steps, betas, clip_norm, average_decay, flip, seed: as in `VQRecipe`.
         bfloat16: run convolutions under bfloat16 autocast, where the device computes in it.
         compile: run the forward pass and the losses through `torch.compile`.
-        l1_weight, l2_weight, chroma_weight, laplacian_weight, ssim_weight: of the terms that compare pictures.
-        kl_weight: of the divergence of the posterior from a standard normal law, in nats per latent number. Small, so
-            that latents stay informative; they are scaled to unit variance afterwards.
+        l1_weight, l2_weight, chroma_weight, laplacian_weight, ssim_weight: of the terms that compare images.
+        kl_weight: of the divergence of the posterior from a standard normal distribution, in nats per latent
+            number. Small, so that latents stay informative; they are scaled to unit variance afterwards.
 
     Raises:
         InputError: a batch or learning rate that nothing can be trained with.
@@ -77,7 +77,7 @@ def pixel_batches(
 ) -> Iterator[Iterator[Tensor]]:
     """Batches uint8 [B, H, W, 3] of the steps from `start` on, read by a thread of its own some steps ahead.
 
-    Which pictures a step sees, and which of them mirrored, is a function of seed and step. What goes wrong in the
+    Which images a step sees, and which of them mirrored, is a function of seed and step. What goes wrong in the
     thread is raised where the batch is asked for.
 
     Args:
@@ -150,11 +150,11 @@ def _forward(model: AutoencoderKL, images: Tensor, noise: Tensor) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class KLQuality:
-    """Reconstruction from posterior means over a set of pictures.
+    """Reconstruction from posterior means over a set of images.
 
     Attributes:
-        psnr: mean over pictures, dB.
-        ssim: mean over pictures, 11x11 Gaussian window.
+        psnr: mean over images, dB.
+        ssim: mean over images, 11x11 Gaussian window.
     """
 
     psnr: float
@@ -177,11 +177,11 @@ def evaluate(model: AutoencoderKL, pixels: NDArray[np.uint8], batch_size: int = 
 def latent_scale(model: AutoencoderKL, data: PixelSource, batch_size: int = 32) -> float:
     """One over the standard deviation of sampled latents: what makes them tokens of unit variance.
 
-    Measured on the first `SCALE_PICTURES` pictures.
+    Measured on the first `SCALE_IMAGES` images.
 
     Source: Rombach et al. 2022, appendix G.
     """
-    count = min(SCALE_PICTURES, len(data))
+    count = min(SCALE_IMAGES, len(data))
     total = squares = numbers = 0.0
     generator = torch.Generator(model.device).manual_seed(0)
     for start in range(0, count, batch_size):
@@ -203,8 +203,8 @@ class KLTrainer:
 
     Args:
         model: in float32; moved to `device` and to channels-last.
-        data: training pictures.
-        held_out: uint8 [n, H, W, 3], pictures to measure on, never trained on.
+        data: training images.
+        held_out: uint8 [n, H, W, 3], images to measure on, never trained on.
         folder: of the run.
         budget: when to stop.
         recipe: how to train.
@@ -213,7 +213,7 @@ class KLTrainer:
         evaluate_every: steps between measurements on `held_out`.
 
     Raises:
-        InputError: no data, or pictures that the tokenizer cannot take.
+        InputError: no data, or images that the tokenizer cannot take.
         CheckpointError: the folder holds a run with other settings.
     """
 
@@ -231,7 +231,7 @@ class KLTrainer:
         evaluate_every: int = 1000,
     ) -> None:
         if len(data) == 0 or len(held_out) == 0:
-            raise InputError("training a tokenizer needs at least one training and one held-out picture.")
+            raise InputError("training a tokenizer needs at least one training and one held-out image.")
         factor = downsample_factor(model)
         height, width = held_out.shape[1:3]
         if height % factor or width % factor:

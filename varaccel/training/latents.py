@@ -1,7 +1,7 @@
-"""Latents of a cache of pictures, so that a transformer trains without running the image tokenizer.
+"""Latents of a cache of images, so that a transformer trains without running the image tokenizer.
 
 A folder of latents is `manifest.json` and one `latents-00000.npy` (float16 [n, 2, N, C]: mean and standard deviation of
-every token) per shard of the picture cache. Run
+every token) per shard of the image cache. Run
 `python -m varaccel.training.latents --tokenizer FOLDER --scenes FOLDER --out FOLDER` to write one, and run it again to
 resume or to add shards that have been rendered since.
 """
@@ -45,10 +45,10 @@ class LatentsManifest:
     Attributes:
         tokenizer: fingerprint of the encoder.
         scaling_factor: what latents are to be multiplied by; they are stored as they are.
-        grid: rows and columns of the tokens of a picture.
+        grid: rows and columns of the tokens of an image.
         channels: numbers C of a token.
         patch: side of the patches that are one token.
-        world, first_seed, size, shard_size: of the picture cache.
+        world, first_seed, size, shard_size: of the image cache.
     """
 
     tokenizer: str
@@ -63,7 +63,7 @@ class LatentsManifest:
 
     @property
     def num_tokens(self) -> int:
-        """Number N of tokens of one picture."""
+        """Number N of tokens of one image."""
         return self.grid[0] * self.grid[1]
 
 
@@ -84,14 +84,14 @@ def encode_cache(
     batch_size: int = 32,
     progress: bool = True,
 ) -> LatentsManifest:
-    """Encode every finished shard of the picture cache `scenes` into `out`; shards already there are kept.
+    """Encode every finished shard of the image cache `scenes` into `out`; shards already there are kept.
 
     Args:
         vae: the tokenizer, on the device to use, in float32.
         scenes: folder written by `varaccel.scenes.cache`.
         out: folder of the latents.
         patch: side of the patches that are one token.
-        batch_size: pictures per call of the encoder.
+        batch_size: images per call of the encoder.
         progress: show a progress bar.
 
     Raises:
@@ -102,7 +102,7 @@ def encode_cache(
     cell = downsample_factor(vae) * patch
     if patch < 1 or data.size % cell:
         raise InputError(
-            f"pictures of {data.size} pixels are no whole number of tokens of {cell} pixels; choose another patch."
+            f"images of {data.size} pixels are no whole number of tokens of {cell} pixels; choose another patch."
         )
     side = data.size // cell
     vae.eval().to(memory_format=torch.channels_last)
@@ -145,7 +145,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> AutoencoderKL:
 def read_latents(folder: str | os.PathLike[str]) -> tuple[Tensor, LatentsManifest]:
     """The latents of the leading finished shards, float16 [M, 2, N, C], and what they were made from.
 
-    Row `i` belongs to picture `i` of the cache.
+    Row `i` belongs to image `i` of the cache.
 
     Raises:
         InputError: `folder` holds no latents.
@@ -194,7 +194,7 @@ def latents_path(folder: Path, shard: int) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the encoder."""
     parser = argparse.ArgumentParser(
-        prog="python -m varaccel.training.latents", description="Encode a cache of pictures as latents."
+        prog="python -m varaccel.training.latents", description="Encode a cache of images as latents."
     )
     parser.add_argument("--tokenizer", required=True, help="folder of an AutoencoderKL")
     parser.add_argument("--scenes", required=True, help="folder written by varaccel.scenes.cache")

@@ -39,7 +39,7 @@ class LlamaGenRecipe(TokenRecipe):
 
 def initialise(model: LlamaGenTransformer, generator: torch.Generator) -> None:
     """Normal weights of std 0.02, scaled down on residual outputs (GPT-2); a zero output head, so that
-    training starts from the uniform law."""
+    training starts from the uniform distribution."""
     depth = model.config.num_layers
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
@@ -79,17 +79,17 @@ class LlamaGenObjective:
         return len(self.codes)
 
     def loss(self, indices: Tensor, dropped: Tensor) -> Tensor:
-        features, mask, picture = self._batch(indices)
+        features, mask, image = self._batch(indices)
         where = dropped.to(features.device).view(-1, *[1] * (features.dim() - 1))
         features = torch.where(where, self.model.unconditional(features), features)
         with torch.autocast(features.device.type, torch.bfloat16):
-            return token_loss(self._forward, features, mask, picture)
+            return token_loss(self._forward, features, mask, image)
 
     @torch.no_grad()
     def validate(self, indices: Tensor) -> dict[str, Tensor]:
-        features, mask, picture = self._batch(indices)
+        features, mask, image = self._batch(indices)
         with torch.autocast(features.device.type, torch.bfloat16):
-            return {"loss": token_loss(self.model.forward, features, mask, picture)}
+            return {"loss": token_loss(self.model.forward, features, mask, image)}
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         features, mask = self.condition(indices)
@@ -113,7 +113,7 @@ def train_llamagen(
 
     Args:
         model: ends with the averaged weights.
-        codes: [M, N] integer codes of M pictures in raster order, on the CPU; the last `validation` of them
+        codes: [M, N] integer codes of M images in raster order, on the CPU; the last `validation` of them
             are not trained on.
         condition: gives the condition of samples, on the model's device.
         compile: compile the forward and backward pass (worth minutes of compilation on long runs).

@@ -1,4 +1,4 @@
-"""Training a MAR transformer on latents of pictures (MAR, arXiv 2406.11838, section 3).
+"""Training a MAR transformer on latents of images (MAR, arXiv 2406.11838, section 3).
 
 A random share of the tokens is hidden and the diffusion head learns to draw them from what the transformer says about
 their places. The loop and the optimisers are those of `training.tokens`.
@@ -35,7 +35,7 @@ class MARRecipe(TokenRecipe):
     Attributes:
         least_hidden: smallest share of tokens that is hidden. The published 0.7 leaves the last iterations of
             decoding to generalisation, for which small models have no reserve.
-        hidden_spread: the share is drawn from a normal law around 1 with this deviation, cut to
+        hidden_spread: the share is drawn from a normal distribution around 1 with this deviation, cut to
             [least_hidden, 1].
         repeats: time steps per token and transformer pass; the head is cheap.
     """
@@ -140,7 +140,7 @@ class DiffusionLoss(nn.Module):
 
 @dataclass(frozen=True)
 class Masked:
-    """Pictures of which a part is hidden.
+    """Images of which a part is hidden.
 
     Attributes:
         tokens: [B, N, C] float32, all of them.
@@ -180,7 +180,7 @@ class MARObjective:
         if latents.dim() != 4 or tuple(latents.shape[1:]) != shape:
             raise InputError(
                 f"the latents have the shape {list(latents.shape)}, but the model needs [M, {shape[0]}, {shape[1]}, "
-                f"{shape[2]}]; encode the pictures with its own image tokenizer."
+                f"{shape[2]}]; encode the images with its own image tokenizer."
             )
         self.model, self.latents, self.scale = model, latents, scale
         self.condition, self.recipe = condition, recipe
@@ -225,7 +225,7 @@ class MARObjective:
         noise = torch.randn(mean.shape, generator=generator, device=device)
         tokens = (mean + std * noise) * self.scale
         batch, count, channels = tokens.shape
-        # the normal law around 1, cut: by inverting its cumulative distribution
+        # the normal distribution around 1, cut: by inverting its cumulative distribution
         below = 0.5 * (1 + math.erf((recipe.least_hidden - 1) / recipe.hidden_spread / math.sqrt(2)))
         level = below + (0.5 - below) * torch.rand(batch, 1, generator=generator, device=device)
         share = 1 + recipe.hidden_spread * math.sqrt(2) * torch.erfinv(2 * level - 1)
@@ -282,7 +282,7 @@ def train_mar(
 
     Args:
         model: ends with the averaged weights.
-        latents: [M, 2, N, C], mean and standard deviation of every token of M pictures, from `training.latents`; the
+        latents: [M, 2, N, C], mean and standard deviation of every token of M images, from `training.latents`; the
             last `validation` of them are not trained on.
         scale: what latents are multiplied by to have unit variance.
         condition: gives the condition of samples, on the model's device.

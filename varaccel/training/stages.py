@@ -47,8 +47,8 @@ def recipe_parser(
     parser = argparse.ArgumentParser(description=description, formatter_class=raw)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all stages")
     parser.add_argument("--config", type=Path, default=config)
-    parser.add_argument("--scenes", type=Path, help="folder of the pictures, OUT/scenes by default")
-    parser.add_argument("--pictures", type=int, default=60_000, help="training pictures")
+    parser.add_argument("--scenes", type=Path, help="folder of the images, OUT/scenes by default")
+    parser.add_argument("--images", type=int, default=60_000, help="training images")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
     parser.add_argument("--tokenizer-minutes", type=float, default=40.0)
     parser.add_argument("--minutes", type=float, default=120.0, help="training time of the transformer")
@@ -67,9 +67,9 @@ def recipe_parser(
 
 
 def render_scenes(options: argparse.Namespace) -> None:
-    """The stage that renders the pictures, with the options of `recipe_parser`."""
+    """The stage that renders the images, with the options of `recipe_parser`."""
     command = ["-m", "varaccel.scenes.cache", "--out", options.scenes]
-    run(*command, "--count", options.pictures, "--workers", options.workers)
+    run(*command, "--count", options.images, "--workers", options.workers)
 
 
 def write_pipeline(pipe: Any, folder: Path, options: argparse.Namespace) -> None:
@@ -134,7 +134,7 @@ def caption_condition(
     """Sample indices -> frozen text features [B, T, C] and mask [B, T], as the pipeline will make them.
 
     Args:
-        captions: of all pictures.
+        captions: of all images.
         text_folder: holds `tokenizer` and `text_encoder`.
         device: where the encoder runs, and of the result.
         prefix_length: caption slots T; as many as the encoder has if None.

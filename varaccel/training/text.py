@@ -1,4 +1,4 @@
-"""Training of the word-level text encoder: reading captions, without pictures.
+"""Training of the word-level text encoder: reading captions, without images.
 
 A host of the LlamaGen kind sees a caption as the average of its features, so this average has to hold what
 the caption says: which colour goes with which shape, and who stands left of whom. The encoder is trained to

@@ -59,7 +59,7 @@ class Objective(Protocol):
 
     @property
     def samples(self) -> int:
-        """How many pictures there are, those held out included."""
+        """How many images there are, those held out included."""
         ...
 
     def loss(self, indices: Tensor, dropped: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ MODULATIONS = 0.5
 """Scales and shifts relative to other weights, as published."""
 
 HEAD = 0.02
-"""The head relative to other weights, as published: training starts close to the uniform law."""
+"""The head relative to other weights, as published: training starts close to the uniform distribution."""
 
 _MATRICES = ("attn.mat_qkv.weight", "attn.proj.weight", "ffn.fc1.weight", "ffn.fc2.weight")
 
@@ -84,7 +84,7 @@ def optimizers(model: VARTransformer, recipe: TokenRecipe) -> list[Scheduled]:
 
 
 class _Objective:
-    """Pictures of a multi-scale tokenizer as a VAR model reads them.
+    """Images of a multi-scale tokenizer as a VAR model reads them.
 
     Args:
         model, quantizer, codes, condition, compile: see `train_var`.
@@ -121,9 +121,9 @@ class _Objective:
         """Condition, its mask, inputs [B, P - 1, D] and codes [B, P] of the scales that are read."""
         features, mask = self.condition(indices)
         length = self.model.schedule.borders[self.scales]
-        picture = self.codes[indices].to(self.model.device, torch.int64)
-        inputs = self.quantizer.inputs(picture)[:, : length - 1]
-        return features, mask, inputs, picture[:, :length]
+        image = self.codes[indices].to(self.model.device, torch.int64)
+        inputs = self.quantizer.inputs(image)[:, : length - 1]
+        return features, mask, inputs, image[:, :length]
 
     def _by_scale(self, losses: Tensor, first: int = 0) -> dict[str, Tensor]:
         """The mean of losses [B, P] of the tokens of scales `first` on: of all of them and of each scale."""
@@ -140,23 +140,23 @@ class VARObjective(_Objective):
     """Cross-entropy of the codes, in nats per token; of the scales before `scales` only, if that is given."""
 
     def loss(self, indices: Tensor, dropped: Tensor) -> Tensor:
-        features, mask, inputs, picture = self._batch(indices)
+        features, mask, inputs, image = self._batch(indices)
         with torch.autocast(inputs.device.type, torch.bfloat16):
             logits = self._forward(features, inputs, mask, dropped.to(inputs.device))
-        return F.cross_entropy(logits.flatten(0, 1), picture.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), image.flatten())
 
     @torch.no_grad()
     def validate(self, indices: Tensor) -> dict[str, Tensor]:
-        features, mask, inputs, picture = self._batch(indices)
+        features, mask, inputs, image = self._batch(indices)
         with torch.autocast(inputs.device.type, torch.bfloat16):
             logits = self.model.forward(features, inputs, mask)
-        return self._by_scale(F.cross_entropy(logits.mT, picture, reduction="none"))
+        return self._by_scale(F.cross_entropy(logits.mT, image, reduction="none"))
 
 
 class RefinerObjective(_Objective):
     """KL(teacher || student) in nats per token, of the scales from `draft_scales` on.
 
-    Both read the same codes of the same pictures, with or without the condition alike.
+    Both read the same codes of the same images, with or without the condition alike.
 
     Args:
         student, teacher, quantizer, codes, condition, draft_scales, compile: see `train_refiner`.
@@ -203,8 +203,8 @@ class RefinerObjective(_Objective):
     def _divergence(self, taught: Tensor, logits: Tensor) -> Tensor:
         """Logits [B, L, V] of both -> [B, P], of the tokens that are refined."""
         start = self.model.schedule.borders[self.draft_scales]
-        law, own = (x[:, start:].log_softmax(-1) for x in (taught, logits))
-        return F.kl_div(own, law, reduction="none", log_target=True).sum(-1)
+        distribution, own = (x[:, start:].log_softmax(-1) for x in (taught, logits))
+        return F.kl_div(own, distribution, reduction="none", log_target=True).sum(-1)
 
 
 def train_var(
@@ -229,7 +229,7 @@ def train_var(
     Args:
         model: ends with the averaged weights.
         quantizer: of the image tokenizer that made the codes; moved to the model's device, not changed.
-        codes: [M, L] integer codes of M pictures, scale after scale, on the CPU; the last `validation` of them
+        codes: [M, L] integer codes of M images, scale after scale, on the CPU; the last `validation` of them
             are not trained on.
         condition: gives the condition of samples, on the model's device.
         draft_scales: train a specialised drafter, which learns and reads the first so many scales only.
@@ -327,8 +327,8 @@ def _check_codes(model: VARTransformer, quantizer: MultiScaleQuantizer, codes: T
         )
     if codes.dim() != 2 or codes.shape[1] != model.num_tokens:
         raise InputError(
-            f"the codes have the shape {list(codes.shape)}, but the model makes pictures of "
-            f"{model.num_tokens} tokens; encode the pictures with its own image tokenizer."
+            f"the codes have the shape {list(codes.shape)}, but the model makes images of "
+            f"{model.num_tokens} tokens; encode the images with its own image tokenizer."
         )
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < own[0]:
         raise InputError(

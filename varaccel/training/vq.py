@@ -39,12 +39,12 @@ ImageTokenizer = VQModel | MultiScaleVQModel
 
 
 class PixelSource(Protocol):
-    """Pictures by index, such as `varaccel.scenes.cache.CachedScenes`."""
+    """Images by index, such as `varaccel.scenes.cache.CachedScenes`."""
 
     def __len__(self) -> int: ...
 
     def batch_pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Pictures `indices`, uint8 [n, H, W, 3]."""
+        """Images `indices`, uint8 [n, H, W, 3]."""
         ...
 
 
@@ -53,13 +53,13 @@ class VQRecipe:
     """How a tokenizer is trained.
 
     Attributes:
-        batch_size: pictures per optimiser step.
+        batch_size: images per optimiser step.
         learning_rate: peak of the warm-up, constant, decay schedule.
         warmup_steps: steps of linear warm-up.
         betas: of AdamW; there is no weight decay.
         clip_norm: gradients are scaled down to this global norm.
         average_decay: decay of the exponential moving average that is exported.
-        flip: mirror half of the pictures left to right.
+        flip: mirror half of the images left to right.
         l1_weight, l2_weight: of the pixel differences, images in [-1, 1].
         chroma_weight: of the differences in colour opponents. Colours vary little compared with brightness, so
             plain pixel losses learn them last; early in a run whole hues are missing.
@@ -74,11 +74,11 @@ class VQRecipe:
         adversarial_start: share of the budget after which the discriminator joins.
         bfloat16: run convolutions under bfloat16 autocast.
         compile: run the model through `torch.compile`.
-        crop_size: side of the crops that the first part of the run trains on; 0 for whole pictures only.
+        crop_size: side of the crops that the first part of the run trains on; 0 for whole images only.
         crop_batch_size: crops per optimiser step.
-        crop_candidates: each crop is the most colourful of so many random ones. Most of a picture is plain
+        crop_candidates: each crop is the most colourful of so many random ones. Most of an image is plain
             background; crops let a step spend its time on objects.
-        crop_until: share of the budget after which whole pictures take over, which they must: attention and
+        crop_until: share of the budget after which whole images take over, which they must: attention and
             group norms see other statistics in a crop.
         quantize_after: steps in which a multi-scale model trains without its quantiser; the codebook then starts
             from what the scales would have to say, instead of from noise.
@@ -233,7 +233,7 @@ class CodeRevival:
 
 
 class ImageWeights(Protocol):
-    """Weights of the terms that compare a reconstruction with its picture, see `VQRecipe`."""
+    """Weights of the terms that compare a reconstruction with its image, see `VQRecipe`."""
 
     @property
     def l1_weight(self) -> float: ...
@@ -272,11 +272,11 @@ def reconstruction_terms(
 
 @dataclass(frozen=True)
 class VQQuality:
-    """Reconstruction quality and codebook use over a set of pictures.
+    """Reconstruction quality and codebook use over a set of images.
 
     Attributes:
-        psnr: mean over pictures, dB.
-        ssim: mean over pictures, 11x11 Gaussian window.
+        psnr: mean over images, dB.
+        ssim: mean over images, 11x11 Gaussian window.
         codes_used: share of the codebook that occurs at all.
         perplexity: effective number of codes.
     """
@@ -288,7 +288,7 @@ class VQQuality:
 
 
 def summed_likeness(decoded: Tensor, images: Tensor) -> tuple[float, float]:
-    """PSNR in dB and SSIM (11x11 Gaussian window) of reconstructions, summed over pictures.
+    """PSNR in dB and SSIM (11x11 Gaussian window) of reconstructions, summed over images.
 
     Args:
         decoded, images: [n, 3, H, W] in [-1, 1]; what is decoded beyond that is cut.
@@ -326,7 +326,7 @@ def evaluate(model: ImageTokenizer, pixels: NDArray[np.uint8], batch_size: int =
 def warm_start(model: ImageTokenizer, source: VQModel) -> list[str]:
     """Copy what fits from a trained tokenizer that has the same widths and perhaps fewer levels.
 
-    Levels are matched from the picture inwards, so that a model with a level more starts with trained outer levels.
+    Levels are matched from the image inwards, so that a model with a level more starts with trained outer levels.
 
     Returns:
         the names of the parameters that were copied.
@@ -356,8 +356,8 @@ class VQTrainer:
 
     Args:
         model: the tokenizer to train, in float32; moved to `device` and to channels-last.
-        data: training pictures.
-        held_out: uint8 [n, H, W, 3], pictures to measure on, never trained on.
+        data: training images.
+        held_out: uint8 [n, H, W, 3], images to measure on, never trained on.
         folder: of the run.
         budget: when to stop.
         recipe: how to train.
@@ -368,7 +368,7 @@ class VQTrainer:
         evaluate_every: steps between measurements on `held_out`.
 
     Raises:
-        InputError: no data, or pictures that the tokenizer cannot take.
+        InputError: no data, or images that the tokenizer cannot take.
         CheckpointError: the folder holds a run with other settings.
     """
 
@@ -387,7 +387,7 @@ class VQTrainer:
         evaluate_every: int = 250,
     ) -> None:
         if len(data) == 0 or len(held_out) == 0:
-            raise InputError("training a tokenizer needs at least one training and one held-out picture.")
+            raise InputError("training a tokenizer needs at least one training and one held-out image.")
         model.grid((held_out.shape[1], held_out.shape[2]))
         self.recipe, self.data, self.held_out = recipe, data, held_out
         self.device = torch.device(device)
@@ -469,7 +469,7 @@ class VQTrainer:
         return result.eval()
 
     def _batch(self, step: int) -> Tensor:
-        """The pictures of `step`, or crops of them: [B, 3, H, W] in [-1, 1].
+        """The images of `step`, or crops of them: [B, 3, H, W] in [-1, 1].
 
         Which ones is a function of the seed, the step and the phase of the run.
         """
@@ -552,11 +552,11 @@ class VQTrainer:
         }
 
     @torch.no_grad()
-    def _seed_codebook(self, pictures: int = 256, rounds: int = 10) -> None:
+    def _seed_codebook(self, images: int = 256, rounds: int = 10) -> None:
         """Start the codebook of a multi-scale model from k-means over what its scales would have to say."""
         quantizer: MultiScaleQuantizer = self.model.quantize
         parts = []
-        for start in range(0, min(pictures, len(self.data)), 32):
+        for start in range(0, min(images, len(self.data)), 32):
             pixels = self.data.batch_pixels(range(start, min(start + 32, len(self.data))))
             with self._autocast():
                 latents = self.model._latents(to_images(pixels).to(self.device))

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from tests.tiny import mar_transformer
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import decode
-from varaccel.engine.randomness import picture_generators
+from varaccel.engine.randomness import image_generators
 from varaccel.errors import InputError
 from varaccel.hosts.masked import denoising
 from varaccel.hosts.masked.denoising import Denoised, HeadSampling, Process, denoising_step, step_table
 from varaccel.hosts.masked.guidance import MaskedGuidance
 from varaccel.hosts.masked.noise import TokenNoise
 from varaccel.hosts.masked.schedule import CosineGroups, MaskedFeed, cosine_borders
-from varaccel.hosts.masked.session import MaskedSession, StaleSession
+from varaccel.hosts.masked.session import FeatureCacheSession, MaskedSession
 from varaccel.models.mar import MARTransformer, rows_of
 from varaccel.nn.noise_schedule import DiffusionSchedule
 
@@ -43,7 +43,7 @@ def network(kind: str = "class") -> MARTransformer:
 
 
 def condition(kind: str = "class") -> tuple[Tensor, Tensor | None]:
-    """Three pictures' labels, or captions of 8, 1 and 4 words with noise after them."""
+    """Three images' labels, or captions of 8, 1 and 4 words with noise after them."""
     if kind == "class":
         return torch.tensor([3, 0, 4]), None
     features = torch.randn(BATCH, BUFFER, 16, generator=torch.Generator().manual_seed(5)) * 3
@@ -51,7 +51,7 @@ def condition(kind: str = "class") -> tuple[Tensor, Tensor | None]:
 
 
 def noise(batch: int = BATCH, seed: int = 7, positions: int = TOKENS) -> TokenNoise:
-    return TokenNoise.draw(picture_generators(batch, seed=seed), positions, CHANNELS, torch.device("cpu"))
+    return TokenNoise.draw(image_generators(batch, seed=seed), positions, CHANNELS, torch.device("cpu"))
 
 
 def canvas() -> Canvas:
@@ -202,7 +202,7 @@ def test_samplers_without_noise_agree_in_the_limit() -> None:
 
 
 @pytest.mark.parametrize("final_noise", [False, True])
-def test_noisy_sampler_follows_the_law(final_noise: bool) -> None:
+def test_noisy_sampler_follows_the_distribution(final_noise: bool) -> None:
     x = start(20_000)
     tokens = sampled(1000, "ddpm", x, final_noise=final_noise)
     assert float(tokens.mean()) == pytest.approx(MEAN, abs=0.01)
@@ -443,7 +443,7 @@ def test_guidance_schedule_that_cannot_be() -> None:
 # -- noise ---------------------------------------------------------------------------------------------
 
 
-def test_noise_of_a_picture_does_not_depend_on_its_batch() -> None:
+def test_noise_of_a_image_does_not_depend_on_its_batch() -> None:
     together = noise(3, seed=10)
     for index in range(3):
         alone = noise(1, seed=10 + index)
@@ -467,20 +467,20 @@ def test_noise_belongs_to_positions() -> None:
     assert steps is not None
     assert (begin.shape, steps.shape) == ((9, CHANNELS), (5, 9, CHANNELS))
     for row in range(9):
-        picture, place = divmod(row, 3)
-        position = int(positions[picture, place])
+        image, place = divmod(row, 3)
+        position = int(positions[image, place])
         if position < 0:
             continue
-        assert torch.equal(begin[row], numbers.start[picture, position])
-        assert torch.equal(steps[:, row], numbers.steps(5)[picture, position])
-        assert numbers.accepting(positions)[row] == numbers.uniforms[picture, position]
+        assert torch.equal(begin[row], numbers.start[image, position])
+        assert torch.equal(steps[:, row], numbers.steps(5)[image, position])
+        assert numbers.accepting(positions)[row] == numbers.uniforms[image, position]
     assert numbers.paths(positions, None)[1] is None
 
 
 def test_other_noise_is_unrelated() -> None:
     numbers = noise(50)
     other = numbers.other()
-    assert torch.equal(other.permutation, numbers.permutation), "of the same pictures"
+    assert torch.equal(other.permutation, numbers.permutation), "of the same images"
     assert torch.equal(numbers.other().start, other.start), "and always the same"
     for ours, theirs in ((numbers.start, other.start), (numbers.steps(3), other.steps(3))):
         correlation = torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1]
@@ -561,21 +561,21 @@ def test_prediction_by_definition(kind: str, guidance: MaskedGuidance) -> None:
     model, page_and_feeds = network(kind), half_drawn()
     page, feeds = page_and_feeds
     ours, feed = session(kind, guidance=guidance), feeds[4]
-    law = ours.predict(page, feed)
+    distribution = ours.predict(page, feed)
     slots = model.embed_condition(*condition(kind))
     tokens = rows_of(page.tokens, feed.known)
     told = [model(slots, tokens, feed.known, feed.positions)]
     if guidance.enabled:
         told.append(model(model.null_condition().expand_as(slots), tokens, feed.known, feed.positions))
-        assert law.scale is not None
+        assert distribution.scale is not None
         expected = torch.full(
             (BATCH * feed.positions.shape[1], 1), guidance.at(1 - feeds[4].remaining / TOKENS)
         )
-        torch.testing.assert_close(law.scale, expected)
+        torch.testing.assert_close(distribution.scale, expected)
     else:
-        assert law.scale is None
-    torch.testing.assert_close(law.conditions, torch.cat(told), **CLOSE)
-    assert law.shape == tuple(feed.positions.shape)
+        assert distribution.scale is None
+    torch.testing.assert_close(distribution.conditions, torch.cat(told), **CLOSE)
+    assert distribution.shape == tuple(feed.positions.shape)
     assert ours.rows_per_pass == len(told) * BATCH
     assert (ours.reads, ours.cache_bytes) == (1, 0)
 
@@ -591,7 +591,7 @@ def test_prediction_by_definition(kind: str, guidance: MaskedGuidance) -> None:
         said = heads[0][:, :CHANNELS]
         if guidance.enabled:
             other = heads[1][:, :CHANNELS]
-            said = other + law.scale * (said - other)
+            said = other + distribution.scale * (said - other)
         share = (heads[0][:, CHANNELS:] + 1) / 2
         level = float(schedule.alphas_cumprod[k])
         clean = (x - math.sqrt(1 - level) * said) / math.sqrt(level)
@@ -601,7 +601,9 @@ def test_prediction_by_definition(kind: str, guidance: MaskedGuidance) -> None:
                 schedule.log_posterior[k]
             )
             x = x + (log_variance / 2).exp() * steps[k]
-    torch.testing.assert_close(numbers.sample(law, feed.positions).flatten(0, 1), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        numbers.sample(distribution, feed.positions).flatten(0, 1), x, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_without_a_condition_there_is_nothing_to_guide() -> None:
@@ -609,24 +611,24 @@ def test_without_a_condition_there_is_nothing_to_guide() -> None:
     ours = MaskedSession(model, None, batch=BATCH, guidance=GUIDED, sampling=SAMPLING)
     assert ours.rows_per_pass == BATCH
     page, feeds = half_drawn()
-    law = ours.predict(page, feeds[4])
-    assert law.scale is None
+    distribution = ours.predict(page, feeds[4])
+    assert distribution.scale is None
     slots = model.null_condition().expand(BATCH, BUFFER, -1)
     tokens = rows_of(page.tokens, feeds[4].known)
     expected = model(slots, tokens, feeds[4].known, feeds[4].positions)
-    torch.testing.assert_close(law.conditions, expected, **CLOSE)
+    torch.testing.assert_close(distribution.conditions, expected, **CLOSE)
 
 
 @KINDS
 @SESSIONS
-def test_pictures_at_different_iterations(kind: str, guidance: MaskedGuidance) -> None:
-    """A ragged pass says of each picture what a pass of its own iteration says."""
+def test_images_at_different_iterations(kind: str, guidance: MaskedGuidance) -> None:
+    """A ragged pass says of each image what a pass of its own iteration says."""
     page, feeds = half_drawn(done=6)
     order, ours = CosineGroups(noise().permutation, 6), session(kind, guidance=guidance)
     steps = [4, 0, 2]
     ragged = order.ragged(steps, torch.device("cpu"))
-    law = ours.predict(page, ragged)
-    halves = law.conditions.unflatten(0, (-1, BATCH))
+    distribution = ours.predict(page, ragged)
+    halves = distribution.conditions.unflatten(0, (-1, BATCH))
     for row, step in enumerate(steps):
         alone = ours.predict(page, feeds[step])
         expected = alone.conditions.unflatten(0, (-1, BATCH))[:, row]
@@ -635,9 +637,9 @@ def test_pictures_at_different_iterations(kind: str, guidance: MaskedGuidance) -
         assert torch.equal(ragged.positions[row, :count].flip(0), feeds[step].positions[row])
         torch.testing.assert_close(halves[:, row, :count].flip(1), expected, **CLOSE)
         if guidance.enabled:
-            assert law.scale is not None
+            assert distribution.scale is not None
             assert alone.scale is not None
-            scales = law.scale.view(BATCH, -1)[row]
+            scales = distribution.scale.view(BATCH, -1)[row]
             torch.testing.assert_close(scales[:count], alone.scale.view(BATCH, -1)[row])
 
 
@@ -649,7 +651,9 @@ def test_always_fresh_caches_change_nothing(
 ) -> None:
     expected = drawn(session(kind, guidance=guidance))
     options = {"guidance": guidance, "refresh": 1, "keep_unconditional": keep_unconditional}
-    torch.testing.assert_close(drawn(session(kind, StaleSession, **options)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        drawn(session(kind, FeatureCacheSession, **options)), expected, atol=1e-4, rtol=0
+    )
 
 
 @KINDS
@@ -660,7 +664,9 @@ def test_nothing_is_stale_in_one_iteration(
 ) -> None:
     options = {"guidance": guidance, "refresh": 4, "keep_unconditional": keep_unconditional}
     expected = drawn(session(kind, guidance=guidance), 1)
-    torch.testing.assert_close(drawn(session(kind, StaleSession, **options), 1), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        drawn(session(kind, FeatureCacheSession, **options), 1), expected, atol=1e-4, rtol=0
+    )
 
 
 class Memory:
@@ -695,7 +701,7 @@ class Memory:
 
 
 class StaleByDefinition:
-    """What a `StaleSession` is documented to do, in the slowest way."""
+    """What a `FeatureCacheSession` is documented to do, in the slowest way."""
 
     def __init__(self, kind: str, guided: bool, refresh: int, keep_unconditional: bool) -> None:
         self.model = network(kind)
@@ -765,7 +771,7 @@ def test_stale_passes_by_definition(
     """Partial passes renew what they read, look at everything that is kept, and full passes start anew."""
     page, feeds = half_drawn(iterations=7, done=7)
     options = {"guidance": guidance, "refresh": refresh, "keep_unconditional": keep_unconditional}
-    ours = session(kind, StaleSession, **options)
+    ours = session(kind, FeatureCacheSession, **options)
     oracle = StaleByDefinition(kind, guidance.enabled, refresh, keep_unconditional)
     exact = session(kind, guidance=guidance)
     for number, feed in enumerate(feeds):
@@ -781,9 +787,9 @@ def test_stale_passes_by_definition(
 
 def test_caches_are_counted() -> None:
     rows, slots, dim = 2 * BATCH, BUFFER + TOKENS + 1, 32
-    guided = session("class", StaleSession, guidance=GUIDED, refresh=4)
+    guided = session("class", FeatureCacheSession, guidance=GUIDED, refresh=4)
     assert guided.cache_bytes == 2 * 4 * rows * slots * dim * (1 + 2)  # one layer of encoder, two of decoder
-    assert session("class", StaleSession, refresh=4).cache_bytes == guided.cache_bytes // 2
+    assert session("class", FeatureCacheSession, refresh=4).cache_bytes == guided.cache_bytes // 2
 
 
 def test_a_session_for_each_call_of_the_network() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varaccel.engine.canvas import Canvas
-from varaccel.engine.randomness import Randomness, picture_generators
+from varaccel.engine.randomness import Randomness, image_generators
 from varaccel.errors import CheckpointError, InputError
 from varaccel.hosts.next_scale.feature_map import FeatureMap
 from varaccel.hosts.next_scale.published_rng import PublishedDraws
@@ -110,7 +110,7 @@ Condition = tuple[Tensor | None, Tensor | None]
 
 
 def condition(kind: str) -> Condition:
-    """Three pictures' labels, or captions of 6, 1 and 4 words with noise after them."""
+    """Three images' labels, or captions of 6, 1 and 4 words with noise after them."""
     if kind == "class":
         return torch.tensor([3, 0, 4]), None
     features = torch.randn(3, 6, CAPTION, generator=torch.Generator().manual_seed(5)) * 3
@@ -118,7 +118,7 @@ def condition(kind: str) -> Condition:
 
 
 class Run:
-    """Pictures made scale by scale, and what was seen on the way.
+    """Images made scale by scale, and what was seen on the way.
 
     Args:
         successor: takes over before scale `handover`.
@@ -141,7 +141,7 @@ class Run:
     ) -> None:
         features = FeatureMap(tokenizer().quantize, batch)
         self.canvas = canvas or Canvas.empty(batch, TOKENS)
-        randomness = Randomness.draw(picture_generators(batch, seed=seed), TOKENS)
+        randomness = Randomness.draw(image_generators(batch, seed=seed), TOKENS)
         options |= {"guidance": ScaleGuidance(guidance), "sampling": sampling}
         session = ScaleSession(network, features, *condition, until=handover, **options)
         self.sessions = [session]
@@ -153,8 +153,10 @@ class Run:
                 self.sessions.append(session)
             # what `predict` does, with a look at the logits before the filters
             logits = session.logits(self.canvas, feed.scale)
-            law = sampling.law(sampling.keep(logits, feed.scale), feed.scale)
-            self.canvas.write(feed.positions, law.sample(randomness.at(feed.positions)), feed.scale + 1)
+            distribution = sampling.distribution(sampling.keep(logits, feed.scale), feed.scale)
+            self.canvas.write(
+                feed.positions, distribution.sample(randomness.at(feed.positions)), feed.scale + 1
+            )
             self.logits.append(logits)
         features.follow(self.canvas, SCALES)
         self.tokens, self.feature_map = self.canvas.tokens, features.value
@@ -233,10 +235,10 @@ def test_prediction() -> None:
     features = FeatureMap(tokenizer().quantize, 3)
     session = ScaleSession(network, features, *given, guidance=ScaleGuidance(3.0), sampling=DRAWN)
     for feed in Scales(SCHEDULE).feeds(run.canvas):
-        law = session.predict(run.canvas, feed)
+        distribution = session.predict(run.canvas, feed)
         kept = DRAWN.keep(run.logits[feed.scale], feed.scale)
-        torch.testing.assert_close(law.logits, DRAWN.law(kept, feed.scale).logits)
-        assert torch.isinf(law.logits).any()
+        torch.testing.assert_close(distribution.logits, DRAWN.distribution(kept, feed.scale).logits)
+        assert torch.isinf(distribution.logits).any()
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
@@ -254,7 +256,8 @@ def test_taking_over_from_oneself(kind: str, shared: bool, sampling: ScaleSampli
 
 @pytest.mark.parametrize("handover", range(1, SCALES))
 def test_taking_over_from_another(handover: int) -> None:
-    """Scales before the hand-over have the laws of one network, those after it the laws of the other."""
+    """Scales before the hand-over have the distributions of one network, those after it the distributions of
+    the other."""
     draft, refine, given = transformer(seed=0), transformer(shared=True, seed=1), condition("class")
     run = Run(draft, given, successor=refine, handover=handover)
     first = uncached(draft, given, run.tokens, 3.0)
@@ -340,7 +343,7 @@ def test_no_guidance(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["class", "caption"])
 def test_no_condition(kind: str) -> None:
-    """Without a condition guidance is off and every picture has the law of "none"."""
+    """Without a condition guidance is off and every image has the distribution of "none"."""
     network, given = transformer(kind), condition(kind)
     run = Run(network, (None, None), guidance=3.0)
     assert run.sessions[0].rows_per_pass == 3
@@ -352,7 +355,7 @@ def test_no_condition(kind: str) -> None:
 
 @pytest.mark.parametrize("handover", [None, 2])
 @pytest.mark.parametrize(("kind", "shared"), VARIANTS)
-def test_pictures_are_independent(kind: str, shared: bool, handover: int | None) -> None:
+def test_images_are_independent(kind: str, shared: bool, handover: int | None) -> None:
     network, (vectors, mask) = transformer(kind, shared), condition(kind)
     assert vectors is not None
     together = Run(network, (vectors, mask), handover=handover)
@@ -392,7 +395,7 @@ def test_decoding_leaves_no_trace() -> None:
         assert all(torch.equal(tensor, old[key]) for key, tensor in model.state_dict().items())
 
 
-def test_laws_depend_on_the_seed() -> None:
+def test_distributions_depend_on_the_seed() -> None:
     network, given = transformer(), condition("class")
     assert not torch.equal(Run(network, given, seed=7).tokens, Run(network, given, seed=8).tokens)
 
@@ -431,8 +434,8 @@ def smooth_run(canvas: Canvas, smooth: bool = True) -> FeatureMap:
     features = FeatureMap(tokenizer().quantize, 3, smooth=draws.gumbel(CODES) if smooth else None)
     session = ScaleSession(transformer(), features, *condition("class"), guidance=ScaleGuidance(3.0))
     for feed in Scales(SCHEDULE).feeds(canvas):
-        law = session.predict(canvas, feed)
-        canvas.write(feed.positions, draws.sample(law, feed.positions), feed.scale + 1)
+        distribution = session.predict(canvas, feed)
+        canvas.write(feed.positions, draws.sample(distribution, feed.positions), feed.scale + 1)
     features.follow(canvas, SCALES)
     return features
 
@@ -454,8 +457,8 @@ def test_smooth_vectors_stay_codes_where_fixed() -> None:
     session = ScaleSession(transformer(), features, *condition("class"), guidance=ScaleGuidance(3.0))
     canvas = Canvas.given(given, fixed)
     for feed in Scales(SCHEDULE).feeds(canvas):
-        law = session.predict(canvas, feed)
-        canvas.write(feed.positions, draws.sample(law, feed.positions), feed.scale + 1)
+        distribution = session.predict(canvas, feed)
+        canvas.write(feed.positions, draws.sample(distribution, feed.positions), feed.scale + 1)
     features.follow(canvas, SCALES)
     vectors, plain = torch.cat(spread, 1), quantizer.lookup(canvas.tokens)
     assert torch.equal(canvas.tokens[fixed], given[fixed])
@@ -508,7 +511,7 @@ def test_filters_by_definition(
     logits = torch.randn(2, 3, CODES, generator=torch.Generator().manual_seed(seed)) * spread
     sampling = ScaleSampling(temperature, top_k, top_p)
     original = logits.clone()
-    probs = sampling.law(sampling.keep(logits, 0), 0).probs
+    probs = sampling.distribution(sampling.keep(logits, 0), 0).probs
     assert torch.equal(logits, original)  # not in place, unlike the published code
     want = torch.tensor(
         [[naive_probabilities(row, top_k, top_p, temperature) for row in rows] for rows in logits.tolist()]
@@ -539,18 +542,18 @@ def test_settings_per_scale() -> None:
     sampling.check(SCHEDULE, CODES)
     for scale, (temperature, top_k) in enumerate(((2.0, 1), (1.0, 4), (0.5, 0))):
         one = ScaleSampling(temperature=temperature, top_k=top_k)
-        ours = sampling.law(sampling.keep(logits, scale), scale)
-        assert torch.equal(ours.probs, one.law(one.keep(logits, 0), 0).probs)
+        ours = sampling.distribution(sampling.keep(logits, scale), scale)
+        assert torch.equal(ours.probs, one.distribution(one.keep(logits, 0), 0).probs)
         assert ((ours.probs > 0).sum(-1) == (top_k or CODES)).all()
-    assert sampling.law(sampling.keep(logits, 3), 3).greedy
+    assert sampling.distribution(sampling.keep(logits, 3), 3).greedy
 
 
 def test_one_candidate_is_greedy() -> None:
     logits = torch.randn(3, 5, CODES, generator=torch.Generator().manual_seed(2))
     uniforms = torch.rand(3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for sampling in (ScaleSampling(top_k=1), ScaleSampling(top_p=1e-6), GREEDY):
-        law = sampling.law(sampling.keep(logits, 0), 0)
-        assert torch.equal(law.sample(uniforms), logits.argmax(-1))
+        distribution = sampling.distribution(sampling.keep(logits, 0), 0)
+        assert torch.equal(distribution.sample(uniforms), logits.argmax(-1))
     network, given = transformer(), condition("class")
     assert torch.equal(
         Run(network, given, sampling=ScaleSampling(top_k=1)).tokens,
@@ -638,11 +641,11 @@ def test_schedule() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.encode(torch.zeros(1, 3, 12, 12)), "for 10x10 pictures, got 12x12"),
-        (lambda m: m.encode(torch.zeros(1, 3, 10, 8)), "for 10x10 pictures, got 10x8"),
+        (lambda m: m.encode(torch.zeros(1, 3, 12, 12)), "for 10x10 images, got 12x12"),
+        (lambda m: m.encode(torch.zeros(1, 3, 10, 8)), "for 10x10 images, got 10x8"),
         (lambda m: m.encode(torch.zeros(1, 1, 10, 10)), r"\[B, 3, H, W\], got \[1, 1, 10, 10\]"),
         (lambda m: m.encode(torch.zeros(3, 10, 10)), r"\[B, 3, H, W\], got \[3, 10, 10\]"),
-        (lambda m: m(torch.zeros(1, 3, 12, 12)), "for 10x10 pictures, got 12x12"),
+        (lambda m: m(torch.zeros(1, 3, 12, 12)), "for 10x10 images, got 12x12"),
         (lambda m: m.decode(torch.zeros(1, 5, 5, 5)), r"\[B, 4, h, w\] latents, got \[1, 5, 5, 5\]"),
         (lambda m: m.decode(torch.zeros(4, 5, 5)), r"\[B, 4, h, w\] latents"),
         (lambda m: m.decode_codes(torch.zeros(1, TOKENS)), "codes must be integers"),
@@ -655,7 +658,7 @@ def test_schedule() -> None:
         (lambda m: MultiScaleVQModel(scales=(2, 1)), "must increase"),
         (lambda m: MultiScaleVQModel(channel_multipliers=()), "at least one level"),
         (lambda m: VARTransformer(depth=2, dim=32, num_heads=5), "multiple of num_heads=5"),
-        (lambda m: VARTransformer(depth=2, condition_type="picture"), "picture"),  # type: ignore[arg-type]
+        (lambda m: VARTransformer(depth=2, condition_type="image"), "image"),  # type: ignore[arg-type]
         (lambda m: VARTransformer.from_preset("d17"), "d17"),
     ],
 )
@@ -675,7 +678,7 @@ def test_inputs_that_are_no_whole_scales(count: int) -> None:
         model(labels, torch.zeros(2, count, WIDTH))
 
 
-def test_inputs_that_are_longer_than_a_picture() -> None:
+def test_inputs_that_are_longer_than_a_image() -> None:
     with pytest.raises(InputError, match="40 tokens are no whole scales"):
         transformer()(torch.tensor([1]), torch.zeros(1, TOKENS, WIDTH))
 
@@ -793,7 +796,7 @@ def test_encode_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         encoding = model.encode(images())
         inputs = model.quantize.inputs(encoding.indices)
-        picture = model.decode_codes(encoding.indices)
+        image = model.decode_codes(encoding.indices)
     assert encoding.latents.dtype == torch.bfloat16
     assert encoding.quantized.dtype == inputs.dtype == torch.float32
     difference = (encoding.latents.float() - exact.latents).abs().mean()
@@ -801,15 +804,15 @@ def test_encode_under_autocast() -> None:
     assert torch.equal(inputs, model.quantize.inputs(encoding.indices))
     torch.testing.assert_close(encoding.quantized, model.quantize.feature_maps(encoding.indices)[-1], **EXACT)
     wanted = model.decode_codes(encoding.indices)
-    assert (picture.float() - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+    assert (image.float() - wanted).abs().mean() < 0.05 * wanted.abs().mean()
 
 
 def test_half_precision_tokenizer() -> None:
     """float16 weights have 11 bits; the feature map is still summed in float32."""
     model, half = tokenizer(), new_tokenizer().to(torch.float16)
-    wanted, picture = model.decode_codes(random_codes()), half.decode_codes(random_codes())
-    assert picture.dtype == torch.float16
-    assert (picture.float() - wanted).abs().max() < 0.01 * wanted.abs().max()
+    wanted, image = model.decode_codes(random_codes()), half.decode_codes(random_codes())
+    assert image.dtype == torch.float16
+    assert (image.float() - wanted).abs().max() < 0.01 * wanted.abs().max()
     maps = half.quantize.feature_maps(random_codes())[-1]
     assert maps.dtype == torch.float32
     torch.testing.assert_close(maps, model.quantize.feature_maps(random_codes())[-1], atol=0.01, rtol=0.01)
@@ -817,7 +820,7 @@ def test_half_precision_tokenizer() -> None:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)], ids=str)
 def test_half_precision_transformer(dtype: torch.dtype, bound: float) -> None:
-    """A whole network in half precision decodes; its laws are close where it reads the same codes."""
+    """A whole network in half precision decodes; its distributions are close where it reads the same codes."""
     exact, network = Run(transformer(), condition("class"), guidance=1.0), new_transformer().to(dtype)
     session = ScaleSession(
         network, FeatureMap(tokenizer().quantize, 3), *condition("class"), guidance=ScaleGuidance(1.0)

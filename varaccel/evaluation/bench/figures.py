@@ -1,4 +1,4 @@
-"""Pictures of a bench report: speed against quality, and what the accelerators draw."""
+"""Images of a bench report: speed against quality, and what the accelerators draw."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def plot(report: BenchReport, path: str | Path, batch: int | None = None) -> Non
     batch = report.batches[0] if batch is None and report.batches else batch
     rows = _shown(report, batch)
     if not rows or batch is None:
-        raise InputError("a plot of quality against speed needs pictures to be judged; ask for some.")
+        raise InputError("a plot of quality against speed needs images to be judged; ask for some.")
     kinds = _kinds(rows)
     styles = _styles(rows)
     labels = [
@@ -123,7 +123,7 @@ def plot(report: BenchReport, path: str | Path, batch: int | None = None) -> Non
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     figure.suptitle(
-        f"{report.settings.model}, batch {batch}, {report.settings.pictures} pictures\n{report.settings.place}",
+        f"{report.settings.model}, batch {batch}, {report.settings.images} images\n{report.settings.place}",
         fontsize=9,
     )
     for axes, kind in zip(panels, kinds, strict=True):
@@ -191,7 +191,7 @@ def _panel(
     kind: str,
     styles: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """One kind of quality against speed, with plain decoding and true pictures as lines."""
+    """One kind of quality against speed, with plain decoding and true images as lines."""
     for row in rows:
         x, (low, high) = row.speed[batch].speedup, row.speed[batch].speedup_spread
         y, down, up = _value(row, kind)
@@ -218,7 +218,7 @@ def _panel(
         if inside:
             axes.axhline(level, color=_TRUTH, linewidth=0.8, linestyle="--", zorder=0)
         axes.annotate(
-            f"true pictures: {level:.3g}{'' if inside else ' (above)'}",
+            f"true images: {level:.3g}{'' if inside else ' (above)'}",
             (1, level if inside else top),
             xycoords=axes.get_yaxis_transform(),
             xytext=(-4, 3 if inside else -12),
@@ -353,30 +353,30 @@ class Samples:
     """What accelerators draw of the same prompts and seeds.
 
     Attributes:
-        prompts: of the pictures, in order.
-        outputs: an accelerator and its call of all `prompts`, with PIL pictures, a pair per accelerator.
+        prompts: of the images, in order.
+        outputs: an accelerator and its call of all `prompts`, with PIL images, a pair per accelerator.
     """
 
     prompts: tuple[str | int, ...]
     outputs: tuple[tuple[Accelerator, ImageOutput], ...]
 
     def sheet(self, side: int = 160) -> Image.Image:
-        """A row of pictures per accelerator under their prompts.
+        """A row of images per accelerator under their prompts.
 
         Args:
-            side: of a picture on the sheet in pixels.
+            side: of an image on the sheet in pixels.
         """
         return self._rows(
-            [[picture.convert("RGB") for picture in output.images] for _, output in self.outputs], side
+            [[image.convert("RGB") for image in output.images] for _, output in self.outputs], side
         )
 
     def maps(self, side: int = 160) -> Image.Image | None:
-        """The same pictures in grey under which pass decided each token, from dark to bright, with a legend.
+        """The same images in grey under which pass decided each token, from dark to bright, with a legend.
 
         None for models whose tokens are not one grid, next-scale ones: there is no such map.
 
         Args:
-            side: of a picture on the sheet in pixels.
+            side: of an image on the sheet in pixels.
         """
         if any(output.written.ndim != 3 for _, output in self.outputs):
             return None
@@ -393,7 +393,7 @@ class Samples:
         left = _LEFT + round(draw.textlength(first, small)) + _MARGIN
         right = sheet.width - 2 * _MARGIN - round(draw.textlength(last, small))
         draw.text((right + _MARGIN, middle), last, "black", small, anchor="lm")
-        # a sheet of one small picture has no room for it
+        # a sheet of one small image has no room for it
         if right > left:
             numbers = np.arange(1, right - left + 1)
             ramp = Image.fromarray(pass_colors(numbers[None], len(numbers)))
@@ -401,7 +401,7 @@ class Samples:
         return sheet
 
     def _rows(self, rows: Sequence[Sequence[Image.Image]], side: int, below: int = 0) -> Image.Image:
-        """Rows of pictures, each beside its accelerator and what it cost, under the prompts.
+        """Rows of images, each beside its accelerator and what it cost, under the prompts.
 
         Args:
             below: height to be left free below them in pixels.
@@ -414,7 +414,7 @@ class Samples:
         draw = ImageDraw.Draw(sheet)
         for column, lines in enumerate(wrapped):
             draw.multiline_text((_LEFT + column * step, _MARGIN), "\n".join(lines), "black", small)
-        for index, ((accelerator, output), pictures) in enumerate(zip(self.outputs, rows, strict=True)):
+        for index, ((accelerator, output), images) in enumerate(zip(self.outputs, rows, strict=True)):
             height = top + index * step
             stats = output.stats
             draw.text((_MARGIN, height), accelerator.name, "black", bold)
@@ -425,8 +425,8 @@ class Samples:
             ]
             lines = [*options, f"{stats.passes} passes", f"{stats.tokens_per_pass:.2f} tokens per pass"]
             draw.multiline_text((_MARGIN, height + 22), "\n".join(lines), "#444444", small)
-            for column, picture in enumerate(pictures):
-                shown = picture.resize((side, side), Image.Resampling.LANCZOS)
+            for column, image in enumerate(images):
+                shown = image.resize((side, side), Image.Resampling.LANCZOS)
                 sheet.paste(shown, (_LEFT + column * step, height))
         return sheet
 
@@ -442,7 +442,7 @@ def draw_samples(
     """What plain decoding and then each accelerator draw of `prompts`, in one call each.
 
     Args:
-        prompts: picture i has seed `seed` + i.
+        prompts: image i has seed `seed` + i.
         call: further arguments of the pipeline call.
 
     Raises:
@@ -469,8 +469,8 @@ def sample_sheet(
     """A row per accelerator, plain decoding first, and a column per prompt, of the same seeds.
 
     Args:
-        prompts: one call per accelerator draws all of them; picture i has seed `seed` + i.
-        side: of a picture on the sheet in pixels.
+        prompts: one call per accelerator draws all of them; image i has seed `seed` + i.
+        side: of an image on the sheet in pixels.
         call: further arguments of the pipeline call.
 
     Raises:
@@ -488,11 +488,11 @@ def acceptance_sheet(
     side: int = 256,
     **call: Any,
 ) -> Image.Image | None:
-    """How each accelerator, plain decoding first, came by its picture of `prompt`; see `Samples.maps`.
+    """How each accelerator, plain decoding first, came by its image of `prompt`; see `Samples.maps`.
 
     Args:
-        seed: of the picture.
-        side: of a picture on the sheet in pixels.
+        seed: of the image.
+        side: of an image on the sheet in pixels.
         call: further arguments of the pipeline call.
 
     Raises:

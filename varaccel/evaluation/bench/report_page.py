@@ -1,4 +1,4 @@
-"""One HTML page of bench reports that needs nothing but itself: tables, plots and pictures of one or several models."""
+"""One HTML page of bench reports that needs nothing but itself: tables, plots and images of one or several models."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Section:
         title: its heading.
         report: what was measured.
         measured: when, in words; such as a date.
-        plot: PNG of speed against quality, as `bench_figures.plot` writes it; None if no pictures were judged.
+        plot: PNG of speed against quality, as `bench_figures.plot` writes it; None if no images were judged.
         samples: PNG of what the accelerators draw, see `bench_figures.Samples.sheet`.
         maps: PNG of which pass decided each token, see `bench_figures.Samples.maps`; None for models without.
     """
@@ -96,13 +96,13 @@ class Section:
 
 
 def report_page(sections: Sequence[Section], heading: str = "Speed against quality") -> str:
-    """The page as HTML, a section per model: style and pictures are inside, nothing is asked of any server.
+    """The page as HTML, a section per model: style and images are inside, nothing is asked of any server.
 
     Args:
         heading: of the page.
 
     Raises:
-        InputError: no sections; a picture that is no PNG.
+        InputError: no sections; an image that is no PNG.
     """
     if not sections:
         raise InputError("a report needs at least one model.")
@@ -126,7 +126,7 @@ def report_page(sections: Sequence[Section], heading: str = "Speed against quali
 <header>
 <h1>{escape(heading)}</h1>
 <p>Accelerators of visual autoregressive models beside plain decoding of the same model: every speed-up is a ratio to
-plain decoding of the same prompts and seeds, taken within a round of the same run, and quality is judged on pictures
+plain decoding of the same prompts and seeds, taken within a round of the same run, and quality is judged on images
 of the same prompts and seeds.</p>
 <p>{_badge("lossless")} draws from the same distribution as plain decoding;
 {_badge("approximate")} does not, so its quality has to be looked at. Rows with a bar at their left are on the Pareto
@@ -145,19 +145,19 @@ front: no other row beats them in both speed and the quality that is named.</p>
 def best_sentences(report: BenchReport) -> list[str]:
     """A sentence per batch size: the fastest lossless and approximate setting as good as plain decoding up to noise.
 
-    See `BenchReport.best`. Without judged pictures one sentence says that there is nothing to choose by.
+    See `BenchReport.best`. Without judged images one sentence says that there is nothing to choose by.
     """
     if report.plain.quality is None:
-        return ["No pictures were judged, so no setting can be called as good as plain decoding."]
+        return ["No images were judged, so no setting can be called as good as plain decoding."]
     sentences = []
     for batch in report.batches:
         told = []
-        for law in ("lossless", "approximate"):
-            row = report.best(batch, lossless=law == "lossless")
+        for distribution in ("lossless", "approximate"):
+            row = report.best(batch, lossless=distribution == "lossless")
             told.append(
-                f"no {law} setting is faster than plain decoding and within noise of its quality"
+                f"no {distribution} setting is faster than plain decoding and within noise of its quality"
                 if row is None
-                else f"the fastest {law} setting within noise of the quality of plain decoding is {_named(row, batch)}"
+                else f"the fastest {distribution} setting within noise of the quality of plain decoding is {_named(row, batch)}"
             )
         sentences.append(f"Batch {batch}: {'; '.join(told)}.")
     return sentences
@@ -201,8 +201,8 @@ def _section(section: Section, place: str) -> str:
         "<h3>Samples</h3>",
         _figure(
             section.samples,
-            f"{section.title}: pictures of the same prompts and seeds, a row per accelerator, plain decoding first",
-            "The same prompts and seeds in every row. A lossless accelerator may still draw other pictures: it keeps "
+            f"{section.title}: images of the same prompts and seeds, a row per accelerator, plain decoding first",
+            "The same prompts and seeds in every row. A lossless accelerator may still draw other images: it keeps "
             "their distribution, not each of them.",
             "sheet",
         ),
@@ -212,9 +212,9 @@ def _section(section: Section, place: str) -> str:
             "<h3>Which pass decided which token</h3>",
             _figure(
                 section.maps,
-                f"{section.title}: the same pictures in grey under colours of the pass that decided each token, a row "
+                f"{section.title}: the same images in grey under colours of the pass that decided each token, a row "
                 "per accelerator",
-                "The same pictures under the pass that decided each token: dark is the first pass of the call, bright "
+                "The same images under the pass that decided each token: dark is the first pass of the call, bright "
                 "its last. Colours of different rows mean different numbers of passes.",
                 "sheet",
             ),
@@ -234,10 +234,10 @@ def _settings(section: Section) -> dict[str, str]:
         "Speed": f"{_rounds(settings.repeats)}, prompts {settings.prompts}, seeds from {settings.seed}; "
         "seconds are those of decoding tokens, for a whole batch",
     }
-    if settings.pictures:
-        last = settings.seed + settings.pictures - 1
+    if settings.images:
+        last = settings.seed + settings.images - 1
         told["Quality"] = (
-            f"{settings.pictures} pictures per row, captions {settings.captions}, seeds {settings.seed} to {last}"
+            f"{settings.images} images per row, captions {settings.captions}, seeds {settings.seed} to {last}"
         )
         told["Reference"] = settings.reference or "none, so no distance"
     return told
@@ -255,17 +255,17 @@ def _speed_table(report: BenchReport, batch: int) -> str:
         for row in (rows if found else [])
     }
     lines = []
-    for row, (call, law, *cells) in zip(rows, report.speed_cells(batch), strict=True):
+    for row, (call, distribution, *cells) in zip(rows, report.speed_cells(batch), strict=True):
         mark = marks.get(row.key, "")
         lines.append(
-            f'<tr class="{"front" if mark else "behind"}">{_head(call)}<td class="words">{_badge(law)}</td>'
+            f'<tr class="{"front" if mark else "behind"}">{_head(call)}<td class="words">{_badge(distribution)}</td>'
             + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
             + (f'<td class="words">{mark or "-"}</td>' if found else "")
             + "</tr>"
         )
     header = report.speed_header() + (["Pareto front"] if found else [])
     title = f"Batch {batch}, {_rounds(report.settings.repeats)}"
-    return _table(header, lines, title, {"law", "Pareto front"})
+    return _table(header, lines, title, {"distribution", "Pareto front"})
 
 
 def _quality_table(report: BenchReport) -> str:
@@ -281,7 +281,7 @@ def _quality_table(report: BenchReport) -> str:
         ]
         kind = "truth" if row is None else "judged"
         lines.append(f'<tr class="{kind}">{_head(call)}{"".join(shown)}</tr>')
-    title = f"Quality of {report.settings.pictures} pictures per row"
+    title = f"Quality of {report.settings.images} images per row"
     return _table(report.quality_header(), lines, title, {"against plain"})
 
 
@@ -309,9 +309,9 @@ def _head(call: str) -> str:
     return f'<th scope="row">{escape(name)}{"".join(f"<small>{escape(one)}</small>" for one in options)}</th>'
 
 
-def _badge(law: str) -> str:
-    kind = "lossless" if law == "lossless" else "approximate"
-    return f'<span class="badge {kind}">{escape(law)}</span>'
+def _badge(distribution: str) -> str:
+    kind = "lossless" if distribution == "lossless" else "approximate"
+    return f'<span class="badge {kind}">{escape(distribution)}</span>'
 
 
 def _table(header: Sequence[str], lines: Sequence[str], title: str, words: set[str]) -> str:
@@ -334,13 +334,13 @@ def _table(header: Sequence[str], lines: Sequence[str], title: str, words: set[s
 
 
 def _figure(png: bytes, words: str, caption: str, kind: str) -> str:
-    """A picture that scrolls in its own box on a narrow screen.
+    """An image that scrolls in its own box on a narrow screen.
 
     Args:
         words: for those who cannot see it.
     """
     if not png.startswith(_PNG):
-        raise InputError("pictures of a report are PNG files.")
+        raise InputError("images of a report are PNG files.")
     width, height = (int.from_bytes(png[start : start + 4]) for start in (16, 20))
     data = base64.b64encode(png).decode()
     return (

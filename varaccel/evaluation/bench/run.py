@@ -1,7 +1,7 @@
 """Every accelerator of a grid on one model: passes, speed and quality against plain decoding.
 
-Speed is measured per batch size as `measure_speed` does it. Quality is measured once per accelerator, on pictures of
-the same prompts and seeds: prompt adherence, and the Fréchet distance from true pictures in the features of the scene
+Speed is measured per batch size as `measure_speed` does it. Quality is measured once per accelerator, on images of
+the same prompts and seeds: prompt adherence, and the Fréchet distance from true images in the features of the scene
 detector, which is no FID (see `varaccel.evaluation.metrics.frechet`). A report says of every difference to plain
 decoding whether the noise of sampling explains it.
 """
@@ -185,7 +185,7 @@ def _masked_grid(pipe: Any, drafter: str | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Distance:
-    """Fréchet distance from the reference, `value`, and its spread over bootstrap resamples of the pictures."""
+    """Fréchet distance from the reference, `value`, and its spread over bootstrap resamples of the images."""
 
     value: float
     spread: FrechetSpread
@@ -193,12 +193,12 @@ class Distance:
 
 @dataclass(frozen=True)
 class Quality:
-    """How good the pictures of one accelerator are.
+    """How good the images of one accelerator are.
 
     Attributes:
-        adherence: rate of pictures that show all objects and relations of their captions.
+        adherence: rate of images that show all objects and relations of their captions.
         correct: which of them do, in the order of the captions.
-        distance: of all pictures from the reference; None without a reference.
+        distance: of all images from the reference; None without a reference.
     """
 
     adherence: Rate
@@ -263,11 +263,11 @@ def compare(quality: Quality, plain: Quality) -> Comparison:
     """`quality` beside `plain`.
 
     Raises:
-        InputError: they are of different numbers of pictures.
+        InputError: they are of different numbers of images.
     """
     if len(quality.correct) != len(plain.correct):
         raise InputError(
-            f"{len(quality.correct)} pictures cannot be compared with {len(plain.correct)}; judge equally many."
+            f"{len(quality.correct)} images cannot be compared with {len(plain.correct)}; judge equally many."
         )
     pairs = list(zip(quality.correct, plain.correct, strict=True))
     gained, lost = pairs.count((True, False)), pairs.count((False, True))
@@ -285,7 +285,7 @@ class Row:
     Attributes:
         accelerator, options, lossless: see `Measurement`.
         speed: by batch size.
-        quality: None if no pictures were judged (yet).
+        quality: None if no images were judged (yet).
     """
 
     accelerator: str
@@ -304,13 +304,13 @@ class Row:
         return json.dumps([self.accelerator, self.options], sort_keys=True, default=str)
 
     @property
-    def law(self) -> str:
+    def distribution(self) -> str:
         return "lossless" if self.lossless else "approximate"
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> Self:
         """An empty row."""
-        return cls(accelerator.name, accelerator.options(), accelerator.keeps_law)
+        return cls(accelerator.name, accelerator.options(), accelerator.lossless)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `speed` becomes a list."""
@@ -349,12 +349,12 @@ class Settings:
         model: its name.
         weights: digest of the pipeline's weights.
         dtype, machine: precision and place of the measurement.
-        seed: of the first picture.
+        seed: of the first image.
         repeats: timed rounds.
         prompts: digest of the prompts that speed was measured on.
-        pictures: judged per accelerator.
+        images: judged per accelerator.
         captions: digest of what they were asked to show.
-        reference: space, number and digest of the true pictures; None without distances.
+        reference: space, number and digest of the true images; None without distances.
         call: further arguments of the pipeline call.
         compiled: whether the networks were compiled.
     """
@@ -366,7 +366,7 @@ class Settings:
     seed: int
     repeats: int
     prompts: str
-    pictures: int
+    images: int
     captions: str
     reference: str | None
     call: dict[str, Any]
@@ -386,7 +386,7 @@ class BenchReport:
     Attributes:
         settings: what was measured, and where.
         rows: one per accelerator.
-        truth: quality of the true pictures of the captions: what adherence and distance of as many pictures can
+        truth: quality of the true images of the captions: what adherence and distance of as many images can
             reach with this detector; None if they were not judged.
     """
 
@@ -470,7 +470,7 @@ class BenchReport:
 
     def speed_header(self) -> list[str]:
         """Titles of the columns of `speed_cells`."""
-        header = ["accelerator", "law", "passes", "tokens per pass", "seconds", "speed-up (spread)"]
+        header = ["accelerator", "distribution", "passes", "tokens per pass", "seconds", "speed-up (spread)"]
         header += [title for title, _ in self._drafting]
         return [*header, "cache (MB)"] if self._shows_cache else header
 
@@ -485,7 +485,7 @@ class BenchReport:
             spread = "" if row is self.plain else f" ({low:.2f} to {high:.2f})"
             lines.append(
                 [
-                    *(_call(row), row.law, f"{one.passes:.4g}", f"{one.tokens_per_pass:.2f}"),
+                    *(_call(row), row.distribution, f"{one.passes:.4g}", f"{one.tokens_per_pass:.2f}"),
                     *(f"{one.median_seconds:.3f}", f"{one.speedup:.2f}x{spread}"),
                     *(_drafted(one, key) for _, key in self._drafting),
                     *([f"{one.cache_bytes / 1e6:.3g}"] if self._shows_cache else []),
@@ -499,10 +499,10 @@ class BenchReport:
         return header if self.settings.reference is None else [*header, "distance (sd)", "against plain"]
 
     def quality_cells(self) -> list[list[str]]:
-        """A line per judged row, then one of the true pictures if they were judged, under `quality_header`."""
+        """A line per judged row, then one of the true images if they were judged, under `quality_header`."""
         judged = [(_call(row), row.quality, self.against_plain(row)) for row in self.rows]
         lines = []
-        for call, quality, versus in [*judged, ("true pictures", self.truth, None)]:
+        for call, quality, versus in [*judged, ("true images", self.truth, None)]:
             if quality is None:
                 continue
             rate = quality.adherence
@@ -517,13 +517,13 @@ class BenchReport:
     def notes(self) -> list[str]:
         """What the columns of quality mean."""
         notes = [
-            f"Adherence: share of {self.settings.pictures} pictures that show all of their captions; +a -b: prompts "
+            f"Adherence: share of {self.settings.images} images that show all of their captions; +a -b: prompts "
             "that only the accelerator, or only plain decoding, shows correctly, and p of the exact sign test."
         ]
         if self.settings.reference is not None:
             notes.append(
                 f"Distance: Fréchet distance in the feature space {self.settings.reference}; not FID, and comparable "
-                "at the same number of pictures only; sd by bootstrap, noise is twice that of the difference."
+                "at the same number of images only; sd by bootstrap, noise is twice that of the difference."
             )
         return notes
 
@@ -539,7 +539,7 @@ class BenchReport:
         timed = dict(widths)
         tight: dict[str, Any] = {}
         if self._drafting or self._shows_cache:  # more columns take their room from lines, margins and names
-            timed |= {"accelerator": min(widths["accelerator"], _NARROW), "law": 11}
+            timed |= {"accelerator": min(widths["accelerator"], _NARROW), "distribution": 11}
             timed |= {"drafter passes": 7, "kept": 5}
             tight = {"box": box.SIMPLE_HEAD, "padding": 0, "pad_edge": False}
         parts: list[Any] = []
@@ -555,7 +555,7 @@ class BenchReport:
             parts.append(table)
         if lines := self.quality_cells():
             header = [Column(name, width=widths.get(name)) for name in self.quality_header()]
-            table = Table(*header, title=f"quality of {self.settings.pictures} pictures")
+            table = Table(*header, title=f"quality of {self.settings.images} images")
             for cells in lines:
                 table.add_row(*cells)
             parts += [table, *self.notes()]
@@ -589,10 +589,10 @@ def broken_call(call: str, width: int) -> str:
 
 
 def _drafted(measured: Measurement, key: str) -> str:
-    """The mean of `draft_passes` or `kept` over all rounds (and pictures) of a measurement."""
+    """The mean of `draft_passes` or `kept` over all rounds (and images) of a measurement."""
     told = measured.details.get(key, [])
     if key == "kept":
-        shares = [share for pictures in told for share in pictures]
+        shares = [share for images in told for share in images]
         return f"{100 * fmean(shares):.0f} %" if shares else "-"
     return f"{fmean(told):.4g}" if told else "-"
 
@@ -628,10 +628,10 @@ def _one_line(cell: str) -> str:
     return f"{first} {', '.join(rest)}".strip()
 
 
-# -- true pictures -------------------------------------------------------------------------------------
+# -- true images -------------------------------------------------------------------------------------
 
 
-def true_pictures(seeds: Iterable[int], size: int) -> list[Image.Image]:
+def true_images(seeds: Iterable[int], size: int) -> list[Image.Image]:
     """The scenes of `seeds` as they are, `size` pixels a side."""
     return [Image.fromarray(render(sample_scene(seed), size).image) for seed in seeds]
 
@@ -639,16 +639,16 @@ def true_pictures(seeds: Iterable[int], size: int) -> list[Image.Image]:
 def reference_statistics(
     detector: SceneDetector, seeds: Sequence[int], *, progress: bool = True
 ) -> FeatureStatistics:
-    """Feature statistics of the true pictures of `seeds`, kept for the next call of this process."""
+    """Feature statistics of the true images of `seeds`, kept for the next call of this process."""
     key = (scene_space(detector), tuple(seeds))
     if key not in _REFERENCES:
         features = []
         with tqdm(
-            total=len(seeds), desc="true pictures", unit="picture", leave=False, disable=not progress
+            total=len(seeds), desc="true images", unit="image", leave=False, disable=not progress
         ) as bar:
             for start in range(0, len(seeds), _REFERENCE_BATCH):
                 part = seeds[start : start + _REFERENCE_BATCH]
-                features.append(scene_features(detector, true_pictures(part, detector.config.image_size)))
+                features.append(scene_features(detector, true_images(part, detector.config.image_size)))
                 bar.update(len(part))
         if not features:
             raise InputError("a reference needs at least two scenes, got none.")
@@ -656,7 +656,7 @@ def reference_statistics(
     return _REFERENCES[key]
 
 
-def judge_pictures(
+def judge_images(
     detector: SceneDetector,
     images: Sequence[Image.Image],
     captions: Sequence[Caption],
@@ -704,15 +704,15 @@ def run_bench(
         pipe: a pipeline; its own progress bar is left as it is.
         accelerators: to be compared; plain decoding is added in front, repetitions are dropped.
         prompts: for speed, at least the largest batch; up to `repeats` batches of them are used.
-        captions: for quality, one picture of each per accelerator; picture i has seed `seed` + i. None: only speed.
-        batches: pictures per timed call.
+        captions: for quality, one image of each per accelerator; image i has seed `seed` + i. None: only speed.
+        batches: images per timed call.
         repeats: timed rounds.
-        detector: judges the pictures of `captions`.
-        reference: statistics of true pictures to measure the distance from; none: no distances.
-        truth: true pictures of `captions`, to be judged like the others.
+        detector: judges the images of `captions`.
+        reference: statistics of true images to measure the distance from; none: no distances.
+        truth: true images of `captions`, to be judged like the others.
         model: name for the report.
         compiled: whether `pipe.compile()` was called, for the report.
-        drawn_together: pictures per call where quality is judged; a GPU is quicker with more. Which numbers a picture
+        drawn_together: images per call where quality is judged; a GPU is quicker with more. Which numbers an image
             is drawn with does not depend on it.
         finished: an earlier report of the same settings; what it holds is not measured again.
         on_rows: called with the report so far whenever rows have been added, to save it.
@@ -724,12 +724,12 @@ def run_bench(
             here, by its label.
     """
     if captions and detector is None:
-        raise InputError("pictures are judged by a detector; pass one, or no captions.")
+        raise InputError("images are judged by a detector; pass one, or no captions.")
     if reference is not None and len(captions) == 1:
-        raise InputError("a distance needs at least two pictures; judge more, or pass no reference.")
+        raise InputError("a distance needs at least two images; judge more, or pass no reference.")
     if not batches or min(batches) < 1 or max(batches) > len(prompts):
         raise InputError(
-            f"batches are 1 to as many pictures as there are prompts ({len(prompts)}), got {list(batches)}."
+            f"batches are 1 to as many images as there are prompts ({len(prompts)}), got {list(batches)}."
         )
     if drawn_together < 1:
         raise InputError(f"drawn_together must be at least 1, got {drawn_together}.")
@@ -741,7 +741,7 @@ def run_bench(
         seed=seed,
         repeats=repeats,
         prompts=text_digest([str(prompt) for prompt in prompts]),
-        pictures=len(captions),
+        images=len(captions),
         captions=text_digest([text.text for text in captions]),
         reference=None if reference is None or not captions else _describe(reference),
         call=call,
@@ -771,7 +771,7 @@ def run_bench(
         for batch, todo in untimed.items()
         if todo
     )
-    with tqdm(total=total, unit="picture", disable=not progress, leave=False) as bar:
+    with tqdm(total=total, unit="image", disable=not progress, leave=False) as bar:
         for batch, todo in untimed.items():
             if not todo:
                 continue
@@ -796,11 +796,11 @@ def run_bench(
             added()
         if captions and detector is not None:
             if truth is not None and seen_truth is None:
-                seen_truth = judge_pictures(detector, truth, captions, reference)
+                seen_truth = judge_images(detector, truth, captions, reference)
             for key, accelerator in unjudged:
-                bar.set_description(f"pictures, {accelerator.name}")
+                bar.set_description(f"images, {accelerator.name}")
                 images = _draw(pipe, captions, accelerator, seed, drawn_together, bar.update, call)
-                quality = judge_pictures(detector, images, captions, reference)
+                quality = judge_images(detector, images, captions, reference)
                 rows[key] = replace(rows[key], quality=quality)
                 added()
     return BenchReport(settings, tuple(rows.values()), seen_truth)
@@ -812,17 +812,17 @@ def _draw(
     accelerator: Accelerator,
     seed: int,
     together: int,
-    on_pictures: Callable[[int], Any],
+    on_images: Callable[[int], Any],
     call: Mapping[str, Any],
 ) -> list[Image.Image]:
-    """One picture per caption; picture i has seed `seed` + i, whatever is drawn together."""
+    """One image per caption; image i has seed `seed` + i, whatever is drawn together."""
     images: list[Image.Image] = []
     for start in range(0, len(captions), together):
         texts = [text.text for text in captions[start : start + together]]
         with naming(accelerator):
             output = pipe(texts, accelerator=accelerator, seed=seed + start, **call)
         images += output.images
-        on_pictures(len(texts))
+        on_images(len(texts))
     return images
 
 
@@ -836,4 +836,4 @@ def _check_settings(earlier: Settings, now: Settings) -> None:
 
 def _describe(reference: FeatureStatistics) -> str:
     digest = hashlib.sha256(reference.mean.numpy().tobytes()).hexdigest()[:8]
-    return f"{reference.space} of {reference.count} true pictures ({digest})"
+    return f"{reference.space} of {reference.count} true images ({digest})"

@@ -1,4 +1,4 @@
-"""Whether generated pictures show what their captions say, judged by the scene detector.
+"""Whether generated images show what their captions say, judged by the scene detector.
 
 The measure follows GenEval (Ghosh et al. 2023, arXiv 2310.11513): detect objects, then check names, colours and
 positions against the prompt. Here the world is closed, so the detector knows every word a caption can contain.
@@ -24,7 +24,7 @@ from varaccel.scenes.sampler import sample_scene
 from varaccel.scenes.world import HELD_OUT_SEED, INVERSE_RELATION, RELATIONS
 
 COLUMN_MARGIN = 0.05
-"""Least distance of two centres, as a share of the picture's width, for one to be left or right of the other.
+"""Least distance of two centres, as a share of the image's width, for one to be left or right of the other.
 In true scenes that state such a relation it is at least 0.15."""
 
 DEPTH_MARGIN = 0.8
@@ -95,8 +95,8 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How one picture compares with its caption.
+class VerificationResult:
+    """How one image compares with its caption.
 
     Attributes:
         caption: the text.
@@ -135,20 +135,20 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Adherence:
-    """Rates of a set of pictures; see `score_adherence` for what each means.
+    """Rates of a set of images; see `score_adherence` for what each means.
 
     Attributes:
         rates: by name; a rate that no caption bears on is left out.
-        verdicts: per picture.
+        verdicts: per image.
     """
 
     rates: dict[str, Rate]
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[VerificationResult, ...]
 
     def to_json(self, verdicts: bool = False) -> dict[str, Any]:
-        """Plain JSON values: `pictures`, `rates` and, if asked for, the `verdicts`."""
+        """Plain JSON values: `images`, `rates` and, if asked for, the `verdicts`."""
         plain: dict[str, Any] = {
-            "pictures": len(self.verdicts),
+            "images": len(self.verdicts),
             "rates": {name: asdict(rate) for name, rate in self.rates.items()},
         }
         if verdicts:
@@ -201,14 +201,14 @@ def _assignments(
             yield chosen
 
 
-def judge(seen: Observation, stated: Caption) -> Verdict:
+def judge(seen: Observation, stated: Caption) -> VerificationResult:
     """Compare what was seen with what the caption states.
 
     Objects are matched to mentions one to one. Of several possible matchings the best one counts: most mentions
     found, then most relations, then most materials and sizes, then highest scores.
     """
     place = {mention.index: position for position, mention in enumerate(stated.mentions)}
-    best: tuple[tuple[int, int, int, float], Verdict] | None = None
+    best: tuple[tuple[int, int, int, float], VerificationResult] | None = None
     for chosen in _assignments(stated.mentions, seen.objects):
         related: list[bool | None] = []
         for statement in stated.statements:
@@ -218,7 +218,7 @@ def judge(seen: Observation, stated: Caption) -> Verdict:
             else:
                 related.append(relation_holds(statement.relation, subject, reference))
         pairs = list(zip(stated.mentions, chosen, strict=True))
-        verdict = Verdict(
+        verdict = VerificationResult(
             caption=stated.text,
             detected=len(seen.objects),
             found=tuple(one is not None for one in chosen),
@@ -245,7 +245,7 @@ def judge(seen: Observation, stated: Caption) -> Verdict:
     return best[1]
 
 
-def summarise(verdicts: Sequence[Verdict]) -> Adherence:
+def summarise(verdicts: Sequence[VerificationResult]) -> Adherence:
     """The rates of `verdicts`, as `score_adherence` defines them."""
 
     def stated(values: Iterable[bool | None]) -> list[bool]:
@@ -274,7 +274,7 @@ def score_adherence(
     """How well `images` show what `captions` say.
 
     A mention is found if an object of its colour and shape is detected; mentions and objects are matched one to
-    one, by the matching that is best for the picture (see `judge`). The rates, each with its 95 % Wilson interval:
+    one, by the matching that is best for the image (see `judge`). The rates, each with its 95 % Wilson interval:
 
     - `correct`: every mention is found and every stated relation holds (all captions).
     - `one_object`, `two_objects`, `three_objects`: every mention is found (captions of that many objects).
@@ -289,14 +289,14 @@ def score_adherence(
 
     Args:
         detector: in evaluation mode.
-        images: [B, 3, H, W] in [-1, 1] or PIL pictures, one per caption.
+        images: [B, 3, H, W] in [-1, 1] or PIL images, one per caption.
         captions: what each was asked to show.
 
     Raises:
-        InputError: numbers of pictures and captions differ, or there are none.
+        InputError: numbers of images and captions differ, or there are none.
     """
     if len(images) != len(captions):
-        raise InputError(f"{len(images)} pictures need as many captions, got {len(captions)}.")
+        raise InputError(f"{len(images)} images need as many captions, got {len(captions)}.")
     observations = detector.observe(images)
     return summarise([judge(seen, text) for seen, text in zip(observations, captions, strict=True)])
 
@@ -307,7 +307,7 @@ def held_out_prompts(
     """Seeds and captions of `count` held-out scenes in a fixed mix: of every five, two of one object, two of two, one
     of three.
 
-    The prompts of a smaller `count` are the first of a larger one. Held-out means that no training picture has the
+    The prompts of a smaller `count` are the first of a larger one. Held-out means that no training image has the
     seed; a short caption may still read like one that was trained on.
 
     Args:
@@ -315,7 +315,7 @@ def held_out_prompts(
         first_seed: where the scenes are counted from, at least `HELD_OUT_SEED`.
 
     Raises:
-        InputError: `count` is below 1, or `first_seed` is that of a training picture.
+        InputError: `count` is below 1, or `first_seed` is that of a training image.
     """
     if count < 1:
         raise InputError(f"the number of captions must be 1 or more, got {count}.")
@@ -350,13 +350,13 @@ def draw_captions(
     guidance_scale: float | None = None,
     accelerator: Accelerator | None = None,
 ) -> list[Image.Image]:
-    """One picture per caption; picture i is drawn with seed `seed` + i, whatever the batch size.
+    """One image per caption; image i is drawn with seed `seed` + i, whatever the batch size.
 
     Raises:
-        InputError: the pipeline does not make one picture per prompt.
+        InputError: the pipeline does not make one image per prompt.
     """
-    pictures: list[Image.Image] = []
-    with tqdm(total=len(captions), desc="drawing", unit="picture") as bar:
+    images: list[Image.Image] = []
+    with tqdm(total=len(captions), desc="drawing", unit="image") as bar:
         for start in range(0, len(captions), batch_size):
             prompts = [text.text for text in captions[start : start + batch_size]]
             output = pipeline(
@@ -364,9 +364,9 @@ def draw_captions(
             )
             if len(output.images) != len(prompts):
                 raise InputError(
-                    f"the pipeline returned {len(output.images)} pictures for {len(prompts)} prompts; "
-                    "use one that makes one picture per prompt."
+                    f"the pipeline returned {len(output.images)} images for {len(prompts)} prompts; "
+                    "use one that makes one image per prompt."
                 )
-            pictures += output.images
+            images += output.images
             bar.update(len(prompts))
-    return pictures
+    return images

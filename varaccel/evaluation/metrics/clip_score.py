@@ -1,4 +1,4 @@
-"""CLIP score: how well pictures go with their descriptions, for models of real text."""
+"""CLIP score: how well images go with their descriptions, for models of real text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 from tqdm import tqdm
 
 from varaccel.errors import CheckpointError, InputError
-from varaccel.evaluation.metrics.image_sets import PictureSet
+from varaccel.evaluation.metrics.image_sets import ImageSet
 from varaccel.evaluation.metrics.set_metrics import Figure
 
 CLIP_MODEL = "openai/clip-vit-base-patch32"
@@ -61,30 +61,30 @@ def load_clip(name: str = CLIP_MODEL) -> CLIPScore:
 @torch.inference_mode()
 def clip_figure(
     clip: CLIPScore,
-    pictures: PictureSet,
+    images: ImageSet,
     prompts: Sequence[str],
     *,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Figure:
-    """The mean of 100 cos(picture, prompt) over all pictures, at least 0 (Hessel et al. 2021, arXiv 2104.08718).
+    """The mean of 100 cos(image, prompt) over all images, at least 0 (Hessel et al. 2021, arXiv 2104.08718).
 
     Raises:
-        InputError: other than one prompt per picture.
+        InputError: other than one prompt per image.
     """
-    if len(pictures) != len(prompts):
-        raise InputError(f"{len(pictures)} pictures need as many prompts, got {len(prompts)}.")
+    if len(images) != len(prompts):
+        raise InputError(f"{len(images)} images need as many prompts, got {len(prompts)}.")
     clip = clip.to(device)
     clip.reset()
     scores = []
-    for index in tqdm(range(len(pictures)), desc="CLIP score", unit="picture", disable=not progress):
+    for index in tqdm(range(len(images)), desc="CLIP score", unit="image", disable=not progress):
         before = float(clip.score)
-        # one at a time: the metric keeps a sum, and the standard error needs every picture's own
-        clip.update(pictures[index].to(device), prompts[index])
+        # one at a time: the metric keeps a sum, and the standard error needs every image's own
+        clip.update(images[index].to(device), prompts[index])
         scores.append(float(clip.score) - before)
     error = (
         float(torch.tensor(scores, dtype=torch.float64).std()) / sqrt(len(scores))
         if len(scores) > 1
         else None
     )
-    return Figure("clip", "CLIP score", float(clip.compute()), error, "higher", {"pictures": len(scores)})
+    return Figure("clip", "CLIP score", float(clip.compute()), error, "higher", {"images": len(scores)})

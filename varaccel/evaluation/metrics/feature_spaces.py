@@ -1,4 +1,4 @@
-"""Networks whose features pictures are compared in: torch-fidelity's Inception, and the scene detector.
+"""Networks whose features images are compared in: torch-fidelity's Inception, and the scene detector.
 
 A distance means something only together with the space that it was measured in. Only Inception features give a
 FID; the scene detector's give figures of the same formulas for the small shipped models, offline, which compare with
@@ -47,7 +47,7 @@ class SceneFeatures(FeatureExtractorBase):
     """The shipped scene detector as a feature extractor of torch-fidelity, registered as `scenes-detector`.
 
     Provides `pooled` ([B, D], see `SceneDetector.features`) and `logits` ([B, shapes × colours]: what the likeliest
-    object of the picture is, for a score in the manner of the Inception Score). Takes uint8 [B, 3, H, W]; other sizes
+    object of the image is, for a score in the manner of the Inception Score). Takes uint8 [B, 3, H, W]; other sizes
     than the detector's are resized with antialiasing.
 
     Args:

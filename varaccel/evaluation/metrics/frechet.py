@@ -1,11 +1,11 @@
-"""How far a set of pictures is from another as a whole: the Fréchet distance of their features.
+"""How far a set of images is from another as a whole: the Fréchet distance of their features.
 
 The measure is that of Heusel et al. 2017 (arXiv 1706.08500) in a feature space that is named with every figure. In
 Inception features it is called FID. In the features of the scene detector, which are used here, it is a distance of
 its own: it compares accelerators of one model on one world and never with a published FID.
 
-The distance of a finite sample is biased upwards, the more so the fewer pictures there are (Binkowski et al. 2018,
-arXiv 1801.01401): compare figures of equally many pictures only.
+The distance of a finite sample is biased upwards, the more so the fewer images there are (Binkowski et al. 2018,
+arXiv 1801.01401): compare figures of equally many images only.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from varaccel.models.detector import FEATURE_SPACE, SceneDetector
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Mean and covariance of the features of a set of pictures.
+    """Mean and covariance of the features of a set of images.
 
     Attributes:
         mean: [D] float64.
         covariance: [D, D] float64, symmetric, divided by `count` - 1.
-        count: pictures; the covariance of fewer than D + 1 is rank-deficient, which is no obstacle.
+        count: images; the covariance of fewer than D + 1 is rank-deficient, which is no obstacle.
         space: name of the feature space; distances exist within one space only.
-        made: how: the pictures, a digest of them, their size, versions of the software.
+        made: how: the images, a digest of them, their size, versions of the software.
     """
 
     mean: Tensor
@@ -133,13 +133,11 @@ class FrechetSpread:
 def _checked(features: Tensor) -> Tensor:
     if features.dim() != 2 or len(features) < 2:
         raise InputError(
-            f"a distance needs features [N, D] of at least two pictures, got {list(features.shape)}."
+            f"a distance needs features [N, D] of at least two images, got {list(features.shape)}."
         )
     rows = features.detach().to("cpu", torch.float64)
     if not bool(rows.isfinite().all()):
-        raise InputError(
-            "the features hold numbers that are not finite; look at the pictures they come from."
-        )
+        raise InputError("the features hold numbers that are not finite; look at the images they come from.")
     return rows
 
 
@@ -187,12 +185,12 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 def frechet_spread(
     reference: FeatureStatistics, features: Tensor, space: str, *, resamples: int = 200, seed: int = 0
 ) -> FrechetSpread:
-    """How much the distance of `features` [N, D] from `reference` owes to which N pictures were drawn.
+    """How much the distance of `features` [N, D] from `reference` owes to which N images were drawn.
 
     Bootstrap: the distance of N features drawn with repetition, again and again. Its standard deviation estimates the
     noise of the distance, on the wide side: for 100 true scenes against 1000 others in the shipped detector's
     features it is 0.81 on average, while the distances of 15 such samples vary by 0.45. Its mean lies above the
-    distance itself, because a resample holds fewer distinct pictures and small samples bias the distance upwards;
+    distance itself, because a resample holds fewer distinct images and small samples bias the distance upwards;
     so report `frechet_distance` and this spread, and compare equal N only. The noise of the reference is not
     included: it is the same for all that are compared with it.
 
@@ -244,12 +242,12 @@ def scene_space(detector: SceneDetector) -> str:
 def scene_features(
     detector: SceneDetector, images: Tensor | Sequence[Image.Image], batch_size: int = 64
 ) -> Tensor:
-    """Features [B, D] of pictures ([B, 3, H, W] in [-1, 1] or PIL) in the space `scene_space(detector)`.
+    """Features [B, D] of images ([B, 3, H, W] in [-1, 1] or PIL) in the space `scene_space(detector)`.
 
     A space of its own that knows objects of the captioned world, not Inception's: distances in it are no FID.
 
     Raises:
-        InputError: the detector is in training mode, where features would depend on the batch; no pictures.
+        InputError: the detector is in training mode, where features would depend on the batch; no images.
     """
     if detector.training:
         raise InputError("the detector is in training mode; call eval() before taking features.")
@@ -259,7 +257,7 @@ def scene_features(
 def scene_statistics(
     detector: SceneDetector, images: Tensor | Sequence[Image.Image], batch_size: int = 64
 ) -> FeatureStatistics:
-    """Statistics of the `scene_features` of at least two pictures."""
+    """Statistics of the `scene_features` of at least two images."""
     return FeatureStatistics.from_features(
         scene_features(detector, images, batch_size), scene_space(detector)
     )

@@ -1,4 +1,4 @@
-"""Features of a set of pictures, kept on disk chunk by chunk."""
+"""Features of a set of images, kept on disk chunk by chunk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from varaccel.errors import InputError, unknown_name
 from varaccel.evaluation.metrics.feature_spaces import FeatureSpace
-from varaccel.evaluation.metrics.image_sets import CorruptPicture, PictureSet
+from varaccel.evaluation.metrics.image_sets import CorruptImage, ImageSet
 from varaccel.files import atomic_path
 
 OnCorrupt = Literal["stop", "skip"]
@@ -28,21 +28,21 @@ _READERS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class PictureFeatures:
-    """Features of N pictures.
+class ImageFeatures:
+    """Features of N images.
 
     Attributes:
         layers: [N, D] float32 by name of the layer.
         space: label of the feature space.
-        pictures: what they were taken of.
-        digest: of the pixels of all pictures in order: equal for the same pictures in a folder and in an .npz file.
-        size: (height, width) of the pictures.
-        skipped: names of pictures that could not be read.
+        images: what they were taken of.
+        digest: of the pixels of all images in order: equal for the same images in a folder and in an .npz file.
+        size: (height, width) of the images.
+        skipped: names of images that could not be read.
     """
 
     layers: dict[str, Tensor]
     space: str
-    pictures: str
+    images: str
     digest: str
     size: tuple[int, int]
     skipped: tuple[str, ...] = ()
@@ -53,36 +53,36 @@ class PictureFeatures:
 
 @torch.inference_mode()
 def extract_features(
-    pictures: PictureSet,
+    images: ImageSet,
     space: FeatureSpace,
     *,
     batch_size: int = 64,
     cache: str | os.PathLike[str] | None = None,
     on_corrupt: OnCorrupt = "stop",
     progress: bool = True,
-) -> PictureFeatures:
-    """Features of all pictures of a set.
+) -> ImageFeatures:
+    """Features of all images of a set.
 
     Args:
-        batch_size: pictures per pass of the network; torch-fidelity's default gives its very numbers.
-        cache: folder in which features are kept, in chunks of 512 pictures that are named by their pixels and the
-            network. An interrupted call goes on where it stopped, and pictures that were seen before, in whatever
+        batch_size: images per pass of the network; torch-fidelity's default gives its very numbers.
+        cache: folder in which features are kept, in chunks of 512 images that are named by their pixels and the
+            network. An interrupted call goes on where it stopped, and images that were seen before, in whatever
             file, cost only their reading.
         on_corrupt: what to do about a file that cannot be read: "stop", or "skip" it and say so in the result.
 
     Raises:
-        InputError: pictures of different sizes; a corrupt one (with "stop"); none that can be read; a cache that
+        InputError: images of different sizes; a corrupt one (with "stop"); none that can be read; a cache that
             cannot be written.
     """
     if on_corrupt not in ("stop", "skip"):
-        raise unknown_name("way with corrupt pictures", on_corrupt, ("stop", "skip"))
+        raise unknown_name("way with corrupt images", on_corrupt, ("stop", "skip"))
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")
-    reader = _Reader(pictures, on_corrupt)
+    reader = _Reader(images, on_corrupt)
     found: list[dict[str, Tensor]] = []
     total = hashlib.sha256()
     with tqdm(
-        total=len(pictures), desc=f"features of {pictures.name}", unit="picture", disable=not progress
+        total=len(images), desc=f"features of {images.name}", unit="image", disable=not progress
     ) as bar:
         for chunk, read in reader.chunks():
             if chunk is not None:
@@ -91,11 +91,11 @@ def extract_features(
                 found.append(_chunk_features(chunk, digest, space, batch_size, cache))
             bar.update(read)
     if reader.size is None:
-        raise InputError(f"none of the {len(pictures)} pictures of {pictures.name} can be read.")
-    return PictureFeatures(
+        raise InputError(f"none of the {len(images)} images of {images.name} can be read.")
+    return ImageFeatures(
         {layer: torch.cat([one[layer] for one in found]) for layer in space.layers},
         space.label,
-        pictures.name,
+        images.name,
         total.hexdigest()[:16],
         reader.size,
         tuple(reader.skipped),
@@ -103,57 +103,57 @@ def extract_features(
 
 
 class _Reader:
-    """Reads a set in chunks of equally large pictures.
+    """Reads a set in chunks of equally large images.
 
     Attributes:
-        size: of the first picture that could be read; None before.
+        size: of the first image that could be read; None before.
         skipped: names of those that could not.
     """
 
-    def __init__(self, pictures: PictureSet, on_corrupt: OnCorrupt) -> None:
-        self.pictures, self.on_corrupt = pictures, on_corrupt
+    def __init__(self, images: ImageSet, on_corrupt: OnCorrupt) -> None:
+        self.images, self.on_corrupt = images, on_corrupt
         self.size: tuple[int, int] | None = None
         self.skipped: list[str] = []
         self._first = ""
 
     def chunks(self) -> Iterator[tuple[Tensor | None, int]]:
-        """Pictures uint8 [n, 3, H, W], None if none of them can be read, and how many were tried."""
-        # decoding a picture leaves Python's lock, so a few threads keep up with the network
+        """Images uint8 [n, 3, H, W], None if none of them can be read, and how many were tried."""
+        # decoding an image leaves Python's lock, so a few threads keep up with the network
         with ThreadPoolExecutor(_READERS) as pool:
-            for start in range(0, len(self.pictures), _CHUNK):
-                indices = range(start, min(start + _CHUNK, len(self.pictures)))
-                pictures = zip(indices, pool.map(self._read, indices), strict=True)
-                read = [self._checked(index, picture) for index, picture in pictures]
+            for start in range(0, len(self.images), _CHUNK):
+                indices = range(start, min(start + _CHUNK, len(self.images)))
+                images = zip(indices, pool.map(self._read, indices), strict=True)
+                read = [self._checked(index, image) for index, image in images]
                 kept = [one for one in read if one is not None]
                 yield torch.stack(kept) if kept else None, len(indices)
 
-    def _read(self, index: int) -> Tensor | CorruptPicture:
+    def _read(self, index: int) -> Tensor | CorruptImage:
         try:
-            return self.pictures[index]
-        except CorruptPicture as error:
+            return self.images[index]
+        except CorruptImage as error:
             return error
 
-    def _checked(self, index: int, picture: Tensor | CorruptPicture) -> Tensor | None:
-        if isinstance(picture, CorruptPicture):
+    def _checked(self, index: int, image: Tensor | CorruptImage) -> Tensor | None:
+        if isinstance(image, CorruptImage):
             if self.on_corrupt == "stop":
-                raise InputError(f"{picture}; replace it, or let corrupt pictures be skipped.") from picture
-            self.skipped.append(self.pictures.label(index))
+                raise InputError(f"{image}; replace it, or let corrupt images be skipped.") from image
+            self.skipped.append(self.images.label(index))
             return None
-        size = (picture.shape[-2], picture.shape[-1])
+        size = (image.shape[-2], image.shape[-1])
         if self.size is None:
-            self.size, self._first = size, self.pictures.label(index)
+            self.size, self._first = size, self.images.label(index)
         if size != self.size:
             raise InputError(
-                f"pictures must have one size: {self._first} is {self.size[1]} × {self.size[0]}, but "
-                f"{self.pictures.label(index)} is {size[1]} × {size[0]}; give a size to crop all to."
+                f"images must have one size: {self._first} is {self.size[1]} × {self.size[0]}, but "
+                f"{self.images.label(index)} is {size[1]} × {size[0]}; give a size to crop all to."
             )
-        return picture
+        return image
 
 
 def _chunk_features(
     chunk: Tensor, digest: str, space: FeatureSpace, batch_size: int, cache: str | os.PathLike[str] | None
 ) -> dict[str, Tensor]:
-    """Features of the pictures [n, 3, H, W] of one chunk, from the cache if they are there."""
+    """Features of the images [n, 3, H, W] of one chunk, from the cache if they are there."""
     path = None
     if cache is not None:
         named = [space.label, *space.layers, str(batch_size), str(tuple(chunk.shape)), digest]

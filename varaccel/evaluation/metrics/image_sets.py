@@ -1,4 +1,4 @@
-"""Sets of pictures that are measured: folders, ADM batches, registered data sets, true scenes.
+"""Sets of images that are measured: folders, ADM batches, registered data sets, true scenes.
 
 A set is a `torch.utils.data.Dataset` of uint8 tensors [3, H, W], so torch-fidelity takes it as it is.
 """
@@ -26,18 +26,18 @@ from varaccel.scenes.renderer import render
 from varaccel.scenes.sampler import sample_scene
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""What counts as a picture in a folder."""
+"""What counts as an image in a folder."""
 
-RUN_PICTURES = "pictures"
-"""Where a run of `eval/sample.py` keeps its pictures."""
-
-
-class CorruptPicture(InputError):
-    """A file that is no readable picture."""
+RUN_IMAGES = "images"
+"""Where a run of `eval/sample.py` keeps its images."""
 
 
-class PictureSet(Dataset[Tensor]):
-    """Pictures in a fixed order.
+class CorruptImage(InputError):
+    """A file that is no readable image."""
+
+
+class ImageSet(Dataset[Tensor]):
+    """Images in a fixed order.
 
     Attributes:
         name: what the set is, for reports.
@@ -50,27 +50,27 @@ class PictureSet(Dataset[Tensor]):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Tensor:
-        """Picture `index` as uint8 [3, H, W].
+        """Image `index` as uint8 [3, H, W].
 
         Raises:
-            CorruptPicture: it cannot be read.
+            CorruptImage: it cannot be read.
         """
 
     def label(self, index: int) -> str:
-        """What picture `index` is called in messages."""
+        """What image `index` is called in messages."""
         return f"{self.name}[{index}]"
 
 
-class PictureFolder(PictureSet):
-    """The pictures of a folder in the order of their names.
+class ImageFolder(ImageSet):
+    """The images of a folder in the order of their names.
 
     Args:
-        folder: of pictures, or of a run of `eval/sample.py`; hidden files and folders are passed over.
+        folder: of images, or of a run of `eval/sample.py`; hidden files and folders are passed over.
         recursive: take those of its folders too, such as one folder per class.
-        size: shrink and crop every picture to this side, see `centre_crop`; they stay as they are if None.
+        size: shrink and crop every image to this side, see `centre_crop`; they stay as they are if None.
 
     Raises:
-        InputError: no such folder, or no pictures in it.
+        InputError: no such folder, or no images in it.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class PictureFolder(PictureSet):
         root = Path(folder)
         if not root.is_dir():
             raise InputError(f"there is no folder {root}; check the path.")
-        inner = root / RUN_PICTURES
+        inner = root / RUN_IMAGES
         self.folder = inner if inner.is_dir() else root
         self.name = str(root)
         self.size = size
@@ -93,7 +93,7 @@ class PictureFolder(PictureSet):
         if not self.files:
             deeper = "" if recursive else ", or let its folders be searched too"
             raise InputError(
-                f"there are no pictures in {self.folder}; name a folder of {', '.join(SUFFIXES)} files{deeper}."
+                f"there are no images in {self.folder}; name a folder of {', '.join(SUFFIXES)} files{deeper}."
             )
 
     def __len__(self) -> int:
@@ -102,8 +102,8 @@ class PictureFolder(PictureSet):
     def __getitem__(self, index: int) -> Tensor:
         path = self.files[index]
         try:
-            with Image.open(path) as picture:
-                pixels = picture.convert("RGB")
+            with Image.open(path) as image:
+                pixels = image.convert("RGB")
         except (
             OSError,
             SyntaxError,
@@ -111,15 +111,15 @@ class PictureFolder(PictureSet):
             UnidentifiedImageError,
             Image.DecompressionBombError,
         ) as error:
-            raise CorruptPicture(f"{path} cannot be read as a picture: {error}") from error
+            raise CorruptImage(f"{path} cannot be read as an image: {error}") from error
         return _tensor(np.asarray(pixels if self.size is None else centre_crop(pixels, self.size)))
 
     def label(self, index: int) -> str:
         return str(self.files[index])
 
 
-class PictureBatch(PictureSet):
-    """The pictures of an ADM-style .npz file: `arr_0`, uint8 [N, H, W, 3].
+class ImageBatch(ImageSet):
+    """The images of an ADM-style .npz file: `arr_0`, uint8 [N, H, W, 3].
 
     Raises:
         InputError: no such file, or none of this kind.
@@ -132,14 +132,14 @@ class PictureBatch(PictureSet):
         except FileNotFoundError:
             raise InputError(f"there is no file {path}; check the path.") from None
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
-            raise InputError(f"{path} holds no batch of pictures (arr_0): {error}") from error
+            raise InputError(f"{path} holds no batch of images (arr_0): {error}") from error
         if self.pixels.ndim != 4 or self.pixels.shape[3] != 3 or self.pixels.dtype != np.uint8:
             raise InputError(
                 f"arr_0 of {path} must be uint8 [N, H, W, 3], got {self.pixels.dtype} "
                 f"{list(self.pixels.shape)}."
             )
         if not len(self.pixels):
-            raise InputError(f"arr_0 of {path} holds no pictures.")
+            raise InputError(f"arr_0 of {path} holds no images.")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -148,8 +148,8 @@ class PictureBatch(PictureSet):
         return _tensor(self.pixels[index])
 
 
-class TrueScenes(PictureSet):
-    """True pictures of the captioned world, rendered when they are asked for.
+class TrueScenes(ImageSet):
+    """True images of the captioned world, rendered when they are asked for.
 
     Args:
         seeds: of the scenes.
@@ -169,7 +169,7 @@ class TrueScenes(PictureSet):
         return _tensor(render(sample_scene(self.seeds[index]), self.size).image)
 
 
-class RegisteredPictures(PictureSet):
+class RegisteredImages(ImageSet):
     """A data set that torch-fidelity knows by name, such as `cifar10-train`; downloaded when it is first used.
 
     Raises:
@@ -184,21 +184,21 @@ class RegisteredPictures(PictureSet):
         self.name = name
         root = Path(torch.hub.get_dir()).parent / "fidelity_datasets"
         try:
-            self._pictures: Any = DATASETS_REGISTRY[name](str(root), True)
+            self._images: Any = DATASETS_REGISTRY[name](str(root), True)
         except (OSError, RuntimeError) as error:
             raise InputError(f"the data set {name} could not be had: {error}") from error
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.as_tensor(self._pictures[index])
+        return torch.as_tensor(self._images[index])
 
 
-def open_pictures(
+def open_images(
     name: str | os.PathLike[str], *, recursive: bool = False, size: int | None = None
-) -> PictureSet:
-    """The set of pictures that a command line names: a folder, an .npz file, or a registered data set.
+) -> ImageSet:
+    """The set of images that a command line names: a folder, an .npz file, or a registered data set.
 
     Raises:
         InputError: there is nothing of the kind.
@@ -207,25 +207,25 @@ def open_pictures(
 
     path = Path(name)
     if str(name) in DATASETS_REGISTRY and not path.exists():
-        return RegisteredPictures(str(name))
+        return RegisteredImages(str(name))
     if path.suffix == ".npz":
-        return PictureBatch(path)
-    return PictureFolder(path, recursive=recursive, size=size)
+        return ImageBatch(path)
+    return ImageFolder(path, recursive=recursive, size=size)
 
 
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """A picture shrunk until its shorter side is `size`, then cropped to a square, as references of ImageNet are.
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """An image shrunk until its shorter side is `size`, then cropped to a square, as references of ImageNet are.
 
     Halved by box averaging while it is more than twice too large, then resized bicubically (ADM, Dhariwal and
     Nichol 2021, arXiv 2105.05233).
     """
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    return image.crop((left, top, left + size, top + size))
 
 
 def _tensor(pixels: NDArray[np.uint8]) -> Tensor:

@@ -15,7 +15,7 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 import varaccel
 from varaccel.errors import InputError
 from varaccel.evaluation.metrics.adherence import (
-    Verdict,
+    VerificationResult,
     held_out_captions,
     score_adherence,
     share_error,
@@ -24,8 +24,8 @@ from varaccel.evaluation.metrics.adherence import (
 from varaccel.evaluation.metrics.clip_score import clip_figure
 from varaccel.evaluation.metrics.feature_spaces import FeatureSpace
 from varaccel.evaluation.metrics.frechet import FeatureStatistics
-from varaccel.evaluation.metrics.image_features import OnCorrupt, PictureFeatures, extract_features
-from varaccel.evaluation.metrics.image_sets import PictureFolder, PictureSet, open_pictures
+from varaccel.evaluation.metrics.image_features import ImageFeatures, OnCorrupt, extract_features
+from varaccel.evaluation.metrics.image_sets import ImageFolder, ImageSet, open_images
 from varaccel.evaluation.metrics.metrics_report import MetricsReport
 from varaccel.evaluation.metrics.set_metrics import (
     METRICS,
@@ -35,7 +35,7 @@ from varaccel.evaluation.metrics.set_metrics import (
     cautions,
     load_reference,
     measure,
-    needs_pictures,
+    needs_images,
     statistics_of,
 )
 from varaccel.evaluation.sampling.image_run import RunSettings, read_prompts
@@ -44,7 +44,7 @@ from varaccel.evaluation.sampling.prompt_lists import SCENES
 from varaccel.models.detector import load_detector
 
 _JUDGED_TOGETHER = 256
-"""Pictures that are in memory at one time while adherence is judged."""
+"""Images that are in memory at one time while adherence is judged."""
 
 
 def measure_sets(
@@ -63,7 +63,7 @@ def measure_sets(
     resamples: int | None = None,
     progress: bool = True,
 ) -> tuple[MetricsReport, FeatureStatistics]:
-    """Measure sets of pictures alike.
+    """Measure sets of images alike.
 
     Args:
         names: folders, runs of `eval/sample.py`, .npz files; the first is the baseline of the others.
@@ -72,7 +72,7 @@ def measure_sets(
         metrics: of `METRICS`; by default all that reference and space allow.
         clip: also take the CLIP score of runs, whose prompts are known.
         preset: the protocol that the first set follows.
-        recursive, crop: see `PictureFolder`.
+        recursive, crop: see `ImageFolder`.
         on_corrupt, batch_size, cache: see `extract_features`.
         resamples: see `measure`.
 
@@ -80,7 +80,7 @@ def measure_sets(
         The report, and the statistics of the first set, to be kept as a reference for others.
 
     Raises:
-        InputError: sets that are not there or that hold too few pictures, metrics that do not go with the reference.
+        InputError: sets that are not there or that hold too few images, metrics that do not go with the reference.
     """
     common: dict[str, Any] = {
         "batch_size": batch_size,
@@ -88,14 +88,14 @@ def measure_sets(
         "on_corrupt": on_corrupt,
         "progress": progress,
     }
-    sets = [open_pictures(name, recursive=recursive, size=crop) for name in names]
-    features = [extract_features(pictures, space, **common) for pictures in sets]
+    sets = [open_images(name, recursive=recursive, size=crop) for name in names]
+    features = [extract_features(images, space, **common) for images in sets]
     compared = None
     if reference is not None:
         compared = load_reference(
             reference,
             space,
-            pictures_needed=metrics is None or needs_pictures(metrics),
+            images_needed=metrics is None or needs_images(metrics),
             recursive=recursive,
             size=crop,
             scene_size=features[0].size[0],
@@ -103,12 +103,12 @@ def measure_sets(
         )
     wanted = _possible(space, compared) if metrics is None else list(metrics)
     reports = []
-    for pictures, own in zip(sets, features, strict=True):
+    for images, own in zip(sets, features, strict=True):
         figures = measure(own, space, wanted, compared, resamples=resamples) if wanted else []
         notes = cautions(own, space, figures, compared)
-        prompted, run = _of_run(pictures, own, clip, progress, notes)
+        prompted, run = _of_run(images, own, clip, progress, notes)
         reports.append(
-            SetReport(pictures.name, len(own), own.digest, own.size, (*figures, *prompted), tuple(notes), run)
+            SetReport(images.name, len(own), own.digest, own.size, (*figures, *prompted), tuple(notes), run)
         )
     versions = {
         "varaccel": varaccel.__version__,
@@ -132,45 +132,45 @@ def _possible(space: FeatureSpace, reference: Reference | None) -> list[str]:
 
 
 def _of_run(
-    pictures: PictureSet,
-    features: PictureFeatures,
+    images: ImageSet,
+    features: ImageFeatures,
     clip: CLIPScore | None,
     progress: bool,
     notes: list[str],
 ) -> tuple[list[Figure], dict[str, Any] | None]:
     """Figures that need prompts, and the settings: both known of a run only."""
-    root = Path(pictures.name)
-    settings = RunSettings.read(root) if isinstance(pictures, PictureFolder) else None
+    root = Path(images.name)
+    settings = RunSettings.read(root) if isinstance(images, ImageFolder) else None
     if settings is None:
         if clip is not None:
             raise InputError(
-                f"{pictures.name} is no run of eval/sample.py, so its prompts are not known; leave out the CLIP score."
+                f"{images.name} is no run of eval/sample.py, so its prompts are not known; leave out the CLIP score."
             )
         return [], None
     figures = []
     whole = len(features) == settings.count
     if not whole:
-        notes.append(f"{pictures.name} holds {len(features)} of the {settings.count} pictures of its run.")
+        notes.append(f"{images.name} holds {len(features)} of the {settings.count} images of its run.")
     if whole and settings.source == SCENES:
-        figures.append(_adherence_figure(pictures, settings.count))
+        figures.append(_adherence_figure(images, settings.count))
     if whole and clip is not None:
         prompts = read_prompts(root) or []
         figures.append(
             clip_figure(
-                clip, pictures, [str(prompt) for prompt in prompts], device=clip.device, progress=progress
+                clip, images, [str(prompt) for prompt in prompts], device=clip.device, progress=progress
             )
         )
     return figures, asdict(settings)
 
 
-def _adherence_figure(pictures: PictureSet, count: int) -> Figure:
-    """The share of pictures that show all that their captions say."""
+def _adherence_figure(images: ImageSet, count: int) -> Figure:
+    """The share of images that show all that their captions say."""
     detector = load_detector()
-    verdicts: list[Verdict] = []
+    verdicts: list[VerificationResult] = []
     captions = held_out_captions(count)
     for start in range(0, count, _JUDGED_TOGETHER):
         part = captions[start : start + _JUDGED_TOGETHER]
-        batch = torch.stack([pictures[start + index] for index in range(len(part))])
+        batch = torch.stack([images[start + index] for index in range(len(part))])
         verdicts += score_adherence(detector, batch.float().div(127.5).sub(1), part).verdicts
     rates = summarise(verdicts).rates
     rate = rates["correct"]

@@ -1,4 +1,4 @@
-"""Figures of one or several sets of pictures, beside each other and beside what was published."""
+"""Figures of one or several sets of images, beside each other and beside what was published."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MetricsReport:
-    """Sets of pictures measured alike; the first one is the baseline of the others.
+    """Sets of images measured alike; the first one is the baseline of the others.
 
     Attributes:
         sets: what was measured.
@@ -51,7 +51,7 @@ class MetricsReport:
 
     @property
     def departures(self) -> list[str]:
-        """In what the pictures of the first set were not drawn as the protocol says."""
+        """In what the images of the first set were not drawn as the protocol says."""
         run = self.sets[0].run
         if self.preset is None or run is None:
             return []
@@ -105,8 +105,8 @@ class MetricsReport:
             if self.preset is not None and self.preset.published:
                 columns += ["published", "difference"]
             if report is not self.sets[0]:
-                columns.append(f"against {self.sets[0].pictures}")
-            table = Table(*columns, title=f"{report.pictures}: {report.count} pictures")
+                columns.append(f"against {self.sets[0].images}")
+            table = Table(*columns, title=f"{report.images}: {report.count} images")
             for figure in report.figures:
                 table.add_row(*self._cells(report, figure))
             parts.append(table)
@@ -127,7 +127,7 @@ class MetricsReport:
         lines = [f"Features: {self.space}."]
         if self.reference is not None:
             lines.append(
-                f"Reference: {self.reference['name']}, {self.reference['pictures']} pictures, fingerprint "
+                f"Reference: {self.reference['name']}, {self.reference['images']} images, fingerprint "
                 f"{self.reference['fingerprint']}."
             )
         if self.preset is not None:

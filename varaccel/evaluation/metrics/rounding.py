@@ -1,6 +1,6 @@
-"""How often rounding alone changes a picture when it is drawn in another batch.
+"""How often rounding alone changes an image when it is drawn in another batch.
 
-Every picture has its own random numbers, so it does not depend on its batch but for one thing: matrix products of
+Every image has its own random numbers, so it does not depend on its batch but for one thing: matrix products of
 other shapes add up in another order. Where two codes are nearly as likely as the drawn number says, the last digit
 decides, and all tokens after it may differ.
 """
@@ -26,11 +26,11 @@ another token."""
 
 @dataclass(frozen=True)
 class RoundingReport:
-    """Pictures of the same seeds drawn in two batch sizes.
+    """Images of the same seeds drawn in two batch sizes.
 
     Attributes:
         batch_sizes: the two.
-        changed: rate of pictures of which any token differs.
+        changed: rate of images of which any token differs.
         tokens: share of all tokens that differ.
         largest: largest difference of a continuous token's numbers; None for codes.
     """
@@ -44,7 +44,7 @@ class RoundingReport:
         rate = self.changed
         largest = "" if self.largest is None else f", largest difference {self.largest:.2g}"
         return (
-            f"batch {self.batch_sizes[0]} against {self.batch_sizes[1]}: {rate.successes} of {rate.total} pictures "
+            f"batch {self.batch_sizes[0]} against {self.batch_sizes[1]}: {rate.successes} of {rate.total} images "
             f"differ ({100 * rate.share:.2f} %, 95 % interval {100 * rate.low:.2f} to {100 * rate.high:.2f}), "
             f"{100 * self.tokens:.3f} % of the tokens{largest}"
         )
@@ -63,8 +63,8 @@ def compare_batch_sizes(
     """Draw the tokens of the same prompts and seeds in two batch sizes and compare them.
 
     Args:
-        prompts: one per picture; picture i has seed `seed` + i.
-        batch_sizes: pictures per call.
+        prompts: one per image; image i has seed `seed` + i.
+        batch_sizes: images per call.
         call: further arguments of the pipeline call.
 
     Raises:
@@ -73,7 +73,7 @@ def compare_batch_sizes(
     if not prompts or min(batch_sizes) < 1:
         raise InputError("name at least one prompt, and batch sizes of at least 1.")
     drawn: list[Tensor] = []
-    with tqdm(total=2 * len(prompts), desc="drawing", unit="picture", disable=not progress) as bar:
+    with tqdm(total=2 * len(prompts), desc="drawing", unit="image", disable=not progress) as bar:
         for size in batch_sizes:
             parts = []
             for start in range(0, len(prompts), size):

@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, KID, precision and recall of sets of pictures, each with its sampling noise.
+"""FID, sFID, Inception Score, KID, precision and recall of sets of images, each with its sampling noise.
 
 The formulas are torch-fidelity's (sFID: ADM's features in the same formula as FID). What is added: references given as
 statistics, features that are kept, and standard errors, so that a comparison can say when it shows nothing.
@@ -26,8 +26,8 @@ from varaccel.errors import InputError, unknown_name
 from varaccel.evaluation.metrics.adherence import held_out_prompts, share_error
 from varaccel.evaluation.metrics.feature_spaces import FeatureSpace
 from varaccel.evaluation.metrics.frechet import FeatureStatistics, frechet_spread
-from varaccel.evaluation.metrics.image_features import OnCorrupt, PictureFeatures, extract_features
-from varaccel.evaluation.metrics.image_sets import PictureSet, TrueScenes, open_pictures
+from varaccel.evaluation.metrics.image_features import ImageFeatures, OnCorrupt, extract_features
+from varaccel.evaluation.metrics.image_sets import ImageSet, TrueScenes, open_images
 from varaccel.scenes.world import HELD_OUT_SEED
 
 METRICS = ("fid", "sfid", "is", "kid", "pr")
@@ -50,13 +50,13 @@ _SPREAD_SEED = 0
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a set of pictures.
+    """One figure of a set of images.
 
     Attributes:
         metric: one of fid, sfid, is, kid, precision, recall, clip, adherence.
         title: what it is called in a report; says so if it is no Inception figure.
         value: the figure.
-        error: its standard error over the draw of the pictures; None if it was not estimated.
+        error: its standard error over the draw of the images; None if it was not estimated.
         better: whether "lower" or "higher" is better.
         details: how it was made, such as the numbers of splits and subsets.
     """
@@ -79,8 +79,8 @@ class Difference:
 
     Attributes:
         value: figure minus baseline.
-        noise: twice the standard error of the difference, as if both were of independent pictures; None if either
-            has no standard error. Pictures of the same prompts and seeds move together, so it is on the wide side.
+        noise: twice the standard error of the difference, as if both were of independent images; None if either
+            has no standard error. Images of the same prompts and seeds move together, so it is on the wide side.
         better: whether the figure is the better one.
     """
 
@@ -110,26 +110,26 @@ def difference(figure: Figure, baseline: Figure) -> Difference:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What pictures are compared with.
+    """What images are compared with.
 
     Attributes:
         name: where it comes from.
         statistics: of the pooled features, for FID.
         spatial: of the spatial features, for sFID; None if there are none.
-        features: of single pictures, for KID, precision and recall; None if there are only statistics.
+        features: of single images, for KID, precision and recall; None if there are only statistics.
     """
 
     name: str
     statistics: FeatureStatistics
     spatial: FeatureStatistics | None = None
-    features: PictureFeatures | None = None
+    features: ImageFeatures | None = None
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a report."""
         return {
             "name": self.name,
             "space": self.statistics.space,
-            "pictures": self.statistics.count or "not told by the file",
+            "images": self.statistics.count or "not told by the file",
             "fingerprint": self.statistics.fingerprint,
             "made": dict(self.statistics.made),
         }
@@ -139,7 +139,7 @@ def load_reference(
     name: str | os.PathLike[str],
     space: FeatureSpace,
     *,
-    pictures_needed: bool = True,
+    images_needed: bool = True,
     recursive: bool = False,
     size: int | None = None,
     scene_size: int = 128,
@@ -152,11 +152,11 @@ def load_reference(
 
     Args:
         name: `scenes:N` for N true scenes that no prompt asks for; an .npz file: kept statistics (`FeatureStatistics`),
-            an ADM reference batch (statistics `mu`, `sigma`, `mu_s`, `sigma_s`, pictures `arr_0`, or either); a folder
-            of pictures; or a data set that torch-fidelity knows by name.
+            an ADM reference batch (statistics `mu`, `sigma`, `mu_s`, `sigma_s`, images `arr_0`, or either); a folder
+            of images; or a data set that torch-fidelity knows by name.
         space: where features are taken; the statistics of an ADM file are Inception's.
-        pictures_needed: also take features of the pictures of an ADM file, which is not needed for FID alone.
-        recursive, size: of a folder, see `PictureFolder`.
+        images_needed: also take features of the images of an ADM file, which is not needed for FID alone.
+        recursive, size: of a folder, see `ImageFolder`.
         scene_size: side of true scenes in pixels.
         batch_size, cache, on_corrupt, progress: see `extract_features`.
 
@@ -171,14 +171,14 @@ def load_reference(
         "progress": progress,
     }
     if text.startswith("scenes:"):
-        return _of_pictures(TrueScenes(_scene_seeds(text), scene_size), space, options)
+        return _of_images(TrueScenes(_scene_seeds(text), scene_size), space, options)
     if text.endswith(".npz"):
         names = _members(Path(text))
         if "mean" in names:
             return _kept(text, space)
         if "mu" in names:
-            return _adm(text, names, space, pictures_needed, options)
-    return _of_pictures(open_pictures(text, recursive=recursive, size=size), space, options)
+            return _adm(text, names, space, images_needed, options)
+    return _of_images(open_images(text, recursive=recursive, size=size), space, options)
 
 
 def holds_inception_statistics(name: str | os.PathLike[str]) -> bool:
@@ -205,25 +205,25 @@ def _members(path: Path) -> set[str]:
         raise InputError(f"{path} is no .npz file: {error}") from error
 
 
-def _of_pictures(pictures: PictureSet, space: FeatureSpace, options: dict[str, Any]) -> Reference:
-    features = extract_features(pictures, space, **options)
+def _of_images(images: ImageSet, space: FeatureSpace, options: dict[str, Any]) -> Reference:
+    features = extract_features(images, space, **options)
     spatial = features.layers.get(space.SPATIAL)
     return Reference(
-        pictures.name,
+        images.name,
         statistics_of(features, space.pooled),
         None if spatial is None else statistics_of(features, space.SPATIAL),
         features,
     )
 
 
-def statistics_of(features: PictureFeatures, layer: str) -> FeatureStatistics:
+def statistics_of(features: ImageFeatures, layer: str) -> FeatureStatistics:
     """Statistics of one layer, noting how they were made.
 
     Raises:
-        InputError: fewer than two pictures.
+        InputError: fewer than two images.
     """
     made = {
-        "pictures": features.pictures,
+        "images": features.images,
         "digest": features.digest,
         "size": list(features.size),
         "skipped": len(features.skipped),
@@ -245,7 +245,7 @@ def _kept(path: str, space: FeatureSpace) -> Reference:
 
 
 def _adm(
-    path: str, names: set[str], space: FeatureSpace, pictures_needed: bool, options: dict[str, Any]
+    path: str, names: set[str], space: FeatureSpace, images_needed: bool, options: dict[str, Any]
 ) -> Reference:
     if not space.is_inception:
         raise InputError(f"{path} holds statistics of Inception features; choose the inception space.")
@@ -259,21 +259,21 @@ def _adm(
                         torch.from_numpy(file[f"sigma{suffix}"].astype(np.float64)),
                         0,
                         space.label,
-                        {"pictures": f"statistics of {Path(path).name}"},
+                        {"images": f"statistics of {Path(path).name}"},
                     )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no statistics that can be used: {error}") from error
     features = None
-    if pictures_needed and "arr_0" in names:
-        features = extract_features(open_pictures(path), space, **options)
+    if images_needed and "arr_0" in names:
+        features = extract_features(open_images(path), space, **options)
     return Reference(path, found[""], found.get("_s"), features)
 
 
 # -- the figures ---------------------------------------------------------------------------------------
 
 
-def needs_pictures(metrics: Iterable[str]) -> bool:
-    """Whether any of the metrics compares single pictures with those of the reference."""
+def needs_images(metrics: Iterable[str]) -> bool:
+    """Whether any of the metrics compares single images with those of the reference."""
     return bool({"kid", "pr"} & set(metrics))
 
 
@@ -291,7 +291,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
 
 
 def measure(
-    features: PictureFeatures,
+    features: ImageFeatures,
     space: FeatureSpace,
     metrics: Sequence[str],
     reference: Reference | None = None,
@@ -299,7 +299,7 @@ def measure(
     resamples: int | None = None,
     progress: bool = True,
 ) -> list[Figure]:
-    """Figures of pictures whose features were taken in `space`.
+    """Figures of images whose features were taken in `space`.
 
     Args:
         metrics: of `METRICS`; "pr" gives two figures, precision and recall (Kynkäänniemi et al. 2019, k = 3, in the
@@ -309,7 +309,7 @@ def measure(
             and 20 in Inception's, whose eigenvalues take seconds. 0: no standard errors.
 
     Raises:
-        InputError: an unknown metric, one that the reference does not allow, too few pictures for it.
+        InputError: an unknown metric, one that the reference does not allow, too few images for it.
     """
     check_metrics(metrics)
     if reference is None and set(metrics) != {"is"}:
@@ -332,8 +332,8 @@ def measure(
         else:
             if reference.features is None:
                 raise InputError(
-                    f"{reference.name} holds statistics only, but {metric} compares with single pictures; leave it "
-                    "out, or name a reference of pictures."
+                    f"{reference.name} holds statistics only, but {metric} compares with single images; leave it "
+                    "out, or name a reference of images."
                 )
             if metric == "kid":
                 figures.append(_kernel_distance(features, reference.features, space))
@@ -347,7 +347,7 @@ def _named(space: FeatureSpace, title: str) -> str:
 
 
 def _frechet(
-    features: PictureFeatures,
+    features: ImageFeatures,
     layer: str,
     reference: FeatureStatistics,
     metric: str,
@@ -374,30 +374,30 @@ def _frechet(
         value,
         error,
         "lower",
-        {"pictures": own.count, "dimensions": len(own.mean), "resamples": resamples},
+        {"images": own.count, "dimensions": len(own.mean), "resamples": resamples},
     )
 
 
-def _inception_score(features: PictureFeatures, space: FeatureSpace) -> Figure:
+def _inception_score(features: ImageFeatures, space: FeatureSpace) -> Figure:
     if space.logits not in features.layers:
         raise InputError("the features were taken without the logits that the Inception Score needs.")
     if len(features) < _SPLITS:
         raise InputError(
-            f"the Inception Score takes the mean of {_SPLITS} splits, but there are {len(features)} pictures."
+            f"the Inception Score takes the mean of {_SPLITS} splits, but there are {len(features)} images."
         )
     found = isc_features_to_metric(features.layers[space.logits], _SPLITS)
     std = found[KEY_METRIC_ISC_STD]
     # the splits are disjoint, so their mean is less noisy than each
     error = std / sqrt(_SPLITS - 1)
-    details = {"pictures": len(features), "splits": _SPLITS, "std_of_splits": std}
+    details = {"images": len(features), "splits": _SPLITS, "std_of_splits": std}
     return Figure("is", _named(space, "IS"), found[KEY_METRIC_ISC_MEAN], error, "higher", details)
 
 
-def _kernel_distance(features: PictureFeatures, reference: PictureFeatures, space: FeatureSpace) -> Figure:
+def _kernel_distance(features: ImageFeatures, reference: ImageFeatures, space: FeatureSpace) -> Figure:
     own, other = features.layers[space.pooled], reference.layers[space.pooled]
     smaller = min(len(own), len(other))
     if smaller < 4:
-        raise InputError("KID needs at least four pictures on either side.")
+        raise InputError("KID needs at least four images on either side.")
     # two disjoint ones at least, without which nothing could be said about noise; KID has no bias that depends on it
     subset = min(_KID_SUBSET, smaller // 2)
     found = kid_features_to_metric(
@@ -407,7 +407,7 @@ def _kernel_distance(features: PictureFeatures, reference: PictureFeatures, spac
     # the whole set is less noisy than a subset by as many disjoint ones as it holds
     error = std / sqrt(smaller // subset)
     details = {
-        "pictures": len(own),
+        "images": len(own),
         "subsets": _KID_SUBSETS,
         "subset_size": subset,
         "std_of_subsets": std,
@@ -415,12 +415,10 @@ def _kernel_distance(features: PictureFeatures, reference: PictureFeatures, spac
     return Figure("kid", _named(space, "KID"), found[KEY_METRIC_KID_MEAN], error, "lower", details)
 
 
-def _precision_recall(
-    features: PictureFeatures, reference: PictureFeatures, space: FeatureSpace
-) -> list[Figure]:
+def _precision_recall(features: ImageFeatures, reference: ImageFeatures, space: FeatureSpace) -> list[Figure]:
     own, other = features.layers[space.pooled], reference.layers[space.pooled]
     if min(len(own), len(other)) <= _NEIGHBOURS + 1:
-        raise InputError(f"precision and recall need more than {_NEIGHBOURS + 1} pictures on either side.")
+        raise InputError(f"precision and recall need more than {_NEIGHBOURS + 1} images on either side.")
     found = prc_features_to_metric(own, other, prc_neighborhood=_NEIGHBOURS, save_cpu_ram=True, verbose=False)
     figures = []
     for metric, key, judged in (
@@ -429,7 +427,7 @@ def _precision_recall(
     ):
         share = found[key]
         error = share_error(round(share * len(judged)), len(judged))
-        details = {"pictures": len(own), "reference_pictures": len(other), "neighbours": _NEIGHBOURS}
+        details = {"images": len(own), "reference_images": len(other), "neighbours": _NEIGHBOURS}
         figures.append(Figure(metric, _named(space, metric), share, error, "higher", details))
     return figures
 
@@ -438,7 +436,7 @@ def _precision_recall(
 
 
 def cautions(
-    features: PictureFeatures, space: FeatureSpace, figures: Sequence[Figure], reference: Reference | None
+    features: ImageFeatures, space: FeatureSpace, figures: Sequence[Figure], reference: Reference | None
 ) -> list[str]:
     """What a reader of the figures has to know."""
     notes = []
@@ -455,8 +453,8 @@ def cautions(
         dimensions = figure.details.get("dimensions")
         if dimensions is not None and len(features) <= dimensions:
             notes.append(
-                f"{figure.title}: {len(features)} pictures are no more than the {dimensions} dimensions of the "
-                "features, so the figure is mostly bias; compare it with figures of as many pictures only."
+                f"{figure.title}: {len(features)} images are no more than the {dimensions} dimensions of the "
+                "features, so the figure is mostly bias; compare it with figures of as many images only."
             )
     if reference is not None and not reference.statistics.made.get("digest") and space.is_inception:
         notes.append(
@@ -464,17 +462,17 @@ def cautions(
         )
     if features.skipped:
         shown = ", ".join(features.skipped[:3]) + (" …" if len(features.skipped) > 3 else "")
-        notes.append(f"{len(features.skipped)} pictures could not be read and were skipped: {shown}.")
+        notes.append(f"{len(features.skipped)} images could not be read and were skipped: {shown}.")
     return notes
 
 
 @dataclass(frozen=True)
 class SetReport:
-    """All figures of one set of pictures.
+    """All figures of one set of images.
 
     Attributes:
-        pictures: the set.
-        count: pictures that were read.
+        images: the set.
+        count: images that were read.
         digest: of their pixels.
         size: (height, width).
         figures: of the set.
@@ -482,7 +480,7 @@ class SetReport:
         run: how they were drawn, where that is known.
     """
 
-    pictures: str
+    images: str
     count: int
     digest: str
     size: tuple[int, int]

@@ -79,11 +79,11 @@ def published_loop(
     sampling: HeadSampling,
     iterations: int,
 ) -> tuple[Tensor, Shares]:
-    """Draw guided pictures as the published code does, from given noise.
+    """Draw guided images as the published code does, from given noise.
 
     Args:
         condition: labels [B], or text features [B, T, C] with `condition_mask` [B, T].
-        noise: order and noise of every picture.
+        noise: order and noise of every image.
         guidance: must be on.
         sampling: ddpm.
 
@@ -127,7 +127,7 @@ def our_shares(
     iterations: int,
     options: dict[str, object] | None = None,
 ) -> tuple[Tensor, Shares]:
-    """The same pictures by this library's session, with a stop of the watch between transformer and head.
+    """The same images by this library's session, with a stop of the watch between transformer and head.
 
     Args:
         options: of the session, such as compiled functions.
@@ -142,9 +142,9 @@ def our_shares(
     seconds = {"transformer": 0.0, "head": 0.0}
     for number, feed in enumerate(CosineGroups(noise.permutation, iterations).feeds(canvas), 1):
         clock = Stopwatch(canvas.tokens.device)
-        law = session.predict(canvas, feed)
+        distribution = session.predict(canvas, feed)
         clock.lap("transformer")
-        canvas.write(feed.positions, noise.sample(law, feed.positions), number)
+        canvas.write(feed.positions, noise.sample(distribution, feed.positions), number)
         clock.lap("head")
         for name, value in clock.laps.items():
             seconds[name] += value

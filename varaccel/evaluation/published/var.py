@@ -74,7 +74,7 @@ def published_loop(
     top_p: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw pictures as the published code does.
+    """Draw images as the published code does.
 
     Args:
         vectors: condition vectors [B, C], from `embed_condition`.

@@ -1,6 +1,6 @@
-"""Many pictures for an evaluation: the same files however the work was split, and after whatever interruption.
+"""Many images for an evaluation: the same files however the work was split, and after whatever interruption.
 
-Picture i has seed `seed` + i, and the pictures of a pass are decided by the batch size alone: batch b holds pictures
+Image i has seed `seed` + i, and the images of a pass are decided by the batch size alone: batch b holds images
 b·B to b·B + B - 1. Processes share batches, never parts of them, and an interrupted batch is drawn again whole. So
 files are bit-identical for any number of processes on one kind of device, on a CPU with equally many threads in each;
 another batch size draws the same random numbers, and only rounding can make a difference (see
@@ -32,19 +32,19 @@ import varaccel
 from varaccel.accelerators import Accelerator
 from varaccel.errors import InputError, unknown_name
 from varaccel.evaluation.digests import text_digest, weights_digest
-from varaccel.evaluation.metrics.image_sets import RUN_PICTURES
+from varaccel.evaluation.metrics.image_sets import RUN_IMAGES
 from varaccel.files import atomic_path
 from varaccel.pipelines.pixels import Rounding, to_uint8
 
 SETTINGS, PROMPTS, STATISTICS, BATCH_FILE = "run.json", "prompts.json", "statistics", "samples.npz"
 
-_OWN = (SETTINGS, PROMPTS, STATISTICS, RUN_PICTURES)
+_OWN = (SETTINGS, PROMPTS, STATISTICS, RUN_IMAGES)
 _PNG_END = b"IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that pictures of a run depend on.
+    """Everything that images of a run depend on.
 
     Attributes:
         model: name of the model.
@@ -53,10 +53,10 @@ class RunSettings:
         call: further arguments of the pipeline call.
         source: where prompts come from: "scenes", "classes", "classes:random" or a file.
         prompts: digest of the prompts.
-        count: pictures.
-        seed: of the first picture.
-        batch_size: pictures per call.
-        image_size: side that pictures are resized to before they are rounded (bicubic, no antialiasing, as
+        count: images.
+        seed: of the first image.
+        batch_size: images per call.
+        image_size: side that images are resized to before they are rounded (bicubic, no antialiasing, as
             LlamaGen's published sampler does); None: as they are.
         rounding: to 8 bits, see `to_uint8`.
         dtype, device, threads, compiled: how the networks ran, which changes rounding; threads of a process, None on
@@ -108,7 +108,7 @@ class RunSettings:
         """The settings of a run of `pipe`.
 
         Args:
-            prompts: one per picture.
+            prompts: one per image.
             others: further attributes.
         """
         # as they come back from a file
@@ -149,40 +149,40 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a finished run cost, over all of its pictures.
+    """What a finished run cost, over all of its images.
 
     Attributes:
-        pictures: drawn.
+        images: drawn.
         passes: forward passes of the model per call, the mean over calls.
-        tokens_per_pass: tokens of a picture over `passes`.
+        tokens_per_pass: tokens of an image over `passes`.
         seconds: wall-clock time of all calls by phase, added up over processes; of runs beside other work no figure
             of speed.
-        lossless: whether all calls kept the law of plain decoding.
+        lossless: whether all calls kept the distribution of plain decoding.
     """
 
-    pictures: int
+    images: int
     passes: float
     tokens_per_pass: float
     seconds: dict[str, float]
     lossless: bool
 
 
-class PictureRun:
-    """A run in a folder: `pictures/000000.png`, …, `run.json`, `prompts.json` and `statistics/`.
+class ImageRun:
+    """A run in a folder: `images/000000.png`, …, `run.json`, `prompts.json` and `statistics/`.
 
     Args:
         folder: new, or of an earlier run of the same settings, which then goes on.
-        settings: what pictures depend on.
-        prompts: one per picture: descriptions, or labels of classes.
+        settings: what images depend on.
+        prompts: one per image: descriptions, or labels of classes.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], settings: RunSettings, prompts: Sequence[str | int]
     ) -> None:
         if len(prompts) != settings.count:
-            raise InputError(f"{settings.count} pictures need as many prompts, got {len(prompts)}.")
+            raise InputError(f"{settings.count} images need as many prompts, got {len(prompts)}.")
         self.folder, self.settings, self.prompts = Path(folder), settings, list(prompts)
-        self.pictures = self.folder / RUN_PICTURES
+        self.images = self.folder / RUN_IMAGES
         self._digits = max(6, len(str(settings.count - 1)))
 
     # -- what is there -------------------------------------------------------------------------------------
@@ -191,14 +191,14 @@ class PictureRun:
     def batches(self) -> int:
         return -(-self.settings.count // self.settings.batch_size)
 
-    def picture_path(self, index: int) -> Path:
-        return self.pictures / f"{index:0{self._digits}}.png"
+    def image_path(self, index: int) -> Path:
+        return self.images / f"{index:0{self._digits}}.png"
 
     def statistics_path(self, batch: int) -> Path:
         return self.folder / STATISTICS / f"{batch:0{self._digits}}.json"
 
     def indices(self, batch: int) -> range:
-        """The pictures of a batch."""
+        """The images of a batch."""
         start = batch * self.settings.batch_size
         return range(start, min(start + self.settings.batch_size, self.settings.count))
 
@@ -208,12 +208,12 @@ class PictureRun:
             batch
             for batch in range(self.batches)
             if not self.statistics_path(batch).is_file()
-            or not all(_whole_png(self.picture_path(index)) for index in self.indices(batch))
+            or not all(_whole_png(self.image_path(index)) for index in self.indices(batch))
         ]
 
-    def finished_pictures(self) -> int:
-        """Pictures in the folder."""
-        with os.scandir(self.pictures) as entries:
+    def finished_images(self) -> int:
+        """Images in the folder."""
+        with os.scandir(self.images) as entries:
             return sum(entry.name.endswith(".png") for entry in entries)
 
     def begin(self) -> list[int]:
@@ -223,7 +223,7 @@ class PictureRun:
             InputError: the folder holds a run of other settings, or cannot be written to.
         """
         earlier = RunSettings.read(self.folder)
-        if earlier != self.settings and not (self.pictures.is_dir() and self.finished_pictures()):
+        if earlier != self.settings and not (self.images.is_dir() and self.finished_images()):
             earlier = None  # it drew nothing, perhaps for want of memory: nothing is mixed up
         if earlier is not None and earlier != self.settings:
             now = asdict(self.settings)
@@ -242,7 +242,7 @@ class PictureRun:
                     raise InputError(f"{self.folder} holds something else than a run; name an empty folder.")
                 _write_json(self.prompts, self.folder / PROMPTS)
                 _write_json(asdict(self.settings), self.folder / SETTINGS)
-            for folder in (self.pictures, self.folder / STATISTICS):
+            for folder in (self.images, self.folder / STATISTICS):
                 folder.mkdir(exist_ok=True)
                 for left in folder.glob(".*.tmp"):  # of a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
@@ -271,23 +271,23 @@ class PictureRun:
             progress: show a bar with the remaining time (on the main process).
 
         Raises:
-            InputError: see `begin`; a picture that cannot be written (a full disk). What was drawn is kept.
+            InputError: see `begin`; an image that cannot be written (a full disk). What was drawn is kept.
         """
         state = launch_state() if state is None else state
         todo = self._shared_plan(state)
         mine = todo[state.process_index :: state.num_processes]
         hidden = not progress or not state.is_main_process
-        done = self.finished_pictures() if not hidden else 0
+        done = self.finished_images() if not hidden else 0
         with tqdm(
-            total=self.settings.count, initial=done, desc="drawing", unit="picture", disable=hidden
+            total=self.settings.count, initial=done, desc="drawing", unit="image", disable=hidden
         ) as bar:
             for batch in mine:
                 self._draw_batch(pipe, accelerator, batch)
                 if not hidden:  # what the others drew counts too
-                    bar.update(self.finished_pictures() - bar.n)
+                    bar.update(self.finished_images() - bar.n)
             state.wait_for_everyone()
             if not hidden:
-                bar.update(self.finished_pictures() - bar.n)
+                bar.update(self.finished_images() - bar.n)
         return self.summary()
 
     def _shared_plan(self, state: PartialState) -> list[int]:
@@ -315,11 +315,11 @@ class PictureRun:
         )
         pixels = to_pixels(output.images, self.settings.image_size, self.settings.rounding).cpu().numpy()
         try:
-            for index, picture in zip(indices, pixels, strict=True):
-                path = self.picture_path(index)
+            for index, image in zip(indices, pixels, strict=True):
+                path = self.image_path(index)
                 if not _whole_png(path):
                     with atomic_path(path) as temporary:
-                        Image.fromarray(picture).save(temporary)
+                        Image.fromarray(image).save(temporary)
             _write_json(output.stats.to_dict(), self.statistics_path(batch))
         except OSError as error:
             raise _not_written(self.folder, error) from error
@@ -334,7 +334,7 @@ class PictureRun:
         passes = fmean(one["passes"] for one in told)
         phases = told[0]["seconds"]
         return RunSummary(
-            pictures=sum(one["images"] for one in told),
+            images=sum(one["images"] for one in told),
             passes=passes,
             tokens_per_pass=told[0]["tokens"] / passes,
             seconds={phase: sum(one["seconds"][phase] for one in told) for phase in phases},
@@ -344,17 +344,17 @@ class PictureRun:
     # -- one file of all -----------------------------------------------------------------------------------
 
     def write_batch_file(self, path: str | os.PathLike[str] | None = None, *, progress: bool = True) -> Path:
-        """All pictures as an ADM-style .npz file, written picture by picture: `arr_0` uint8 [N, H, W, 3], and for
+        """All images as an ADM-style .npz file, written image by image: `arr_0` uint8 [N, H, W, 3], and for
         models of classes `arr_1`, labels int64 [N].
 
         Args:
             path: by default `samples.npz` in the folder.
 
         Raises:
-            InputError: a picture is missing, or the file cannot be written.
+            InputError: an image is missing, or the file cannot be written.
         """
         target = Path(path) if path is not None else self.folder / BATCH_FILE
-        paths = [self.picture_path(index) for index in range(self.settings.count)]
+        paths = [self.image_path(index) for index in range(self.settings.count)]
         absent = next((one for one in paths if not _whole_png(one)), None)
         if absent is not None:
             raise InputError(f"{absent} is missing, so the run is not finished; go on drawing first.")
@@ -368,9 +368,7 @@ class PictureRun:
                     shape = (len(paths), *first.shape)
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(member, header)
-                    for one in tqdm(
-                        paths, desc=target.name, unit="picture", leave=False, disable=not progress
-                    ):
+                    for one in tqdm(paths, desc=target.name, unit="image", leave=False, disable=not progress):
                         member.write(_pixels(one).tobytes())
                 labels = [prompt for prompt in self.prompts if isinstance(prompt, int)]
                 if len(labels) == len(paths):
@@ -434,8 +432,8 @@ def _whole_png(path: Path) -> bool:
 
 
 def _pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _write_json(values: Any, path: Path) -> None:

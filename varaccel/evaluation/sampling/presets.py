@@ -1,6 +1,6 @@
 """The protocols of published tables: what to draw, how, and what figure the authors report.
 
-The figures are those of the authors' own tables. Ours will differ by the draw of 50,000 pictures (a few hundredths
+The figures are those of the authors' own tables. Ours will differ by the draw of 50,000 images (a few hundredths
 of FID), by torch-fidelity's Inception in the place of TensorFlow's, and by arithmetic (`notes` say where the authors'
 differs from ours).
 """
@@ -29,7 +29,7 @@ class Preset:
         source: where they report them.
         accelerator: as typed on a command line.
         prompts: see `prompt_lists.list_prompts`.
-        count: pictures.
+        count: images.
         image_size, rounding: see `RunSettings`.
         dtype: precision of the networks that decide tokens.
         reference: `imagenet-256`, or one that `load_reference` knows.
@@ -85,7 +85,7 @@ def _var(depth: int, fid: float) -> Preset:
         {"fid": fid},
         "VAR (arXiv 2404.02905), table of the authors' repository",
         rounding="down",
-        notes=("the authors run in float16 autocast and draw 50 pictures of a class one after the other",),
+        notes=("the authors run in float16 autocast and draw 50 images of a class one after the other",),
     )
 
 
@@ -97,7 +97,7 @@ def _code(draft_scales: int, fid: float, inception_score: float) -> Preset:
         "CoDe (arXiv 2411.17787), table of the authors' repository",
         accelerator=f"code:draft_scales={draft_scales}",
         rounding="down",
-        notes=("the authors use seeds 0 to 49 anew for every class; here every picture has its own",),
+        notes=("the authors use seeds 0 to 49 anew for every class; here every image has its own",),
     )
 
 

@@ -1,4 +1,4 @@
-"""What pictures of an evaluation are asked to show."""
+"""What images of an evaluation are asked to show."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def default_source(pipe: Any, model: str) -> str:
 
 
 def list_prompts(pipe: Any, source: str, count: int | None, seed: int = 0) -> list[str | int]:
-    """One prompt per picture.
+    """One prompt per image.
 
     Args:
         pipe: of which classes there are.
         source: "scenes": held-out captions of the captioned world; "classes": every class equally often, in turn;
             "classes:random": drawn evenly, from `seed`; or a text file of one prompt per line, repeated in turn if
-            more pictures are wanted.
-        count: pictures; by default as many as the file has prompts.
+            more images are wanted.
+        count: images; by default as many as the file has prompts.
 
     Raises:
         InputError: a source that does not fit the model, an empty or missing file, no count where one is needed.
@@ -62,7 +62,7 @@ def list_prompts(pipe: Any, source: str, count: int | None, seed: int = 0) -> li
 
 def _needed(count: int | None, source: str) -> int:
     if count is None:
-        raise InputError(f"say how many pictures to draw of {source}.")
+        raise InputError(f"say how many images to draw of {source}.")
     return count
 
 

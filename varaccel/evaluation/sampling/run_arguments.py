@@ -1,4 +1,4 @@
-"""What `eval/sample.py` and `eval/fid.py` ask on the command line about the pictures to draw."""
+"""What `eval/sample.py` and `eval/fid.py` ask on the command line about the images to draw."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="scenes, classes, classes:random, or a file of one prompt per line; by default what fits the model",
     )
-    group.add_argument("--count", type=int, help="pictures")
-    group.add_argument("--seed", type=int, default=0, help="picture i has seed + i (default %(default)s)")
+    group.add_argument("--count", type=int, help="images")
+    group.add_argument("--seed", type=int, default=0, help="image i has seed + i (default %(default)s)")
     group.add_argument(
         *("-a", "--accelerator"), metavar="NAME:KEY=VALUE,...", help="how to decode; plain by default"
     )
@@ -38,14 +38,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("num-iterations", "head-steps"):
         group.add_argument(f"--{name}", type=int, help="of MAR models; the model's own by default")
     group.add_argument(
-        "--image-size", type=int, help="resize pictures to this side (bicubic) before they are rounded"
+        "--image-size", type=int, help="resize images to this side (bicubic) before they are rounded"
     )
     group.add_argument(
         "--rounding", choices=("nearest", "down"), help="to 8 bits; VAR's and CoDe's authors round down"
     )
     group = parser.add_argument_group("where and how")
     group.add_argument(
-        "--batch-size", type=int, default=_BATCH_SIZE, help="pictures per call (default %(default)s)"
+        "--batch-size", type=int, default=_BATCH_SIZE, help="images per call (default %(default)s)"
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument(
@@ -73,7 +73,7 @@ class Started:
     preset: Preset | None
 
     def draw(self) -> Any:
-        """Draw what is missing; see `PictureRun.draw`."""
+        """Draw what is missing; see `ImageRun.draw`."""
         return self.run.draw(self.pipe, self.accelerator, state=self.state)
 
 
@@ -102,7 +102,7 @@ def start_run(options: argparse.Namespace, folder: Path) -> Started:
 
     from varaccel.cli.commands import call_options, check_place, load_pipeline, move
     from varaccel.evaluation.bench.run import parse_accelerator
-    from varaccel.evaluation.sampling.image_run import PictureRun, RunSettings, launch_state
+    from varaccel.evaluation.sampling.image_run import ImageRun, RunSettings, launch_state
     from varaccel.evaluation.sampling.prompt_lists import default_source, list_prompts
 
     if options.threads is not None and options.threads < 1:
@@ -143,7 +143,7 @@ def start_run(options: argparse.Namespace, folder: Path) -> Started:
         rounding=chosen("rounding", "nearest"),
         compiled=options.compile,
     )
-    return Started(pipe, accelerator, PictureRun(folder, settings, prompts), state, preset)
+    return Started(pipe, accelerator, ImageRun(folder, settings, prompts), state, preset)
 
 
 def say_once(message: str) -> None:

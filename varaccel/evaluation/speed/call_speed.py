@@ -31,10 +31,10 @@ class Measurement:
     Attributes:
         accelerator: name.
         options: its options.
-        lossless: whether it keeps the law of plain decoding.
-        passes: forward passes of the model per call, the mean of all repetitions. All pictures of a batch share
-            them, so a batch whose pictures advance at their own pace counts as many as its slowest one.
-        tokens_per_pass: tokens of one picture over `passes`.
+        lossless: whether it keeps the distribution of plain decoding.
+        passes: forward passes of the model per call, the mean of all repetitions. All images of a batch share
+            them, so a batch whose images advance at their own pace counts as many as its slowest one.
+        tokens_per_pass: tokens of one image over `passes`.
         seconds: token time (prefill and steps) of every repetition.
         speedup: median of the ratios plain / this, each from one repetition.
         speedup_spread: smallest and largest of these ratios.
@@ -107,7 +107,7 @@ def measure_speed(
 
     Every repetition runs plain decoding and every accelerator once, in turn, so that a machine that slows
     down meets all of them; ratios are taken within a repetition. Unmeasured rounds warm up. Repetitions take the
-    batches of `prompts` in turn, because the passes of some accelerators depend on the picture.
+    batches of `prompts` in turn, because the passes of some accelerators depend on the image.
 
     Args:
         pipe: a pipeline; its progress bar is left as it is.
@@ -115,7 +115,7 @@ def measure_speed(
         accelerators: to be compared; plain decoding is added in front.
         batch: prompts per call, by default all of them.
         repeats: measured rounds, at least 1.
-        seed: the picture of prompt i is drawn with seed `seed` + i.
+        seed: the image of prompt i is drawn with seed `seed` + i.
         decode: also make pixels of the tokens, so that whole calls can be compared.
         warmups: unmeasured rounds, at least 1; a CUDA graph is recorded in the second call and replayed from the third.
         on_call: called after every call with what it ran; replaces the progress bar.

@@ -169,7 +169,7 @@ def count_work(
 
     Args:
         pipe: a pipeline that is not compiled.
-        prompts: one picture of each.
+        prompts: one image of each.
         accelerator: what to run, None for plain decoding.
         seed, call: arguments of the pipeline call.
 

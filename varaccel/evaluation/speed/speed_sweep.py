@@ -27,7 +27,14 @@ _GRAPH_WARMUPS = 3
 """Calls of a compiled network on a GPU until it replays its CUDA graphs: compile, record, replay."""
 
 _WIDTHS = {
-    **{"accelerator": 16, "law": 11, "batch": 8, "passes": 6, "tokens per pass": 6, "seconds (range)": 8},
+    **{
+        "accelerator": 16,
+        "distribution": 11,
+        "batch": 8,
+        "passes": 6,
+        "tokens per pass": 6,
+        "seconds (range)": 8,
+    },
     **{"speed-up (range)": 8, "whole call": 6, "text (ms)": 5, "prefill (ms)": 7},
     **{"steps (ms)": 6, "decode (ms)": 6, "peak (MB)": 5, "floor (s)": 10, "reached": 7},
 }
@@ -53,7 +60,7 @@ class Entry:
     """One accelerator at one batch size, eager or compiled.
 
     Attributes:
-        batch: pictures per call.
+        batch: images per call.
         compiled: whether the network was compiled, and that of plain decoding beside it.
         measurement: its speed.
         floor: least time of its calls, the mean over the batches of prompts that were timed; counted on the eager
@@ -95,7 +102,7 @@ class CompileGain:
     """What compiling gains plain decoding; eager and compiled calls took turns.
 
     Attributes:
-        batch: pictures per call.
+        batch: images per call.
         eager_seconds, compiled_seconds: token time of every round.
     """
 
@@ -139,7 +146,7 @@ class SweepReport:
         threads: of torch, on the CPU.
         dtype: number type of the host model.
         repeats: timed rounds.
-        seed: of the first picture.
+        seed: of the first image.
         decoded: whether the calls made pixels too.
         call: further arguments of the pipeline call.
         entries: by batch size, eager before compiled, plain decoding first.
@@ -198,7 +205,7 @@ class SweepReport:
         from rich.table import Column, Table
 
         shown = [
-            ["accelerator", "law", "batch", "passes", "tokens per pass", *_TIMES],
+            ["accelerator", "distribution", "batch", "passes", "tokens per pass", *_TIMES],
             ["accelerator", "batch", *self._phases, *_LIMITS],
         ]
         lines = [self._cells(entry) for entry in self.entries]
@@ -221,7 +228,7 @@ class SweepReport:
 
     def markdown(self) -> str:
         """The same in one table in Markdown."""
-        header = ["accelerator", "law", "batch", "passes", "tokens per pass"]
+        header = ["accelerator", "distribution", "batch", "passes", "tokens per pass"]
         header += [*_TIMES[:1], *self._phases, *_TIMES[1:], *_LIMITS]
         rows = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
         for entry in self.entries:
@@ -242,7 +249,7 @@ class SweepReport:
         total = one.total_speedup
         return {
             "accelerator": call_lines(one.accelerator, one.options),
-            "law": "lossless" if one.lossless else "approximate",
+            "distribution": "lossless" if one.lossless else "approximate",
             "batch": f"{entry.batch}\ncompiled" if entry.compiled else str(entry.batch),
             "passes": f"{one.passes:.4g}",
             "tokens per pass": f"{one.tokens_per_pass:.2f}",
@@ -295,10 +302,10 @@ def sweep(
         pipe: a pipeline that is not compiled; it is not afterwards either.
         accelerators: to be compared; plain decoding is added in front.
         prompts: at least the largest batch; up to `repeats` batches of them are used.
-        batches: pictures per call.
+        batches: images per call.
         repeats: timed rounds, at least 1.
         compiled: (False,) for eager, (True,) for compiled, (False, True) for both.
-        seed: the picture of prompt i is drawn with seed `seed` + i.
+        seed: the image of prompt i is drawn with seed `seed` + i.
         decode: also make pixels, so that whole calls can be compared.
         model: name for the report.
         progress: show a bar over everything.
@@ -311,7 +318,7 @@ def sweep(
     """
     if not batches or min(batches) < 1 or max(batches) > len(prompts):
         raise InputError(
-            f"batches are 1 to as many pictures as there are prompts ({len(prompts)}), got {list(batches)}."
+            f"batches are 1 to as many images as there are prompts ({len(prompts)}), got {list(batches)}."
         )
     if repeats < 1:
         raise InputError(f"repeats must be at least 1, got {repeats}.")

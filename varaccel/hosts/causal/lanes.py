@@ -1,4 +1,4 @@
-"""Which positions may be guessed and decided next when every picture advances at its own pace."""
+"""Which positions may be guessed and decided next when every image advances at its own pace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from varaccel.engine.canvas import Canvas
 
 @dataclass(frozen=True)
 class Fronts:
-    """Where the open lanes of every picture stand; entries of closed lanes fill up to the widest picture.
+    """Where the open lanes of every image stand; entries of closed lanes fill up to the widest image.
 
     Attributes:
         open: [B, A] bool, False for filling.
@@ -36,9 +36,9 @@ class Fronts:
 
 @dataclass(frozen=True)
 class Lanes:
-    """A picture as lanes that are decoded from left to right, each behind the one above.
+    """An image as lanes that are decoded from left to right, each behind the one above.
 
-    One lane of the whole picture is raster order. One lane per row with `lag` below its width is ZipAR's
+    One lane of the whole image is raster order. One lane per row with `lag` below its width is ZipAR's
     order (arXiv 2412.04062): column c of a row may be decided when the row above has c + lag tokens, so a
     token never sees less than in ZipAR's own schedule. What is open is a function of the canvas alone.
 
@@ -68,7 +68,7 @@ class Lanes:
 
         Args:
             fixed: always return `most_open` lanes, so that shapes never change; otherwise the number that
-                the widest picture needs, which asks the device for it if there are several lanes.
+                the widest image needs, which asks the device for it if there are several lanes.
         """
         width, lag = self.width, self.lag
         written = canvas.written.unflatten(1, (-1, width))  # [B, H, W]

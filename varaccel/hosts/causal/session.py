@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
-from varaccel.engine.distribution import Categorical, Law
+from varaccel.engine.distribution import Categorical, Distribution
 from varaccel.hosts.causal.cache_slots import Memory, Visibility
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.sampling import Sampling
@@ -23,7 +23,7 @@ FeedIn = TypeVar("FeedIn", bound=HasPositions, contravariant=True)
 class Session(Protocol[FeedIn]):
     """Owns what one network knows of one canvas, and answers for positions of it."""
 
-    def predict(self, canvas: Canvas, feed: FeedIn) -> Law: ...
+    def predict(self, canvas: Canvas, feed: FeedIn) -> Distribution: ...
 
 
 class CausalNetwork(Protocol):
@@ -134,18 +134,18 @@ class CausalSession:
 
     @torch.inference_mode()
     def predict(self, canvas: Canvas, feed: Feed) -> Categorical:
-        """The law of `feed.positions`, [B, P, V], after guidance and filters.
+        """The distribution of `feed.positions`, [B, P, V], after guidance and filters.
 
         Encodes the condition and the tokens named by `feed`. Slots before the first of them must have been
         fed in earlier passes; otherwise they are empty and treated as `visibility` says.
         """
-        return self.law(self._features(canvas, feed), feed.positions)
+        return self.distribution(self._features(canvas, feed), feed.positions)
 
     @torch.inference_mode()
-    def first_law(self) -> Categorical:
-        """The law of position 0, [B, 1, V], from the condition alone."""
+    def first_distribution(self) -> Categorical:
+        """The distribution of position 0, [B, 1, V], from the condition alone."""
         positions = torch.zeros(1, dtype=torch.int64, device=self.network.device)
-        return self.law(self.prefix_features[:, -1:], positions)
+        return self.distribution(self.prefix_features[:, -1:], positions)
 
     @torch.inference_mode()
     def read(self, guesses: Guesses, starts: Tensor | None = None, *, length: int | None = None) -> Tensor:
@@ -182,8 +182,8 @@ class CausalSession:
             return self.guidance.enabled
         return self.guidance.active_at(int(starts[starts >= 0].min()))
 
-    def law(self, features: Tensor, positions: Tensor) -> Categorical:
-        """The law of `positions` ([P] or [B, P]) that features [R, P, dim] predict; guided if R = 2 B."""
+    def distribution(self, features: Tensor, positions: Tensor) -> Categorical:
+        """The distribution of `positions` ([P] or [B, P]) that features [R, P, dim] predict; guided if R = 2 B."""
         logits = self.network.logits(features)
         if features.shape[0] > self.batch:
             conditional, unconditional = logits.split(self.batch)

@@ -33,7 +33,7 @@ class HeadSampling:
         temperature: factor on the standard deviation of every step's noise, not on the noise that a token starts
             from (MAR, section 3.2).
         sampler: "ddpm" as published; "ddim" (arXiv 2010.02502, eta = 0) and "dpm++" (DPM-Solver++ 2M, arXiv
-            2211.01095) add no noise and follow the law of the head only in the limit of many steps.
+            2211.01095) add no noise and follow the distribution of the head only in the limit of many steps.
         final_noise: also add the noise of the last step, which published samplers leave out. Only then does a token
             have a density given the step before.
 
@@ -133,7 +133,7 @@ class Denoised:
 
     Attributes:
         value: after the last of the steps.
-        mean, log_std: of the law that the last step drew from; log_std includes the temperature.
+        mean, log_std: of the distribution that the last step drew from; log_std includes the temperature.
         log_std_sum: sum of the log standard deviations of the steps k >= 1 that were run, without the temperature.
             Zero unless it was asked for.
     """

@@ -10,8 +10,8 @@ from varaccel.hosts.masked.denoising import Denoised, Process
 
 
 @dataclass(frozen=True)
-class DiffusionLaw:
-    """The law of P tokens of B pictures, given by what a head is told about them.
+class DiffusionDistribution:
+    """The distribution of P tokens of B images, given by what a head is told about them.
 
     It can be sampled; the density of a token is not known, only that of the steps of a denoising path.
 

@@ -20,7 +20,7 @@ class MaskedGuidance:
 
     Attributes:
         scale: 1 means no guidance; the unconditional rows are then not computed at all.
-        schedule: "linear": from 1 with an empty picture to `scale` with a full one (MAR, section 4); "constant".
+        schedule: "linear": from 1 with an empty image to `scale` with a full one (MAR, section 4); "constant".
 
     Raises:
         InputError: a scale that is not a finite number of at least 1, or an unknown schedule.
@@ -41,5 +41,5 @@ class MaskedGuidance:
         return self.scale != 1
 
     def at(self, share: float | Tensor) -> float | Tensor:
-        """The scale of an iteration after which a `share` of the picture is decided."""
+        """The scale of an iteration after which a `share` of the image is decided."""
         return self.scale if self.schedule == "constant" else 1 + (self.scale - 1) * share

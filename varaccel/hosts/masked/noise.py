@@ -1,4 +1,4 @@
-"""The randomness of masked models: a random order per picture, and noise that belongs to its positions."""
+"""The randomness of masked models: a random order per image, and noise that belongs to its positions."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from varaccel.hosts.masked.distribution import DiffusionLaw
+from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.nn.gather import rows_of
 
 
 @dataclass
 class TokenNoise:
-    """All numbers that denoising needs, drawn ahead for every position of every picture.
+    """All numbers that denoising needs, drawn ahead for every position of every image.
 
-    Noise belongs to a picture and a position, so that neither batch nor order changes a picture, and two models that
+    Noise belongs to an image and a position, so that neither batch nor order changes an image, and two models that
     denoise the same position use the same noise: trajectory alignment (CSpD, arXiv 2411.11925, section 3.2).
 
     Attributes:
-        permutation: [B, N] int64, the order of every picture.
+        permutation: [B, N] int64, the order of every image.
         start: [B, N, C] standard normal, what tokens are denoised from.
         uniforms: [B, N] float64 in [0, 1), for accepting guesses.
-        seeds: of each picture, for whatever else is drawn.
+        seeds: of each image, for whatever else is drawn.
     """
 
     permutation: Tensor
@@ -36,7 +36,7 @@ class TokenNoise:
     def draw(
         cls, generators: Sequence[torch.Generator], positions: int, channels: int, device: torch.device
     ) -> TokenNoise:
-        """Draw from each picture's own generator, on the generator's device."""
+        """Draw from each image's own generator, on the generator's device."""
         orders, starts, uniforms, seeds = [], [], [], []
         for g in generators:
             orders.append(torch.randperm(positions, generator=g, device=g.device).to(device))
@@ -51,7 +51,7 @@ class TokenNoise:
         return self.start.shape[0]
 
     def other(self) -> TokenNoise:
-        """The same pictures with other noise: paths that are not aligned with these."""
+        """The same images with other noise: paths that are not aligned with these."""
         generators = [torch.Generator().manual_seed((seed + 2**61) % 2**62) for seed in self.seeds]
         _, positions, channels = self.start.shape
         fresh = TokenNoise.draw(generators, positions, channels, self.start.device)
@@ -80,6 +80,6 @@ class TokenNoise:
         """Uniform numbers of `positions` [B, P]: [B * P]."""
         return rows_of(self.uniforms, positions).flatten()
 
-    def sample(self, law: DiffusionLaw, positions: Tensor) -> Tensor:
-        """Tokens [B, P, C] of `positions` [B, P] drawn from their law."""
-        return law.sample(*self.paths(positions, law.noisy_steps))
+    def sample(self, distribution: DiffusionDistribution, positions: Tensor) -> Tensor:
+        """Tokens [B, P, C] of `positions` [B, P] drawn from their distribution."""
+        return distribution.sample(*self.paths(positions, distribution.noisy_steps))

@@ -23,8 +23,8 @@ class MaskedFeed:
     Attributes:
         positions: [B, P] decided in it, -1 is padding.
         known: [B, K] decided before it, -1 is padding, at the end of a row.
-        remaining: positions that are still empty after it, of every picture; one number if all are alike.
-        number: of the iteration, from 0; the smallest if pictures differ.
+        remaining: positions that are still empty after it, of every image; one number if all are alike.
+        number: of the iteration, from 0; the smallest if images differ.
         padded: whether there is any padding.
     """
 
@@ -35,7 +35,7 @@ class MaskedFeed:
     padded: bool = False
 
     def share(self, total: int) -> float | Tensor:
-        """How much of the picture is decided after the iteration, 0 to 1; [B, 1] if pictures differ."""
+        """How much of the image is decided after the iteration, 0 to 1; [B, 1] if images differ."""
         if isinstance(self.remaining, int):
             return (total - self.remaining) / total
         return ((total - self.remaining) / total).unsqueeze(1)
@@ -65,7 +65,7 @@ def cosine_borders(tokens: int, iterations: int) -> list[int]:
 
 @dataclass(frozen=True)
 class CosineGroups:
-    """Every picture's own random order, in groups of equal size for all pictures.
+    """Every image's own random order, in groups of equal size for all images.
 
     Attributes:
         permutation: [B, N] int64; the last entries are decided first, as published.
@@ -104,7 +104,7 @@ class CosineGroups:
         return MaskedFeed(order[:, after:before], order[:, before:], remaining, step)
 
     def ragged(self, steps: Sequence[int], device: torch.device) -> MaskedFeed:
-        """The iteration `steps[b]` of every picture b; one that is past the end decides nothing.
+        """The iteration `steps[b]` of every image b; one that is past the end decides nothing.
 
         Args:
             device: of the result.

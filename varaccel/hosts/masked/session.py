@@ -10,7 +10,7 @@ from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
 from varaccel.hosts.masked.denoising import HeadSampling, Loop, Process, Step, denoising_step
-from varaccel.hosts.masked.distribution import DiffusionLaw
+from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.hosts.masked.guidance import MaskedGuidance
 from varaccel.hosts.masked.schedule import MaskedFeed
 from varaccel.nn.attention_inputs import Reading
@@ -77,21 +77,21 @@ class MaskedSession:
         return 0
 
     @torch.inference_mode()
-    def predict(self, canvas: Canvas, feed: MaskedFeed) -> DiffusionLaw:
-        """The law of the tokens at `feed.positions`, [B, P]. All that is known must be on the canvas."""
-        return self.law(self.conditions(canvas, feed), feed)
+    def predict(self, canvas: Canvas, feed: MaskedFeed) -> DiffusionDistribution:
+        """The distribution of the tokens at `feed.positions`, [B, P]. All that is known must be on the canvas."""
+        return self.distribution(self.conditions(canvas, feed), feed)
 
-    def law(self, conditions: Tensor, feed: MaskedFeed) -> DiffusionLaw:
-        """The law of tokens under the conditions [R, P, D] of the head, guided as the iteration says."""
+    def distribution(self, conditions: Tensor, feed: MaskedFeed) -> DiffusionDistribution:
+        """The distribution of tokens under the conditions [R, P, D] of the head, guided as the iteration says."""
         if not self.guidance.enabled:
-            return DiffusionLaw(self.process, conditions)
+            return DiffusionDistribution(self.process, conditions)
         scale = torch.as_tensor(
             self.guidance.at(feed.share(self.network.num_tokens)),
             dtype=torch.float32,
             device=conditions.device,
         )
         scale = scale.expand(feed.positions.shape).reshape(-1, 1)
-        return DiffusionLaw(self.process, conditions, scale)
+        return DiffusionDistribution(self.process, conditions, scale)
 
     def conditions(self, canvas: Canvas, feed: MaskedFeed) -> Tensor:
         """What the head is told about the positions, [R, P, D]."""
@@ -102,7 +102,7 @@ class MaskedSession:
         return self._transform(self._slots, tokens, known, asked, embedded=True, padded=feed.padded)
 
 
-class StaleSession(MaskedSession):
+class FeatureCacheSession(MaskedSession):
     """A masked session that reads most of what it knows only every few passes.
 
     Keys and values of all slots are kept, in encoder and decoder. A full pass renews all of them. Between full passes
@@ -147,7 +147,7 @@ class StaleSession(MaskedSession):
         rows = self.rows_per_pass
         self._caches = network.new_caches(rows)
         self._since = refresh  # passes since the last full one, which counts as 1
-        self._read = 0  # tokens per picture that the encoder has read
+        self._read = 0  # tokens per image that the encoder has read
         # which encoder slots hold something; the last one is spare
         self._usable = torch.zeros(rows, network.buffer + network.num_tokens + 1, dtype=torch.bool)
         self._usable = self._usable.to(self._slots.device)
@@ -197,7 +197,7 @@ class StaleSession(MaskedSession):
         alone = self._difference is not None
         times = 1 if alone else self.rows_per_pass // self.batch
         encoder, decoder = self._caches
-        # both are ends of the picture's order: the newest come first
+        # both are ends of the image's order: the newest come first
         fresh = feed.known[:, : feed.known.shape[1] - self._read]
         new, asked = (index.repeat(times, 1) for index in (fresh, feed.positions))
         slots = new + network.buffer

@@ -24,9 +24,10 @@ class FeatureMap:
 
     Args:
         quantizer: of the image tokenizer.
-        batch: number of pictures.
-        smooth: noise for softened code vectors: a mean of all codes under a perturbed law instead of the code that
-            was drawn (VAR's "more smooth" sampling, for looks, not for figures); None for the codes themselves.
+        batch: number of images.
+        smooth: noise for softened code vectors: a mean of all codes under a perturbed distribution instead of
+            the code that was drawn (VAR's "more smooth" sampling, for looks, not for figures); None for the
+            codes themselves.
 
     Attributes:
         value: [B, D, n, n] float32, the sum so far; replaced, never changed in place.

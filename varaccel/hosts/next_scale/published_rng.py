@@ -12,10 +12,10 @@ from varaccel.engine.distribution import Categorical
 
 @dataclass
 class PublishedDraws:
-    """One generator for all pictures of a call, spent scale by scale.
+    """One generator for all images of a call, spent scale by scale.
 
     A token is the code with the largest p / E, with exponential noise E for every code; that is what a one-sample
-    `torch.multinomial` does. A picture thus depends on its batch. In CoDe the published refiner seeds a generator
+    `torch.multinomial` does. An image thus depends on its batch. In CoDe the published refiner seeds a generator
     of its own alike and throws away the draws of the scales that are there already, which leads to the same place
     in the stream.
 
@@ -25,11 +25,13 @@ class PublishedDraws:
 
     generator: torch.Generator
 
-    def sample(self, law: Categorical, positions: Tensor) -> Tensor:
+    def sample(self, distribution: Categorical, positions: Tensor) -> Tensor:
         """Codes [B, P]; the stream advances by B * P * V numbers, whatever the filters, also if greedy."""
-        batch, count, codes = law.logits.shape
+        batch, count, codes = distribution.logits.shape
         noise = self._exponential(batch * count, codes).view(batch, count, codes)
-        return law.logits.argmax(-1) if law.greedy else (law.probs / noise).argmax(-1)
+        return (
+            distribution.logits.argmax(-1) if distribution.greedy else (distribution.probs / noise).argmax(-1)
+        )
 
     def gumbel(self, codes: int) -> PublishedNoise:
         """Gumbel noise from the same stream, for smooth sampling."""

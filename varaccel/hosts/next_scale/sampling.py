@@ -121,8 +121,8 @@ class ScaleSampling:
             logits = logits.masked_fill(logits < border, -torch.inf)
         return logits
 
-    def law(self, kept: Tensor, scale: int) -> Categorical:
-        """The law of tokens [B, P] from logits [B, P, V] that `keep` returned."""
+    def distribution(self, kept: Tensor, scale: int) -> Categorical:
+        """The distribution of tokens [B, P] from logits [B, P, V] that `keep` returned."""
         temperature = _at(self.temperature, scale)
         if temperature == 0:
             return Categorical(kept, greedy=True)

@@ -82,10 +82,11 @@ class ScaleSession:
 
     @torch.inference_mode()
     def predict(self, canvas: Canvas, feed: ScaleFeed) -> Categorical:
-        """The law of a scale, [B, p * p, V], after guidance and filters. All scales before it must be decided."""
+        """The distribution of a scale, [B, p * p, V], after guidance and filters. All scales before it must
+        be decided."""
         logits = self.sampling.keep(self.logits(canvas, feed.scale), feed.scale)
         self.features.expect(logits)
-        return self.sampling.law(logits, feed.scale)
+        return self.sampling.distribution(logits, feed.scale)
 
     @torch.inference_mode()
     def logits(self, canvas: Canvas, scale: int) -> Tensor:
