@@ -11,8 +11,8 @@ pipe = AutoPipeline.from_pretrained("mini-llamagen")
 prompts = ["a red sphere left of a blue cube at sunset", "a large green cone"]
 for accelerator in (
     ZipAR(window=8),
-    Jacobi(window=8, order=8),
-    Lantern(k=10, delta=0.2, order=8),
+    Jacobi(window=8, row_window=8),
+    Lantern(k=10, delta=0.2, row_window=8),
 ):
     output = pipe(prompts, seed=0, accelerator=accelerator)
     print(output.stats)

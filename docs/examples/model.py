@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from varaccel import LlamaGenPipeline
 from varaccel.models.llamagen import Attention, Block, FeedForward
-from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.kv_cache import KVCache
 from varaccel.nn.rotary import rotary_table
 
@@ -28,8 +28,8 @@ class PixelGPT(ModelMixin, ConfigMixin):
     def unconditional(self, condition: Tensor) -> Tensor:
         return torch.full_like(condition, self.config.num_classes)
 
-    def transform(self, x: Tensor, reading: Reading) -> Tensor:
-        return self.block(self.block(x, reading, 0), reading, 1)
+    def transform(self, x: Tensor, attention: AttentionInputs) -> Tensor:
+        return self.block(self.block(x, attention, 0), attention, 1)
 
     def rotary_table(self, device: torch.device | None = None) -> Tensor:
         return rotary_table(16, 32, prefix=1, device=device)

@@ -24,7 +24,7 @@ from varaccel.hosts.masked import denoising
 from varaccel.hosts.masked.denoising import HeadSampling
 from varaccel.hosts.masked.guidance import MaskedGuidance
 from varaccel.hosts.masked.noise import TokenNoise
-from varaccel.hosts.masked.schedule import CosineGroups, MaskedFeed
+from varaccel.hosts.masked.schedule import CosineGroups, MaskedInputs
 from varaccel.hosts.masked.session import MaskedSession
 from varaccel.models.mar import MARTransformer
 from varaccel.nn import noise_schedule as diffusion_schedule
@@ -35,8 +35,8 @@ from varaccel.speculation.continuous_rejection import (
     Decision,
     ExactRule,
     PaperRule,
-    Proposals,
     ReferenceRule,
+    ResampleNoise,
 )
 
 
@@ -54,8 +54,8 @@ class Always:
     def __init__(self, keeps: bool) -> None:
         self.keeps = keeps
 
-    def judge(
-        self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
+    def verify(
+        self, aligned: Aligned, uniforms: Tensor, resample_noise: ResampleNoise, active: Tensor | None = None
     ) -> Decision:
         accepted = torch.full_like(uniforms, self.keeps, dtype=torch.bool)
         if active is not None:
@@ -71,8 +71,8 @@ class Merged:
     def __init__(self, order: CosineGroups, blocks: list[list[int]]) -> None:
         self.order, self.blocks = order, blocks
 
-    def feeds(self, canvas: Canvas) -> list[MaskedFeed]:
-        single = self.order.feeds(canvas)
+    def step_inputs(self, canvas: Canvas) -> list[MaskedInputs]:
+        single = self.order.step_inputs(canvas)
         return [
             replace(
                 single[b[-1]],
@@ -123,13 +123,13 @@ def speculate(
     own, small = session(target), session(draft)
     options: dict[str, Any] = {"draft_length": draft_length, "prefill": prefill}
     if sequential:
-        tally = speculate_in_turn(
+        stats = speculate_in_turn(
             own, session(target, draft_length), small, page, order, comparison, **options
         )
     else:
-        tally = speculate_jointly(own, small, page, order, comparison, **options)
+        stats = speculate_jointly(own, small, page, order, comparison, **options)
     assert page.is_full
-    return page, tally, own, small
+    return page, stats, own, small
 
 
 def noise(network: MARTransformer, batch: int, seed: int) -> TokenNoise:
@@ -181,19 +181,19 @@ JOINT = pytest.mark.parametrize(
 def test_a_block_of_own_tokens_is_plain_decoding_in_larger_groups(draft_length: int, prefill: float) -> None:
     """What the target thinks of a block is the distribution of deciding it at once, with the same noise."""
     blocks = joint_blocks(10, draft_length, prefill)
-    page, tally, own, small = speculate(
+    page, stats, own, small = speculate(
         Always(False), sequential=False, draft_length=draft_length, prefill=prefill
     )
     assert_same(page.tokens, plain(pipeline("mar-class").transformer, blocks=blocks))
     first = min(10, math.floor(prefill * 10) + 1)
     assert own.reads == len(blocks) == int(page.written.max())
-    assert small.reads == tally.draft_passes == 10 - first
-    assert tally.passes.tolist() == [len(blocks)] * 3
-    assert tally.attempts.tolist() == [len(blocks) - first] * 3
-    assert tally.accepted.tolist() == [0] * 3
-    assert tally.judged is not None
+    assert small.reads == stats.draft_passes == 10 - first
+    assert stats.passes.tolist() == [len(blocks)] * 3
+    assert stats.attempts.tolist() == [len(blocks) - first] * 3
+    assert stats.accepted.tolist() == [0] * 3
+    assert stats.verified is not None
     borders = CosineGroups(torch.arange(TOKENS)[None], 10).borders
-    assert tally.judged.tolist() == [borders[first]] * 3
+    assert stats.verified.tolist() == [borders[first]] * 3
 
 
 @JOINT
@@ -202,12 +202,12 @@ def test_keeping_everything_is_decoding_with_the_drafter(
     sequential: bool, draft_length: int, prefill: float
 ) -> None:
     pipe = pipeline("mar-class")
-    page, tally, *_ = speculate(
+    page, stats, *_ = speculate(
         Always(True), sequential=sequential, draft_length=draft_length, prefill=prefill
     )
     first = min(10, math.floor(prefill * 10) + 1)
-    assert tally.judged is not None
-    assert torch.equal(tally.accepted, tally.judged)
+    assert stats.verified is not None
+    assert torch.equal(stats.accepted, stats.verified)
     expected = plain(pipe.draft_transformer if first == 1 else pipe.transformer)
     if prefill == 1:
         assert_same(page.tokens, expected)
@@ -228,16 +228,16 @@ def test_keeping_everything_is_decoding_with_the_drafter(
 def test_rejecting_everything_in_turn_is_plain_decoding(draft_length: int, step: int) -> None:
     """Every block then advances by the one group that the target decides in sight of all before it."""
     network = pipeline("mar-class").transformer
-    page, tally, own, small = speculate(Always(False), sequential=True, draft_length=draft_length, step=step)
+    page, stats, own, small = speculate(Always(False), sequential=True, draft_length=draft_length, step=step)
     if step == 0:
         assert_same(page.tokens, plain(network))
     else:
         # the mean of a later step goes on without the noise of that step
         assert not torch.allclose(page.tokens, plain(network), atol=1e-2)
-    assert tally.passes.tolist() == [10] * 3
+    assert stats.passes.tolist() == [10] * 3
     assert own.reads == 1
     assert small.reads == 9 * draft_length
-    assert tally.accepted.tolist() == [0] * 3
+    assert stats.accepted.tolist() == [0] * 3
     for image in page.written:
         assert sorted(set(image.tolist())) == list(range(1, 11))
 
@@ -512,7 +512,7 @@ def images(
     }
     if rule is None:
         return plain(target, blocks=blocks, **common), 1.0
-    page, tally, *_ = speculate(
+    page, stats, *_ = speculate(
         rule,
         sequential=sequential,
         draft_length=draft_length,
@@ -521,8 +521,8 @@ def images(
         draft=draft,
         **common,
     )
-    assert tally.judged is not None
-    return page.tokens, float(tally.accepted.sum() / tally.judged.sum())
+    assert stats.verified is not None
+    return page.tokens, float(stats.accepted.sum() / stats.verified.sum())
 
 
 @cache
@@ -583,11 +583,15 @@ def inverse(rule: PaperRule) -> ContinuousRule:
     """The printed rule with the factor of the published code, without its other peculiarities."""
 
     class Inverse:
-        def judge(
-            self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
+        def verify(
+            self,
+            aligned: Aligned,
+            uniforms: Tensor,
+            resample_noise: ResampleNoise,
+            active: Tensor | None = None,
         ) -> Decision:
             turned = replace(aligned, log_sigma=-aligned.log_sigma)
-            return rule.judge(turned, uniforms, proposals, active)
+            return rule.verify(turned, uniforms, resample_noise, active)
 
     return Inverse()
 

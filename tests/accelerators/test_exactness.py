@@ -343,10 +343,10 @@ class Altered:
 
 def _without_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
     """Accepts with u <= p instead of u <= p / q."""
-    if tree.draft is None:
+    if tree.draft_probs is None:
         return Exact().verify(tree, target, uniforms)
     parents = tree.parents.clamp(min=0).unsqueeze(-1).expand(-1, -1, target.shape[-1])
-    q = tree.draft.gather(1, parents).gather(-1, tree.tokens.unsqueeze(-1)).squeeze(-1)
+    q = tree.draft_probs.gather(1, parents).gather(-1, tree.tokens.unsqueeze(-1)).squeeze(-1)
     return Exact().verify(tree, target, uniforms / q.clamp(min=1e-9))
 
 
@@ -359,15 +359,15 @@ def _without_residual(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Veri
 
 def _wrong_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
     """Believes that guesses were drawn evenly."""
-    if tree.draft is None:
+    if tree.draft_probs is None:
         return Exact().verify(tree, target, uniforms)
-    even = torch.full_like(tree.draft, 1 / target.shape[-1])
-    return Exact().verify(DraftTree(tree.tokens, tree.parents, tree.proposal, even), target, uniforms)
+    even = torch.full_like(tree.draft_probs, 1 / target.shape[-1])
+    return Exact().verify(DraftTree(tree.tokens, tree.parents, tree.draw_mode, even), target, uniforms)
 
 
 def _eldest_alone(tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
     """Judges later siblings as if they had been drawn with replacement."""
-    return Exact().verify(replace(tree, proposal="independent"), target, uniforms)
+    return Exact().verify(replace(tree, draw_mode="independent"), target, uniforms)
 
 
 @pytest.mark.parametrize(
@@ -401,12 +401,16 @@ def test_a_broken_coupling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def answer(self: JacobiProposer, outcome: StepResult, draws: Draws) -> Tensor:
         distribution, width = outcome.distribution, self.nodes - 1
-        assert outcome.tree.draft is not None
-        guess = outcome.tree.tokens[:, 1:].unsqueeze(-1)
-        p, q = distribution.probs[:, :width], outcome.tree.draft[:, :width]
-        kept = draws.drafting[:, self.nodes : self.nodes + width] < (p / q).gather(-1, guess).squeeze(-1)
+        assert outcome.tree.draft_probs is not None
+        draft_token = outcome.tree.tokens[:, 1:].unsqueeze(-1)
+        p, q = distribution.probs[:, :width], outcome.tree.draft_probs[:, :width]
+        kept = draws.drafting[:, self.nodes : self.nodes + width] < (p / q).gather(-1, draft_token).squeeze(
+            -1
+        )
         fresh = Categorical(distribution.logits).sample(draws.drafting[:, : self.nodes])
-        return torch.cat([torch.where(kept, guess.squeeze(-1), fresh[:, :width]), fresh[:, width:]], dim=1)
+        return torch.cat(
+            [torch.where(kept, draft_token.squeeze(-1), fresh[:, :width]), fresh[:, width:]], dim=1
+        )
 
     monkeypatch.setattr(JacobiProposer, "_answer", answer)
     assert (
@@ -424,7 +428,7 @@ def test_a_broken_coupling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         Lantern(k=2, delta=0.3, drafter="small", tree=DYNAMIC, residual="dynamic"),
         Lantern(k=2, multiplier=2.0, drafter="small", tree=BUSHY, residual="static"),
         Lantern(k=2, multiplier=2.0, drafter="small", tree=BUSHY, residual="static_b"),
-        Jacobi(order=1),
+        Jacobi(row_window=1),
     ],
     ids=label,
 )

@@ -17,7 +17,7 @@ from varaccel import InputError, Jacobi, LlamaGenPipeline, ZipAR, make_accelerat
 from varaccel.accelerators import ACCELERATORS
 from varaccel.engine.canvas import Canvas
 from varaccel.hosts.causal.schedule import Raster, StaggeredRows
-from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.attention_inputs import AttentionInputs
 
 EXAMPLES = ROOT / "docs" / "examples"
 NAME = "late-zipar"
@@ -74,7 +74,7 @@ def test_the_accelerator_decides_every_token_in_the_stated_passes(
 
 
 def test_the_accelerator_is_plain_decoding_or_zipar_at_its_ends(example: ModuleType) -> None:
-    raster = [feed.host for feed in Raster().feeds(Canvas.empty(1, GRID**2))]
+    raster = [inputs.host for inputs in Raster().step_inputs(Canvas.empty(1, GRID**2))]
     assert example.LateStagger(GRID, GRID, rows=1).groups(GRID**2) == raster
     assert example.LateStagger(GRID, 1, rows=GRID).groups(GRID**2) == raster
     zipar = StaggeredRows(GRID, 2).groups(GRID**2)
@@ -161,8 +161,8 @@ def test_the_models_cached_steps_are_a_full_pass(pixels: LlamaGenPipeline) -> No
     network = pixels.transformer
     with torch.inference_mode():
         inputs = [network.embed_condition(torch.tensor([0, 2])), network.embed_tokens(codes[:, :-1])]
-        reading = Reading(network.rotary_table()[:256], causal=True)
-        logits = network.logits(network.transform(torch.cat(inputs, 1), reading))
+        attention = AttentionInputs(network.rotary_table()[:256], causal=True)
+        logits = network.logits(network.transform(torch.cat(inputs, 1), attention))
     assert torch.equal(logits.argmax(-1), codes)
 
 
@@ -189,10 +189,10 @@ def test_the_model_survives_saving(pixels: LlamaGenPipeline, tmp_path: Path) -> 
 )
 def test_pages_tell_the_memory_that_the_code_counts(page: str, tables: tuple[str, ...]) -> None:
     """Every row that `docs/examples/memory.py` prints stands on the page of its family, to the digit."""
-    memory = load_script("docs/examples/memory.py")
+    cache_slots = load_script("docs/examples/memory.py")
     text = (ROOT / "docs" / "models" / f"{page}.md").read_text()
     with torch.device("meta"):
-        rows = [row for table in tables for row in getattr(memory, table)()]
+        rows = [row for table in tables for row in getattr(cache_slots, table)()]
     assert len(rows) >= 3
     for row in rows:
         assert row in text.splitlines(), f"docs/models/{page}.md lacks: {row}"
@@ -200,7 +200,7 @@ def test_pages_tell_the_memory_that_the_code_counts(page: str, tables: tuple[str
 
 def test_counted_caches_are_those_of_calls() -> None:
     """What the tables count is what the statistics of a call report, shown with the small models of the tests."""
-    memory = load_script("docs/examples/memory.py")
+    cache_slots = load_script("docs/examples/memory.py")
     pipe = pipeline("c2i")
     assert pipe(0, seed=0).stats.cache_bytes == pipe.transformer.new_cache(2, spare=1).nbytes
     pipe = pipeline("var-class")
@@ -210,4 +210,4 @@ def test_counted_caches_are_those_of_calls() -> None:
     caches = sum(cache.nbytes for cache in pipe.transformer.new_caches(2))
     assert pipe(0, seed=0).stats.cache_bytes == 0
     assert pipe(0, seed=0, accelerator="feature_cache").stats.cache_bytes == caches
-    assert memory.weights(pipe.transformer).startswith("0 M")
+    assert cache_slots.weights(pipe.transformer).startswith("0 M")

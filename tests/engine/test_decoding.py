@@ -19,7 +19,7 @@ from varaccel.engine.statistics import Stage, Statistics
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.sampling import Sampling
-from varaccel.hosts.causal.schedule import Feed, Raster, StaggeredRows
+from varaccel.hosts.causal.schedule import Raster, StaggeredRows, StepInputs
 from varaccel.hosts.causal.session import CausalSession
 from varaccel.nn.kv_cache import KVCache
 
@@ -223,7 +223,7 @@ def test_staggered_rows_decide_everything_once(height: int, width: int, window: 
 
 
 def test_wide_windows_are_raster_order() -> None:
-    raster = [f.host for f in Raster().feeds(Canvas.empty(1, 12))]
+    raster = [f.host for f in Raster().step_inputs(Canvas.empty(1, 12))]
     assert StaggeredRows(4, 4).groups(12) == raster
     assert StaggeredRows(4, 99, first_row_alone=True).groups(12) == raster
 
@@ -263,9 +263,9 @@ def test_rows_may_advance_at_different_speeds(model_type: str, guidance: float) 
     together = session(model_type, 3, guidance)
     canvas = Canvas.empty(3, total)
     expected = []
-    for number, feed in enumerate(Raster().feeds(canvas), start=1):
-        expected.append(together.predict(canvas, feed).logits)
-        canvas.write(feed.positions, tokens[:, feed.positions], number)
+    for number, inputs in enumerate(Raster().step_inputs(canvas), start=1):
+        expected.append(together.predict(canvas, inputs).logits)
+        canvas.write(inputs.positions, tokens[:, inputs.positions], number)
     expected_logits = torch.cat(expected, dim=1)
 
     ragged, canvas = session(model_type, 3, guidance), Canvas.empty(3, total)
@@ -277,9 +277,9 @@ def test_rows_may_advance_at_different_speeds(model_type: str, guidance: float) 
         positions = torch.where((offsets <= torch.arange(3)[:, None]) & (positions < total), positions, -1)
         # the guesses of a pass must be on the canvas before they are read
         used = positions >= 0
-        guesses = tokens.gather(1, positions.clamp(min=0))
-        canvas.write(positions, guesses, 1)
-        logits = ragged.predict(canvas, Feed.ragged(positions)).logits
+        drafts = tokens.gather(1, positions.clamp(min=0))
+        canvas.write(positions, drafts, 1)
+        logits = ragged.predict(canvas, StepInputs.ragged(positions)).logits
         assert logits[used].isfinite().all()
         rows, columns = used.nonzero(as_tuple=True)
         seen[rows, positions[rows, columns]] = logits[rows, columns]
@@ -296,11 +296,11 @@ def test_staggered_rows_equal_a_full_pass_under_the_same_mask() -> None:
     live = session("c2i", 2)
     distributions: dict[int, torch.Tensor] = {}
     randomness = Randomness.draw(image_generators(2, seed=0), total)
-    for number, feed in enumerate(order.feeds(canvas), start=1):
-        distribution = live.predict(canvas, feed)
-        for column, position in enumerate(feed.host.positions):
+    for number, inputs in enumerate(order.step_inputs(canvas), start=1):
+        distribution = live.predict(canvas, inputs)
+        for column, position in enumerate(inputs.host.positions):
             distributions[position] = distribution.logits[:, column]
-        canvas.write(feed.positions, distribution.sample(randomness.at(feed.positions)), number)
+        canvas.write(inputs.positions, distribution.sample(randomness.at(inputs.positions)), number)
 
     # Position 1 and 2 of row 0 never see anything unusual; row 1 column 0 is predicted from a stand-in.
     full = model(torch.arange(2), canvas.tokens[:, :-1])
@@ -319,9 +319,9 @@ def test_guidance_interval_drops_the_second_branch() -> None:
     live.guidance = Guidance(3.0, interval=2)
     original = live._transform
 
-    def watched(x: torch.Tensor, reading: object) -> torch.Tensor:
+    def watched(x: torch.Tensor, attention: object) -> torch.Tensor:
         rows.append(x.shape[0])
-        return original(x, reading)
+        return original(x, attention)
 
     live._transform = watched
     canvas = Canvas.empty(2, GRID**2)

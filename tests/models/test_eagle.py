@@ -18,7 +18,7 @@ from varaccel.errors import CheckpointError, InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
-from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.checkpoints import load_strict
 
 LANTERN = ROOT / "tests" / "golden" / "lantern"
@@ -68,14 +68,14 @@ def read_cached(head: EagleHead, tokens: Tensor, features: Tensor, extra: int) -
     parts = []
     for span in (range(length - extra), range(length - extra, length)):
         slots = torch.tensor(span)
-        reading = Reading(
+        attention = AttentionInputs(
             table[slots],
             mask=slots[:, None] >= torch.arange(span.stop),
             cache=kv,
             slots=slots,
             length=span.stop,
         )
-        parts.append(head.transform(head.fuse(tokens[:, slots], features[:, slots]), reading))
+        parts.append(head.transform(head.fuse(tokens[:, slots], features[:, slots]), attention))
     return torch.cat(parts, dim=1), kv
 
 
@@ -96,14 +96,14 @@ def test_cached_pass_and_tree_queries(index: int) -> None:
     out, kv = read_cached(head, tokens, features, extra)
     torch.testing.assert_close(out[:, -extra:], data["inc.hidden_out_tail"], **CLOSE)
     length, queries = tokens.shape[1], data["tree.input_ids"].shape[1]
-    reading = Reading(
+    attention = AttentionInputs(
         head.rotary_table()[length].expand(queries, -1, -1),
         mask=torch.cat([torch.ones(queries, length), data["tree.mask"][0, 0]], dim=1).bool(),
         cache=kv,
         slots=torch.arange(length, length + queries),
         length=length + queries,
     )
-    out = head.transform(head.fuse(data["tree.input_ids"].long(), data["tree.hidden_in"]), reading)
+    out = head.transform(head.fuse(data["tree.input_ids"].long(), data["tree.hidden_in"]), attention)
     torch.testing.assert_close(out, data["tree.hidden_out"], **CLOSE)
 
 

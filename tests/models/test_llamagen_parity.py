@@ -102,9 +102,9 @@ def test_cached_steps(model_type: str, scale: float, static_shapes: bool) -> Non
     canvas = Canvas.empty(tokens.shape[0], model.num_tokens)
     session = CausalSession(model, condition, mask, guidance=Guidance(scale), static_shapes=static_shapes)
     steps = []
-    for number, feed in enumerate(Raster().feeds(canvas), start=1):
-        steps.append(session.predict(canvas, feed).logits)
-        canvas.write(feed.positions, tokens[:, feed.positions], number)
+    for number, inputs in enumerate(Raster().step_inputs(canvas), start=1):
+        steps.append(session.predict(canvas, inputs).logits)
+        canvas.write(inputs.positions, tokens[:, inputs.positions], number)
     logits = torch.cat(steps, dim=1)
     if scale == 1:
         torch.testing.assert_close(logits[:, :1], golden["logits_prefill"][:, -1:], **LOGITS)

@@ -21,15 +21,15 @@ from varaccel.hosts.masked.denoising import HeadSampling, Process, denoising_ste
 from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.hosts.masked.guidance import MaskedGuidance
 from varaccel.hosts.masked.noise import TokenNoise
-from varaccel.hosts.masked.schedule import CosineGroups, MaskedFeed
+from varaccel.hosts.masked.schedule import CosineGroups, MaskedInputs
 from varaccel.hosts.masked.session import FeatureCacheSession, MaskedSession
 from varaccel.models.diffusion_head import time_frequencies
 from varaccel.models.mar import PRESETS, MARTransformer, rows_of
-from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.noise_schedule import DiffusionSchedule
 from varaccel.speculation import continuous_loop as group_speculation
 from varaccel.speculation.continuous_loop import Comparison, speculate_jointly
-from varaccel.speculation.continuous_rejection import Aligned, Decision, Proposals, ReferenceRule
+from varaccel.speculation.continuous_rejection import Aligned, Decision, ReferenceRule, ResampleNoise
 from varaccel.tokenizers.kl import unpatchify
 
 GOLDEN = ROOT / "tests" / "golden" / "mar"
@@ -212,7 +212,7 @@ def test_encoder_and_decoder(case: str) -> None:
     known, asked = (torch.stack([row.nonzero()[:, 0] for row in part]) for part in (~masked, masked))
     tokens = rows_of(golden["tokens"], known)
     encoded = model.encode(
-        torch.cat([model.embed_slots(slots), model.embed_tokens(tokens, known)], 1), Reading()
+        torch.cat([model.embed_slots(slots), model.embed_tokens(tokens, known)], 1), AttentionInputs()
     )
     close(encoded, golden[f"{case}.encoder_out"], 1e-5)
 
@@ -264,11 +264,11 @@ class Watched(MaskedSession):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.told: list[tuple[MaskedFeed, Tensor, Tensor | None]] = []
+        self.told: list[tuple[MaskedInputs, Tensor, Tensor | None]] = []
 
-    def distribution(self, conditions: Tensor, feed: MaskedFeed) -> DiffusionDistribution:
-        distribution = super().distribution(conditions, feed)
-        self.told.append((feed, conditions, distribution.scale))
+    def distribution(self, conditions: Tensor, inputs: MaskedInputs) -> DiffusionDistribution:
+        distribution = super().distribution(conditions, inputs)
+        self.told.append((inputs, conditions, distribution.scale))
         return distribution
 
 
@@ -292,8 +292,8 @@ def test_generation(name: str) -> None:
 
     # every iteration decides what it did there, under the same guidance
     assert [max(1, border) for border in run.order.borders[1:]] == options["mask_len"]
-    for iteration, (feed, _, scale) in enumerate(session.told):
-        decided = torch.zeros(run.batch, TOKENS, dtype=torch.bool).scatter(1, feed.positions, True)
+    for iteration, (inputs, _, scale) in enumerate(session.told):
+        decided = torch.zeros(run.batch, TOKENS, dtype=torch.bool).scatter(1, inputs.positions, True)
         assert torch.equal(decided, golden["mask_to_pred"][iteration])
         assert torch.equal(canvas.written == iteration + 1, decided)
         if scale is None:
@@ -301,8 +301,8 @@ def test_generation(name: str) -> None:
         else:
             expected = torch.full_like(scale, options["cfg_iter"][iteration])
             torch.testing.assert_close(scale, expected, atol=0, rtol=1e-6)
-    for key, (feed, conditions, _) in (("z_first", session.told[0]), ("z_last", session.told[-1])):
-        close(in_raster_order(conditions, feed.positions), golden[key], 1e-3)
+    for key, (inputs, conditions, _) in (("z_first", session.told[0]), ("z_last", session.told[-1])):
+        close(in_raster_order(conditions, inputs.positions), golden[key], 1e-3)
 
 
 @pytest.mark.parametrize("keep_unconditional", [True, False])
@@ -350,8 +350,8 @@ class CheckedRule:
         rank = self.positions.argsort(1).argsort(1)
         return torch.stack([part[index] for part, index in zip(by_image, rank, strict=True)]).flatten(0, 1)
 
-    def judge(
-        self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
+    def verify(
+        self, aligned: Aligned, uniforms: Tensor, resample_noise: ResampleNoise, active: Tensor | None = None
     ) -> Decision:
         recorded = {
             key.removeprefix(f"v{self.judgements}."): value
@@ -374,7 +374,7 @@ class CheckedRule:
             torch.stack([self.ours(part) for part in recorded.get("res_normals", ())] or [torch.empty(0)]),
             torch.stack([self.ours(part) for part in recorded.get("res_uniforms", ())] or [torch.empty(0)]),
         )
-        decision = self.rule.judge(aligned, self.ours(recorded["u"]), rounds, active)
+        decision = self.rule.verify(aligned, self.ours(recorded["u"]), rounds, active)
         assert torch.equal(decision.accepted, self.ours(recorded["accept"]))
         close(decision.values, self.ours(recorded["out"]), 1e-3)
         if "res_normals" in recorded:
@@ -388,12 +388,12 @@ class CheckedRule:
 class CheckedComparison(Comparison):
     """A comparison that tells its rule which places are judged."""
 
-    def judge(
-        self, distribution: DiffusionDistribution, drafted: Any, positions: Tensor, proposals: Any
+    def verify(
+        self, distribution: DiffusionDistribution, drafted: Any, positions: Tensor, resample_noise: Any
     ) -> tuple[Tensor, Decision]:
         assert isinstance(self.rule, CheckedRule)
         self.rule.positions = positions
-        return super().judge(distribution, drafted, positions, proposals)
+        return super().verify(distribution, drafted, positions, resample_noise)
 
 
 @pytest.mark.parametrize("name", CSPD_RUNS)
@@ -404,7 +404,7 @@ def test_continuous_speculative_decoding(name: str, monkeypatch: pytest.MonkeyPa
     run, rule = Recorded(options, golden), CheckedRule(golden, options["inner_temperature"])
     target, draft = (MaskedSession(network(n), run.labels, **run.session_options) for n in NETWORKS)
     canvas = run.canvas()
-    tally = speculate_jointly(
+    stats = speculate_jointly(
         target,
         draft,
         canvas,
@@ -417,13 +417,13 @@ def test_continuous_speculative_decoding(name: str, monkeypatch: pytest.MonkeyPa
     close(canvas.tokens, golden["tokens"], 1e-3)
     kinds = [kind for kind, _ in options["schedule"]]
     assert rule.judgements == options["n_verify"] == kinds.count("verify")
-    assert draft.reads == tally.draft_passes == kinds.count("draft")
+    assert draft.reads == stats.draft_passes == kinds.count("draft")
     assert target.reads == kinds.count("prefill") + kinds.count("verify")
-    assert tally.passes.tolist() == [target.reads] * run.batch
+    assert stats.passes.tolist() == [target.reads] * run.batch
     flags = [golden[f"v{i}.accept"].view(run.batch, -1) for i in range(rule.judgements)]
-    assert tally.accepted.tolist() == sum(part.sum(1) for part in flags).tolist()
-    assert tally.judged is not None
-    assert tally.judged.tolist() == [sum(part.shape[1] for part in flags)] * run.batch
+    assert stats.accepted.tolist() == sum(part.sum(1) for part in flags).tolist()
+    assert stats.verified is not None
+    assert stats.verified.tolist() == [sum(part.shape[1] for part in flags)] * run.batch
 
 
 def test_recorded_runs_keep_some_tokens_and_replace_others() -> None:

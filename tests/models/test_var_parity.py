@@ -211,19 +211,19 @@ class Run:
         canvas = Canvas.empty(len(labels), first.num_tokens)
         session = ScaleSession(first, features, torch.tensor(labels), until=handover, **settings)
         logits = []
-        for feed in Scales(first.schedule).feeds(canvas):
-            if feed.scale == handover:
+        for inputs in Scales(first.schedule).step_inputs(canvas):
+            if inputs.scale == handover:
                 features.follow(canvas, handover)
                 self.handoff_map = features.value
                 self.handoff_tokens = features.seen(canvas, 1, handover)
                 session.close()
                 session = ScaleSession(network(names[1]), features, torch.tensor(labels), **settings)
             # what `predict` does, with a look at the logits before the filters
-            logits.append(session.logits(canvas, feed.scale))
-            kept = session.sampling.keep(logits[-1], feed.scale)
+            logits.append(session.logits(canvas, inputs.scale))
+            kept = session.sampling.keep(logits[-1], inputs.scale)
             features.expect(kept)
-            drawn = draws.sample(session.sampling.distribution(kept, feed.scale), feed.positions)
-            canvas.write(feed.positions, drawn, feed.scale + 1)
+            drawn = draws.sample(session.sampling.distribution(kept, inputs.scale), inputs.positions)
+            canvas.write(inputs.positions, drawn, inputs.scale + 1)
         features.follow(canvas, len(first.schedule))
         self.tokens, self.logits, self.feature_map = canvas.tokens, torch.cat(logits, 1), features.value
         self.image = (codebook.decode(features.value).clamp(-1, 1) + 1) / 2

@@ -137,9 +137,9 @@ def test_static_shapes_equal_dynamic_ones(host: str, name: str) -> None:
     expected = pipe(PROMPTS[host], seed=2, accelerator=name, output_type="latent").images
     shapes = set()
 
-    def watched(x: torch.Tensor, reading: Any) -> torch.Tensor:
-        shapes.add((x.shape, reading.length))
-        return pipe.transformer.transform(x, reading)
+    def watched(x: torch.Tensor, attention: Any) -> torch.Tensor:
+        shapes.add((x.shape, attention.length))
+        return pipe.transformer.transform(x, attention)
 
     pipe._compiled = watched
     assert torch.equal(pipe(PROMPTS[host], seed=2, accelerator=name, output_type="latent").images, expected)

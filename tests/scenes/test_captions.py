@@ -39,7 +39,7 @@ def renderings() -> tuple[Rendering, ...]:
     return tuple(render(scene, 64) for scene in scenes())
 
 
-def _reading(words: dict[str, tuple[str, ...]]) -> dict[str, str]:
+def _attention_inputs(words: dict[str, tuple[str, ...]]) -> dict[str, str]:
     return {phrase: name for name, phrases in words.items() for phrase in phrases}
 
 
@@ -47,19 +47,19 @@ def parse(text: str) -> dict[str, object]:
     """Read a caption back by the words alone, knowing nothing of how it was made."""
     parsed: dict[str, object] = {"floor": None, "time": None, "relation": None}
     for key, table in (("time", rules.TIME_PHRASES), ("floor", rules.FLOOR_PHRASES)):
-        for phrase, name in _reading(table).items():
+        for phrase, name in _attention_inputs(table).items():
             if text.startswith(phrase + " "):
                 text, parsed[key] = text.removeprefix(phrase + " "), name
             elif text.endswith(" " + phrase):
                 text, parsed[key] = text.removesuffix(" " + phrase), name
     sides = [text]
-    for phrase in sorted(_reading(rules.RELATION_PHRASES), key=len, reverse=True):
+    for phrase in sorted(_attention_inputs(rules.RELATION_PHRASES), key=len, reverse=True):
         if f" {phrase} " in text:
             sides = text.split(f" {phrase} ")
-            parsed["relation"] = _reading(rules.RELATION_PHRASES)[phrase]
+            parsed["relation"] = _attention_inputs(rules.RELATION_PHRASES)[phrase]
             break
-    colors, shapes = _reading(rules.COLOR_WORDS), _reading(rules.SHAPE_WORDS)
-    materials, sizes = _reading(rules.MATERIAL_WORDS), _reading(rules.SIZE_WORDS)
+    colors, shapes = _attention_inputs(rules.COLOR_WORDS), _attention_inputs(rules.SHAPE_WORDS)
+    materials, sizes = _attention_inputs(rules.MATERIAL_WORDS), _attention_inputs(rules.SIZE_WORDS)
     parsed["sides"] = []
     for side in sides:
         group = []

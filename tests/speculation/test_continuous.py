@@ -24,7 +24,7 @@ from varaccel.speculation.continuous_rejection import (
     Gaussian,
     PaperRule,
     ReferenceRule,
-    ResampleNoise,
+    SeededResampleNoise,
 )
 
 GOLDEN = ROOT / "tests" / "golden" / "mar"
@@ -67,7 +67,7 @@ class Record:
         return Aligned(self["x"], distribution("q"), distribution("p"), log_sigma)
 
     @property
-    def proposals(self) -> Recorded:
+    def resample_noise(self) -> Recorded:
         return Recorded(self["res_normals"], self["res_uniforms"])
 
     @property
@@ -114,16 +114,16 @@ def test_recorded_cases_cover_everything() -> None:
 
 
 def test_recorded_decisions(record: Record) -> None:
-    proposals = record.proposals
-    decision = ReferenceRule(record.inner_temperature).judge(record.aligned, record["u"], proposals)
+    resample_noise = record.resample_noise
+    decision = ReferenceRule(record.inner_temperature).verify(record.aligned, record["u"], resample_noise)
     assert torch.equal(decision.accepted, record["accept"])
-    assert proposals.used == len(record["res_normals"])
+    assert resample_noise.used == len(record["res_normals"])
     assert torch.equal(decision.values[decision.accepted], record["x"][decision.accepted])
     assert close(decision.values[~record.lost], record["out"][~record.lost])
     # what never succeeds becomes zero there, and the target's mean here
     assert torch.equal(decision.exhausted, record.lost)
     assert torch.equal(decision.values[record.lost], record["p_mean"][record.lost])
-    assert torch.equal(decision.tries, torch.where(decision.accepted, 0, proposals.used))
+    assert torch.equal(decision.tries, torch.where(decision.accepted, 0, resample_noise.used))
 
 
 def test_recorded_ratios(record: Record) -> None:
@@ -146,7 +146,7 @@ def test_recorded_residuals(record: Record) -> None:
 def test_paper_resamples_by_its_own_residual() -> None:
     record = RECORDS["cspd_heads.toy2.inner42"]
     tries = len(record["res_normals"]) - 1  # and one for the last resort
-    decision = PaperRule(tries=tries).judge(record.aligned, record["u"], record.proposals)
+    decision = PaperRule(tries=tries).verify(record.aligned, record["u"], record.resample_noise)
     assert torch.equal(decision.accepted, record["log_ratio_paper"] > record["u"].log())
     success = (record["res_uniforms"] < record["res_alpha_paper"])[:tries]  # [rounds, M]
     assert torch.equal(decision.exhausted, ~decision.accepted & ~success.any(0))
@@ -282,11 +282,13 @@ class Pair:
         return self.target.step(1, middle).sample(noises[2])
 
 
-def judged(rule: ContinuousRule, aligned: Aligned, seed: int = 0) -> Decision:
+def verified(rule: ContinuousRule, aligned: Aligned, seed: int = 0) -> Decision:
     """A batch of images, judged with numbers of their own."""
     count, channels = aligned.value.shape
     uniforms = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 500))
-    return rule.judge(aligned, uniforms, ResampleNoise(range(seed, seed + IMAGES), count // IMAGES, channels))
+    return rule.verify(
+        aligned, uniforms, SeededResampleNoise(range(seed, seed + IMAGES), count // IMAGES, channels)
+    )
 
 
 PAIRS = {
@@ -310,7 +312,7 @@ PAIRS = {
 @cache
 def drawn(name: str, rule: ContinuousRule) -> tuple[Aligned, Decision]:
     aligned = PAIRS[name].aligned(seed=2024, count=DRAWS)
-    return aligned, judged(rule, aligned)
+    return aligned, verified(rule, aligned)
 
 
 def marginals(name: str, rule: ContinuousRule) -> list[Fit]:
@@ -361,7 +363,7 @@ def test_few_tries_change_the_distribution_within_the_bound() -> None:
     )
     near = Gaussian(distribution.mean + 0.25, distribution.log_std)
     for tries in (1, 4, 32, 50):
-        decision = judged(ExactRule(tries), Aligned(values + 0.25, near, distribution, torch.zeros(DRAWS)))
+        decision = verified(ExactRule(tries), Aligned(values + 0.25, near, distribution, torch.zeros(DRAWS)))
         assert 0 < decision.exhausted.double().mean() <= 1 / (math.e * tries) + 4e-3
         assert decision.tries.max() == tries
         fit = one_sample(decision.values[:, 0], normal_cdf)
@@ -380,7 +382,7 @@ def test_acceptance_is_the_overlap(shift: float, std: float) -> None:
 
     noise = torch.randn(DRAWS, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     value = draft.sample(noise)
-    decision = judged(ExactRule(100), Aligned(value, wide(draft), wide(target), torch.full((DRAWS,), 3.0)))
+    decision = verified(ExactRule(100), Aligned(value, wide(draft), wide(target), torch.full((DRAWS,), 3.0)))
     deviation = math.sqrt(overlap * (1 - overlap) / DRAWS)
     assert decision.accepted.double().mean().item() == pytest.approx(overlap, abs=4 * deviation)
     assert one_sample(decision.values[:, 0], normal_cdf).chance > LEVEL
@@ -404,7 +406,7 @@ def test_the_same_distribution_is_always_accepted(rule: ContinuousRule) -> None:
     head = Head(std=(0.01, 0.006), bend=0.3)
     aligned = Pair(head, head, channels=16).aligned(0, 1000)
     uniforms = torch.full((1000,), 1 - 2**-53, dtype=torch.float64)
-    decision = rule.judge(aligned, uniforms, Forbidden())
+    decision = rule.verify(aligned, uniforms, Forbidden())
     assert decision.accepted.all()
     assert torch.equal(decision.values, aligned.value)
     assert not decision.tries.any()
@@ -415,7 +417,7 @@ def test_the_same_distribution_is_always_accepted(rule: ContinuousRule) -> None:
 def test_distributions_far_apart(rule: ContinuousRule) -> None:
     """Hundreds of thousands of deviations away: densities that no float holds, as with heads of few steps."""
     draft, target = Head((0.9, 0.9), (3.0, 3.0), (0.02, 1e-5)), Head((0.9, 0.9), (0.0, 0.0), (0.01, 1e-5))
-    decision = judged(rule, Pair(draft, target).aligned(1, 8000))
+    decision = verified(rule, Pair(draft, target).aligned(1, 8000))
     aligned = Pair(draft, target).aligned(1, 8000)
     assert not decision.accepted.any()
     assert (
@@ -434,16 +436,16 @@ def test_what_is_no_number_is_rejected(rule: ContinuousRule) -> None:
     log_std = torch.tensor([0.0, 0.0, 0.0, 0.0, -inf, nan]).view(-1, 1).repeat(8, 1)
     target = Gaussian(torch.full((48, 1), 0.1), torch.zeros(48, 1))
     aligned = Aligned(value, Gaussian(mean, log_std), target, torch.zeros(48))
-    decision = judged(rule, aligned)
+    decision = verified(rule, aligned)
     assert not decision.accepted.any()
     assert decision.values.isfinite().all()
     assert (decision.values != 0).all()
 
     broken = Gaussian(torch.zeros(48, 1), torch.full((48, 1), nan))
-    decision = judged(rule, Aligned(torch.zeros(48, 1), target, broken, torch.zeros(48)))
+    decision = verified(rule, Aligned(torch.zeros(48, 1), target, broken, torch.zeros(48)))
     assert not decision.accepted.any()
     assert decision.exhausted.all()
-    decision = judged(rule, Aligned(target.mean, target, target, torch.full((48,), nan)))
+    decision = verified(rule, Aligned(target.mean, target, target, torch.full((48,), nan)))
     assert decision.values.isfinite().all()
 
 
@@ -456,10 +458,10 @@ def test_padding_costs_nothing(rule: ContinuousRule) -> None:
         torch.where(active[:, None], aligned.target.mean, float("nan")), aligned.target.log_std
     )
     uniforms = torch.rand(64, generator=torch.Generator().manual_seed(0))
-    padded = rule.judge(
+    padded = rule.verify(
         Aligned(broken, aligned.draft, distribution, aligned.log_sigma),
         uniforms,
-        ResampleNoise([1], 64, 2),
+        SeededResampleNoise([1], 64, 2),
         active,
     )
     assert padded.accepted[~active].all()
@@ -467,10 +469,10 @@ def test_padding_costs_nothing(rule: ContinuousRule) -> None:
     assert not padded.exhausted[~active].any()
     assert padded.values[active].isfinite().all()
     if not isinstance(rule, ReferenceRule):  # whose rounds end when the last token has had a success
-        whole = rule.judge(aligned, uniforms, ResampleNoise([1], 64, 2))
+        whole = rule.verify(aligned, uniforms, SeededResampleNoise([1], 64, 2))
         assert torch.equal(padded.values[active], whole.values[active])
         assert torch.equal(padded.tries[active], whole.tries[active])
-    none = rule.judge(aligned, torch.ones(64), Forbidden(), torch.zeros(64, dtype=torch.bool))
+    none = rule.verify(aligned, torch.ones(64), Forbidden(), torch.zeros(64, dtype=torch.bool))
     assert none.accepted.all()
 
 
@@ -489,8 +491,8 @@ def part(aligned: Aligned, rows: slice) -> Aligned:
 @pytest.mark.parametrize("rule", [ExactRule(), ExactRule(6), PaperRule(), PaperRule(tries=3)], ids=repr)
 def test_a_image_does_not_depend_on_its_batch(rule: ContinuousRule) -> None:
     width = 5
-    together = ResampleNoise([11, 12, 13, 14], width, 2)
-    alone = ResampleNoise([13], width, 2)
+    together = SeededResampleNoise([11, 12, 13, 14], width, 2)
+    alone = SeededResampleNoise([13], width, 2)
     own = slice(2 * width, 3 * width)
     rejected = 0
     for verification in range(20):
@@ -498,8 +500,8 @@ def test_a_image_does_not_depend_on_its_batch(rule: ContinuousRule) -> None:
         uniforms = torch.rand(4 * width, generator=torch.Generator().manual_seed(verification))
         together.restart()
         alone.restart()
-        batch = rule.judge(aligned, uniforms, together)
-        single = rule.judge(part(aligned, own), uniforms[own], alone)
+        batch = rule.verify(aligned, uniforms, together)
+        single = rule.verify(part(aligned, own), uniforms[own], alone)
         rejected += int((~single.accepted).sum())
         for field in ("accepted", "values", "tries", "exhausted"):
             assert torch.equal(getattr(batch, field)[own], getattr(single, field))
@@ -507,7 +509,7 @@ def test_a_image_does_not_depend_on_its_batch(rule: ContinuousRule) -> None:
 
 
 def test_seeded_numbers() -> None:
-    first, second = ResampleNoise([3, 4], 2, 3), ResampleNoise([3, 4], 2, 3)
+    first, second = SeededResampleNoise([3, 4], 2, 3), SeededResampleNoise([3, 4], 2, 3)
     normals, uniforms = first.next(7)
     assert normals.shape == (4, 7, 3)
     assert uniforms.shape == (4, 7)
@@ -532,9 +534,9 @@ def test_dtype_of_the_drafted_value_is_kept() -> None:
         aligned.log_sigma.float(),
     )
     for rule in RULES:
-        assert judged(rule, single).values.dtype == torch.float32
-        assert judged(rule, single).accepted.dtype == torch.bool
-        assert judged(rule, single).tries.dtype == torch.int64
+        assert verified(rule, single).values.dtype == torch.float32
+        assert verified(rule, single).accepted.dtype == torch.bool
+        assert verified(rule, single).tries.dtype == torch.int64
     assert single.target.log_prob(single.value).dtype == torch.float64
 
 
@@ -562,9 +564,9 @@ def test_density() -> None:
         lambda: ReferenceRule(inner_temperature=float("inf")),
         lambda: ReferenceRule(inner_temperature="42"),  # type: ignore[arg-type]
         lambda: ReferenceRule(tries=-1),
-        lambda: ResampleNoise([], 1, 1),
-        lambda: ResampleNoise([1], 0, 1),
-        lambda: ResampleNoise([1], 1, 0),
+        lambda: SeededResampleNoise([], 1, 1),
+        lambda: SeededResampleNoise([1], 0, 1),
+        lambda: SeededResampleNoise([1], 1, 0),
     ],
 )
 def test_bad_options(make: Callable[[], Any]) -> None:
@@ -586,8 +588,8 @@ def test_shapes_that_do_not_fit() -> None:
     far = replace(aligned, value=aligned.value + 100)
     for rule in RULES:
         with pytest.raises(InputError, match="uniforms must be"):
-            rule.judge(aligned, torch.rand(3), Forbidden())
+            rule.verify(aligned, torch.rand(3), Forbidden())
         with pytest.raises(InputError, match="active must be"):
-            rule.judge(aligned, torch.rand(4), Forbidden(), torch.ones(4))
+            rule.verify(aligned, torch.rand(4), Forbidden(), torch.ones(4))
     with pytest.raises(InputError, match="proposals must be"):
-        ExactRule().judge(far, torch.rand(4), ResampleNoise([1], 3, 2))
+        ExactRule().verify(far, torch.rand(4), SeededResampleNoise([1], 3, 2))

@@ -16,7 +16,7 @@ from varaccel.engine.distribution import Categorical
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.lanes import Lanes
 from varaccel.hosts.causal.sampling import Sampling
-from varaccel.nn.attention_inputs import Reading, prefix_mask
+from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
 from varaccel.speculation import proposers as drafting
 from varaccel.speculation.eagle_drafter import EagleReader
 from varaccel.speculation.loop import Draws, StepResult
@@ -59,7 +59,7 @@ class RecordedTarget:
         return Categorical(filtered, self.greedy)
 
 
-def begin(index: int, name: str, options: dict[str, Any], scratch: int) -> tuple[Any, ...]:
+def begin(index: int, name: str, options: dict[str, Any], draft_slots: int) -> tuple[Any, ...]:
     """Target, canvas, lanes and reader after the first token."""
     data = golden(index)
     target = RecordedTarget(index, options, data[f"{name}.hidden_in"])
@@ -67,7 +67,7 @@ def begin(index: int, name: str, options: dict[str, Any], scratch: int) -> tuple
     canvas = Canvas.empty(1, positions)
     ids = data[f"{name}.input_ids"].long()
     canvas.write(torch.zeros(1, dtype=torch.int64), ids[:, -1:], 1)
-    reader = EagleReader(recorded(index), target, canvas, scratch, 1)  # type: ignore[arg-type]
+    reader = EagleReader(recorded(index), target, canvas, draft_slots, 1)  # type: ignore[arg-type]
     return target, canvas, Lanes.raster(positions), reader
 
 
@@ -148,8 +148,8 @@ def test_static_drafting(index: int, run: int, monkeypatch: pytest.MonkeyPatch) 
     if not options["greedy"]:
         rows = iter(recorded_draws)
 
-        def draw_children(distribution: Categorical, numbers: Tensor, proposal: str) -> Tensor:
-            assert proposal == "without_replacement"
+        def draw_children(distribution: Categorical, numbers: Tensor, draw_mode: str) -> Tensor:
+            assert draw_mode == "without_replacement"
             drawn = torch.stack([next(rows) for _ in range(distribution.logits.shape[1])])
             return drawn[None, :, : numbers.shape[-1]]
 
@@ -238,13 +238,13 @@ def test_what_the_head_has_read(host: str, guidance: float, monkeypatch: pytest.
             reader.session.prefix_features, features[:, : pairs + 1], atol=1e-4, rtol=1e-3
         )
         paired = torch.cat([tokens.new_zeros(len(tokens), pairs), tokens], dim=1)
-        reading = Reading(
+        attention = AttentionInputs(
             head.rotary_table(), causal=True, cache=cache, slots=torch.arange(count), length=count
         )
-        head.transform(head.fuse(paired, features[:, :-1]), reading)
-    base = reader.memory.base
+        head.transform(head.fuse(paired, features[:, :-1]), attention)
+    base = reader.cache_slots.base
     for row, theirs in enumerate(cache.keys[0]):
-        ours, written = reader.memory.cache.keys[0, row], out.written[row % 2].flatten()
+        ours, written = reader.cache_slots.cache.keys[0, row], out.written[row % 2].flatten()
         # what the last pass of an image decided is not read any more
         known = int((written < written.max()).sum())
         torch.testing.assert_close(ours[:, :pairs], theirs[:, :pairs], atol=1e-4, rtol=1e-3)
@@ -258,5 +258,5 @@ def teacher_features(model: Any, condition: Tensor, mask: Tensor | None, tokens:
     x = torch.cat([model.embed_condition(condition), model.embed_tokens(tokens)], dim=1)
     table = model.rotary_table()
     if mask is None:
-        return model.transform(x, Reading(table, causal=True))
-    return model.transform(x, Reading(table, mask=prefix_mask(mask, x.shape[1])))
+        return model.transform(x, AttentionInputs(table, causal=True))
+    return model.transform(x, AttentionInputs(table, mask=prefix_mask(mask, x.shape[1])))

@@ -32,8 +32,8 @@ from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.lanes import Fronts, Lanes
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.hosts.causal.schedule import StaggeredRows
-from varaccel.hosts.causal.session import CausalSession, Guesses
-from varaccel.nn.attention_inputs import Reading
+from varaccel.hosts.causal.session import CausalSession, DraftInputs
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.pipelines.acceptance_map import pass_colors
 from varaccel.speculation import loop as speculation
 from varaccel.speculation import proposers as drafting
@@ -70,12 +70,14 @@ LAWFUL: dict[str, Accelerator] = {
     "lantern multiplier 1": Lantern(k=5, multiplier=1.0, drafter="small", tree=4, adaptive=True),
 }
 ORDERED: dict[str, Callable[[int], Accelerator]] = {
-    "jacobi": lambda order: Jacobi(4, order=order),
-    "jacobi maximal": lambda order: Jacobi(3, "maximal", "random", order=order),
-    "eagle": lambda order: Speculative("eagle", tree=BUSHY, order=order),
-    "small": lambda order: Speculative("small", tree=4, order=order, adaptive=True),
-    "dynamic": lambda order: Speculative("small", tree=DYNAMIC, order=order),
-    "lantern": lambda order: Lantern(k=3, delta=0.2, drafter="layers", tree=BUSHY, order=order),
+    "jacobi": lambda row_window: Jacobi(4, row_window=row_window),
+    "jacobi maximal": lambda row_window: Jacobi(3, "maximal", "random", row_window=row_window),
+    "eagle": lambda row_window: Speculative("eagle", tree=BUSHY, row_window=row_window),
+    "small": lambda row_window: Speculative("small", tree=4, row_window=row_window, adaptive=True),
+    "dynamic": lambda row_window: Speculative("small", tree=DYNAMIC, row_window=row_window),
+    "lantern": lambda row_window: Lantern(
+        k=3, delta=0.2, drafter="layers", tree=BUSHY, row_window=row_window
+    ),
 }
 RUN: dict[type, Any] = {kind: kind.run for kind in (Jacobi, Speculative, Lantern)}
 DISTRIBUTIONS: tuple[dict[str, Any], ...] = (
@@ -193,9 +195,9 @@ def test_fixed_shapes_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch)
     expected = draw("t2i", accelerator)
     shapes: set[Any] = set()
 
-    def watched(x: Tensor, reading: Any) -> Tensor:
-        shapes.add((x.shape, reading.length, reading.mask.shape))
-        return pipe.transformer.transform(x, reading)
+    def watched(x: Tensor, attention: Any) -> Tensor:
+        shapes.add((x.shape, attention.length, attention.mask.shape))
+        return pipe.transformer.transform(x, attention)
 
     monkeypatch.setattr(pipe, "_compiled", watched)
     fixed = draw("t2i", accelerator)
@@ -265,10 +267,10 @@ def test_distributions_are_those_of_a_pass_without_a_cache(
 
 
 @ordered
-@pytest.mark.parametrize(("order", "guidance"), [(1, 2.5), (2, 1.0), (3, 2.5)])
+@pytest.mark.parametrize(("row_window", "guidance"), [(1, 2.5), (2, 1.0), (3, 2.5)])
 @torch.inference_mode()
 def test_distributions_in_order_are_those_without_scratch(
-    name: str, order: int, guidance: float, outcomes: list[StepResult]
+    name: str, row_window: int, guidance: float, outcomes: list[StepResult]
 ) -> None:
     """What came of each pass, read again without scratch slots: first the late token and the roots, then the
     accepted guesses of one lane after the other, the lowest first, so that none sees guesses of another.
@@ -303,7 +305,7 @@ def test_distributions_in_order_are_those_without_scratch(
 
 
 def read(session: CausalSession, tokens: Tensor, positions: list[int]) -> Tensor:
-    return session.read(Guesses(tokens, torch.tensor([positions])))
+    return session.read(DraftInputs(tokens, torch.tensor([positions])))
 
 
 # -- the order -----------------------------------------------------------------------------------------
@@ -311,8 +313,8 @@ def read(session: CausalSession, tokens: Tensor, positions: list[int]) -> Tensor
 
 @hosts
 @ordered
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_images_in_order_do_not_depend_on_their_batch(host: str, name: str, order: int) -> None:
+@pytest.mark.parametrize("row_window", [1, 2, 3])
+def test_images_in_order_do_not_depend_on_their_batch(host: str, name: str, row_window: int) -> None:
     accelerator, distribution = ORDERED[name](order), DISTRIBUTIONS[order - 1]
     together = draw(host, accelerator, **distribution)
     assert not together.stats.lossless
@@ -326,27 +328,27 @@ def test_images_in_order_do_not_depend_on_their_batch(host: str, name: str, orde
 
 @hosts
 @ordered
-@pytest.mark.parametrize("order", [GRID, GRID + 3])
-def test_a_wide_order_is_raster_order(host: str, name: str, order: int) -> None:
+@pytest.mark.parametrize("row_window", [GRID, GRID + 3])
+def test_a_wide_order_is_raster_order(host: str, name: str, row_window: int) -> None:
     wide, raster = draw(host, ORDERED[name](order)), draw(host, ORDERED[name]("raster"))  # type: ignore[arg-type]
     assert torch.equal(wide.images, raster.images)
     assert torch.equal(wide.written, raster.written)
 
 
-def worst_children(distribution: Categorical, numbers: Tensor, proposal: str) -> Tensor:
+def worst_children(distribution: Categorical, numbers: Tensor, draw_mode: str) -> Tensor:
     return distribution.logits.topk(numbers.shape[-1], dim=-1, largest=False).indices
 
 
 @hosts
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("row_window", [1, 2, 3])
 def test_without_luck_the_order_is_that_of_zipar(
-    host: str, order: int, monkeypatch: pytest.MonkeyPatch
+    host: str, row_window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guesses that never hold leave nothing behind: ZipAR's passes and ZipAR's images, greedy and drawn."""
     monkeypatch.setattr(drafting, "draw_children", worst_children)
     everything = LayerSkip((0, 1, 2))
     for tree in (3, BUSHY):
-        hopeless = Speculative(everything, tree=tree, order=order, verification="matching")
+        hopeless = Speculative(everything, tree=tree, row_window=row_window, verification="matching")
         # with a filter, the worst tokens are impossible
         for options in ({"temperature": 0.0}, {"top_k": 12}, {"top_k": 12, "guidance_scale": 1.0}):
             zipar = draw(host, ZipAR(order), **options)
@@ -355,7 +357,7 @@ def test_without_luck_the_order_is_that_of_zipar(
             assert out.stats.mean_accepted == 0
             assert torch.equal(out.images, zipar.images)
             assert torch.equal(out.written, zipar.written)
-    alone = draw(host, Jacobi(1, order=order), temperature=0.0)
+    alone = draw(host, Jacobi(1, row_window=row_window), temperature=0.0)
     assert torch.equal(alone.images, draw(host, ZipAR(order), temperature=0.0).images)
     assert alone.stats.passes == GRID + (GRID - 1) * order
 
@@ -464,9 +466,9 @@ def test_rows_with_an_end_of_line(width: int, height: int, window: int) -> None:
     distributions: dict[int, Tensor] = {}
     original = session.predict
 
-    def predict(canvas: Canvas, feed: Any) -> Any:
-        distribution = original(canvas, feed)
-        for column, position in enumerate(feed.host.positions):
+    def predict(canvas: Canvas, inputs: Any) -> Any:
+        distribution = original(canvas, inputs)
+        for column, position in enumerate(inputs.host.positions):
             assert position not in distributions
             distributions[position] = distribution.logits[:, column]
         return distribution
@@ -504,7 +506,7 @@ def test_rows_with_an_end_of_line(width: int, height: int, window: int) -> None:
         x = torch.cat(
             [model.embed_condition(torch.tensor([0, 3])), model.embed_tokens(canvas.tokens[:, :-2])], 1
         )
-        full = model.logits(model.transform(x, Reading(model.rotary_table()[: total - 1], mask=mask)))
+        full = model.logits(model.transform(x, AttentionInputs(model.rotary_table()[: total - 1], mask=mask)))
         causal = model(torch.tensor([0, 3]), canvas.tokens[:, :-2])
     for position in inner:
         torch.testing.assert_close(distributions[position], full[:, position], atol=2e-5, rtol=1e-5)
@@ -536,16 +538,16 @@ def test_counts_agree_with_the_canvas(host: str, name: str, monkeypatch: pytest.
 
     monkeypatch.setattr(type(accelerator), "run", remember)
     out = draw(host, accelerator)
-    (tally,) = tallies
+    (counts,) = tallies
     written, stats = out.written.flatten(1), out.stats
-    assert tally.passes.tolist() == written.max(1).values.tolist() == list(stats.image_passes)
+    assert counts.passes.tolist() == written.max(1).values.tolist() == list(stats.image_passes)
     assert stats.passes == max(stats.image_passes)
     # what an attempt decides are its accepted guesses and one token more
-    assert (1 + tally.attempts + tally.accepted == PLACES).all()
+    assert (1 + counts.attempts + counts.accepted == PLACES).all()
     if name == base:
-        assert tally.attempts.tolist() == [len(row.unique()) - 1 for row in written]
-    assert (tally.attempts >= tally.passes - 1).all()
-    expected = tally.accepted / tally.attempts
+        assert counts.attempts.tolist() == [len(row.unique()) - 1 for row in written]
+    assert (counts.attempts >= counts.passes - 1).all()
+    expected = counts.accepted / counts.attempts
     assert stats.accepted == pytest.approx(expected.tolist())
     assert stats.mean_accepted == pytest.approx(expected.mean().item())
     assert (stats.draft_passes > 0) == (accelerator.name != "jacobi")
@@ -555,7 +557,7 @@ def test_counts_agree_with_the_canvas(host: str, name: str, monkeypatch: pytest.
 
 @hosts
 @pytest.mark.parametrize(
-    "accelerator", [Jacobi(4), Speculative("eagle"), Speculative("small", order=1)], ids=str
+    "accelerator", [Jacobi(4), Speculative("eagle"), Speculative("small", row_window=1)], ids=str
 )
 def test_observers_see_every_pass_and_can_stop(host: str, accelerator: Accelerator) -> None:
     pipe = drafting_pipeline(host)
@@ -600,7 +602,11 @@ def test_progress_rises_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for kind in RUN:
         monkeypatch.setattr(kind, "run", watch)
-    for accelerator in (Jacobi(4), Speculative("small", tree=BUSHY), Lantern(k=3, drafter="eagle", order=2)):
+    for accelerator in (
+        Jacobi(4),
+        Speculative("small", tree=BUSHY),
+        Lantern(k=3, drafter="eagle", row_window=2),
+    ):
         steps.clear()
         passes = max(draw("t2i", accelerator).stats.image_passes)
         assert [step.number for step in steps] == list(range(1, passes + 1))
@@ -613,10 +619,10 @@ def test_progress_rises_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- adaptive depth ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["raster", 2])
+@pytest.mark.parametrize("row_window", [None, 2])
 @pytest.mark.parametrize("tree", [6, 2, BUSHY])
 def test_depth_follows_what_was_accepted(
-    tree: Any, order: Any, outcomes: list[StepResult], monkeypatch: pytest.MonkeyPatch
+    tree: Any, row_window: Any, outcomes: list[StepResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two levels deeper after a success, one less after a failure, per lane of each image."""
     proposers: list[StaticProposer] = []
@@ -627,7 +633,7 @@ def test_depth_follows_what_was_accepted(
         proposers.append(self)
 
     monkeypatch.setattr(StaticProposer, "__init__", remember)
-    draw("c2i", Speculative("small", tree=tree, order=order, adaptive=True))
+    draw("c2i", Speculative("small", tree=tree, row_window=row_window, adaptive=True))
     (proposer,) = proposers
     deepest = proposer.topology.max_depth
     expected: dict[tuple[int, int], int] = {}
@@ -647,9 +653,9 @@ def test_depth_follows_what_was_accepted(
     assert len(sizes) > 1
 
 
-@pytest.mark.parametrize("order", ["raster", 1, 2])
-def test_dynamic_trees_reach_as_far_as_can_be_decided(order: Any, outcomes: list[StepResult]) -> None:
-    draw("c2i", Speculative("small", tree=DYNAMIC, order=order))
+@pytest.mark.parametrize("row_window", [None, 1, 2])
+def test_dynamic_trees_reach_as_far_as_can_be_decided(row_window: Any, outcomes: list[StepResult]) -> None:
+    draw("c2i", Speculative("small", tree=DYNAMIC, row_window=row_window))
     for outcome in outcomes:
         fronts, depths = outcome.fronts, outcome.tree.depths
         reached = depths.max(-1).values.view(fronts.start.shape)
@@ -744,13 +750,13 @@ def test_auto_takes_the_best_drafter_there_is() -> None:
         (lambda: Jacobi(2.5), r"Jacobi window must be an integer >= 1, got 2\.5\."),
         (lambda: Jacobi(coupling="gumble"), "unknown Jacobi coupling 'gumble'.*did you mean 'gumbel'"),
         (lambda: Jacobi(fill="abov"), "unknown Jacobi fill 'abov'.*did you mean 'above'"),
-        (lambda: Jacobi(order="rastr"), "order must be \"raster\" or an integer.*got 'rastr'"),
-        (lambda: Jacobi(order=0), "the ZipAR window given as order must be an integer >= 1, got 0"),
+        (lambda: Jacobi(row_window="rastr"), "row_window must be an integer >= 1, got 'rastr'"),
+        (lambda: Jacobi(row_window=0), "row_window must be an integer >= 1, got 0"),
         (
-            lambda: Speculative(order=False),
-            "the ZipAR window given as order must be an integer >= 1, got False",
+            lambda: Speculative(row_window=False),
+            "row_window must be an integer >= 1, got False",
         ),
-        (lambda: Lantern(order=1.5), "the ZipAR window given as order must be an integer >= 1"),
+        (lambda: Lantern(row_window=1.5), "row_window must be an integer >= 1"),
         (lambda: Speculative(verification="recursiv"), "unknown verification.*did you mean 'recursive'"),
         (lambda: Speculative("eagel"), "unknown drafter 'eagel'.*did you mean 'eagle'"),
         (lambda: Lantern(drafter="tiny"), "unknown drafter 'tiny'"),

@@ -25,7 +25,7 @@ PUBLISHED_DRAWS = 10  # slots that the public code reserves per node
 
 def free(tree: DraftTree) -> DraftTree:
     """The same tree without the knowledge that its shape is fixed."""
-    return DraftTree(tree.tokens, tree.parents.clone(), tree.proposal, tree.draft)
+    return DraftTree(tree.tokens, tree.parents.clone(), tree.draw_mode, tree.draft_probs)
 
 
 # -- static trees ----------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def test_static_trees_equal_the_recorded_ones(name: str, static: bool) -> None:
     assert topology.num_nodes == case["nodes"] + 1
     assert list(topology.parents) == STATIC[f"{name}.parents"].tolist()
     tree = DraftTree.from_topology(
-        topology, torch.zeros(2, topology.num_nodes, dtype=torch.int64), proposal="deterministic"
+        topology, torch.zeros(2, topology.num_nodes, dtype=torch.int64), draw_mode="deterministic"
     )
     tree = tree if static else free(tree)
     for row in range(2):
@@ -82,7 +82,7 @@ def test_derived_numbers_agree_with_each_other(topology: Topology) -> None:
     for node, parent in enumerate(topology.parents[1:], start=1):
         assert topology.depths[node] == topology.depths[parent] + 1
     tree = DraftTree.from_topology(
-        topology, torch.zeros(3, topology.num_nodes, dtype=torch.int64), proposal="deterministic"
+        topology, torch.zeros(3, topology.num_nodes, dtype=torch.int64), draw_mode="deterministic"
     )
     for shape in (tree, free(tree)):
         assert torch.equal(shape.ancestors.sum(dim=-1) - 1, shape.depths)
@@ -136,13 +136,13 @@ def test_bad_shapes_are_explained(build: Callable[[], Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"proposal": "sampled"}, "unknown proposal 'sampled'"),
-        ({"proposal": "independent"}, "needs the draft distributions"),
+        ({"draw_mode": "sampled"}, "unknown proposal 'sampled'"),
+        ({"draw_mode": "independent"}, "needs the draft distributions"),
         ({"draft": torch.zeros(2, 3, 4)}, "takes no draft distributions"),
-        ({"proposal": "independent", "draft": torch.zeros(2, 4, 4)}, "draft must be [M, T, V] = [2, 3, V]"),
+        ({"draw_mode": "independent", "draft": torch.zeros(2, 4, 4)}, "draft must be [M, T, V] = [2, 3, V]"),
         ({"tokens": torch.zeros(2, 4, dtype=torch.int64)}, "tokens must be [M, 3], one per node"),
         (
-            {"topology": Topology.from_paths([[0], [2]]), "proposal": "without_replacement"},
+            {"topology": Topology.from_paths([[0], [2]]), "draw_mode": "without_replacement"},
             "children drawn without replacement must take draws 0, 1, 2, ... in order.",
         ),
     ],
@@ -151,7 +151,7 @@ def test_bad_trees_are_explained(change: dict[str, Any], message: str) -> None:
     options = {
         "topology": Topology.chain(2),
         "tokens": torch.zeros(2, 3, dtype=torch.int64),
-        "proposal": "deterministic",
+        "draw_mode": "deterministic",
     } | change
     with pytest.raises(InputError, match=re.escape(message)):
         DraftTree.from_topology(**options)
@@ -188,7 +188,7 @@ def test_dynamic_trees_equal_the_recorded_ones(head: int, run: int) -> None:
         torch.stack([data[f"{call}.logp0"] for call in calls]),
         lambda beam: levels[:, beam.level - 1],
     )
-    assert tree.proposal == "deterministic"
+    assert tree.draw_mode == "deterministic"
     for row, call in enumerate(calls):
         assert torch.equal(tree.tokens[row], data[f"{call}.draft_tokens"].long())
         assert torch.equal(tree.parents[row], data[f"{call}.parents"].long())

@@ -115,14 +115,16 @@ def stack(cases: list[dict[str, Any]], static: bool) -> tuple[DraftTree, Tensor,
     tokens = torch.stack([padded(tensor_of(case, "tokens"), 0) for case in cases]).long()
     parents = torch.stack([padded(tensor_of(case, "parents"), -1) for case in cases]).long()
     target = torch.stack([padded(target_of(case), 1 / case["V"]) for case in cases])
-    draft = torch.stack([padded(tensor_of(case, "draft_probs"), 0) for case in cases]) if sampled else None
-    proposal = "without_replacement" if sampled else "deterministic"
+    draft_probs = (
+        torch.stack([padded(tensor_of(case, "draft_probs"), 0) for case in cases]) if sampled else None
+    )
+    draw_mode = "without_replacement" if sampled else "deterministic"
     uniforms = torch.stack([uniforms_of(case, width) for case in cases])
     if static:
         topology = Topology(tuple(parents[0].tolist()))
-        tree = DraftTree.from_topology(topology, tokens, proposal=proposal, draft=draft)
+        tree = DraftTree.from_topology(topology, tokens, draw_mode=draw_mode, draft_probs=draft_probs)
     else:
-        tree = DraftTree(tokens, parents, proposal, draft)
+        tree = DraftTree(tokens, parents, draw_mode, draft_probs)
     return tree, target, uniforms
 
 
@@ -173,14 +175,14 @@ def jacobi_data() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES["sjd"], ids=lambda case: str(case["id"]))
-@pytest.mark.parametrize("proposal", ["without_replacement", "independent"])
-def test_exact_judges_jacobi_drafts_like_the_public_code(case: dict[str, Any], proposal: Any) -> None:
+@pytest.mark.parametrize("draw_mode", ["without_replacement", "independent"])
+def test_exact_judges_jacobi_drafts_like_the_public_code(case: dict[str, Any], draw_mode: Any) -> None:
     """Slot 0 is committed, target row i judges slot i + 1, and the draft of slot i + 1 belongs to node i."""
     data = {name: jacobi_data()[f"s{case['id']:04d}.{name}"] for name in ("draft_tokens", "draft_probs")}
     target = jacobi_data()[f"s{case['id']:04d}.target_logits"].softmax(dim=-1)
     drafts = torch.cat([data["draft_probs"][:, 1:], torch.zeros_like(target[:, :1])], dim=1)
     tree = DraftTree.from_topology(
-        Topology.chain(case["L"] - 1), data["draft_tokens"].long(), proposal=proposal, draft=drafts
+        Topology.chain(case["L"] - 1), data["draft_tokens"].long(), draw_mode=draw_mode, draft_probs=drafts
     )
     verdict = Exact().verify(tree, target, jacobi_data()[f"s{case['id']:04d}.uniforms"])
     assert (verdict.length + 1).tolist() == case["advance_per_sample"]
@@ -218,26 +220,26 @@ class Problem:
 
         self.size = size
         self.target = distributions(0)
-        self.draft = self.target if kind == "equal" else distributions(1)
+        self.draft_probs = self.target if kind == "equal" else distributions(1)
 
     def joint(self) -> Tensor:
         return self.target[0][:, None] * self.target[1:]  # [V, V]
 
 
-def assignments(problem: Problem, topology: Topology, proposal: str) -> tuple[Tensor, Tensor]:
+def assignments(problem: Problem, topology: Topology, draw_mode: str) -> tuple[Tensor, Tensor]:
     """All ways in which a drafter may fill the tree: tokens [N, T] (root 0) and their probabilities [N]."""
     partial: list[tuple[list[int], float]] = [([0], 1.0)]
     for node, parent in enumerate(topology.parents[1:], start=1):
         elders = [child for child in topology.children[parent] if child < node]
         longer = []
         for tokens, weight in partial:
-            distribution = problem.draft[0 if parent == 0 else 1 + tokens[parent]].clone()
-            if proposal == "deterministic":
+            distribution = problem.draft_probs[0 if parent == 0 else 1 + tokens[parent]].clone()
+            if draw_mode == "deterministic":
                 # the likeliest of the draft in turn, as a dynamic tree would
                 token = int(distribution.argsort(descending=True)[len(elders)])
                 longer.append(([*tokens, token], weight))
                 continue
-            if proposal == "without_replacement":
+            if draw_mode == "without_replacement":
                 distribution[[tokens[elder] for elder in elders]] = 0
             total = float(distribution.sum())
             if total <= 0:  # nothing left to draw: a drafter has to fill the place with something
@@ -254,26 +256,29 @@ def assignments(problem: Problem, topology: Topology, proposal: str) -> tuple[Te
     )
 
 
-def distribution_of_outcome(rule: Rule, problem: Problem, topology: Topology, proposal: Any) -> Tensor:
+def distribution_of_outcome(rule: Rule, problem: Problem, topology: Topology, draw_mode: Any) -> Tensor:
     """[V, V] the joint distribution of the first two tokens, by integrating over drafts and uniform numbers.
 
     The chance that a node is accepted once it is examined is found as the largest uniform number that
     accepts it, by bisection: nothing is assumed about the rule except that smaller numbers accept more.
     """
-    tokens, weights = assignments(problem, topology, proposal)  # [N, T]
+    tokens, weights = assignments(problem, topology, draw_mode)  # [N, T]
     size, count, num_nodes = problem.size, len(tokens), topology.num_nodes
     before = torch.where(torch.tensor(topology.depths) == 0, 0, 1 + tokens)  # row of the tables, by node
     before = torch.where(torch.tensor(topology.depths) > 1, 0, before)
     target = problem.target[before]  # [N, T, V]; what follows two tokens is of no interest
     internal = torch.tensor([bool(children) for children in topology.children])
-    draft = None if proposal == "deterministic" else problem.draft[before] * internal[:, None]
+    draft_probs = None if draw_mode == "deterministic" else problem.draft_probs[before] * internal[:, None]
 
     # one row per way to fill the tree and per node to bring the walk to
     def repeated(values: Tensor) -> Tensor:
         return values.repeat_interleave(num_nodes, dim=0)
 
     tree = DraftTree.from_topology(
-        topology, repeated(tokens), proposal=proposal, draft=None if draft is None else repeated(draft)
+        topology,
+        repeated(tokens),
+        draw_mode=draw_mode,
+        draft_probs=None if draft_probs is None else repeated(draft_probs),
     )
     rows_target = repeated(target)
     focus = torch.arange(num_nodes).repeat(count)  # [N * T]
@@ -316,9 +321,9 @@ def distribution_of_outcome(rule: Rule, problem: Problem, topology: Topology, pr
     return joint
 
 
-def distance(rule: Rule, problem: Problem, topology: Topology, proposal: Any) -> float:
+def distance(rule: Rule, problem: Problem, topology: Topology, draw_mode: Any) -> float:
     """Total variation between the distribution of the outcome and the target's."""
-    distribution = distribution_of_outcome(rule, problem, topology, proposal)
+    distribution = distribution_of_outcome(rule, problem, topology, draw_mode)
     assert float(distribution.sum()) == pytest.approx(1, abs=1e-8)
     assert bool((distribution >= 0).all())
     return float((distribution - problem.joint()).abs().sum()) / 2
@@ -340,10 +345,10 @@ def sizes(shape: str) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", list(SHAPES))
-@pytest.mark.parametrize("proposal", ["deterministic", "without_replacement", "independent"])
-def test_exact_is_exact(proposal: str, shape: str, kind: str) -> None:
+@pytest.mark.parametrize("draw_mode", ["deterministic", "without_replacement", "independent"])
+def test_exact_is_exact(draw_mode: str, shape: str, kind: str) -> None:
     problem = Problem(sizes(shape), seed=1, kind=kind)
-    assert distance(Exact(), problem, SHAPES[shape], proposal) < 1e-8
+    assert distance(Exact(), problem, SHAPES[shape], draw_mode) < 1e-8
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -362,36 +367,36 @@ def line_table(size: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["full", "zeros", "disjoint"])
 @pytest.mark.parametrize("shape", ["three guesses", "two levels"])
-@pytest.mark.parametrize("proposal", ["deterministic", "without_replacement"])
+@pytest.mark.parametrize("draw_mode", ["deterministic", "without_replacement"])
 @pytest.mark.parametrize(
     "options", [{"delta": 0.0, "k": 3}, {"multiplier": 1.0, "k": 3}, {"delta": 0.5, "k": 0}]
 )
-def test_borrowing_nothing_is_exact(options: dict[str, Any], proposal: str, shape: str, kind: str) -> None:
+def test_borrowing_nothing_is_exact(options: dict[str, Any], draw_mode: str, shape: str, kind: str) -> None:
     problem = Problem(sizes(shape), seed=3, kind=kind)
     rule = Relaxed(line_table(problem.size), **options)
-    assert distance(rule, problem, SHAPES[shape], proposal) < 1e-8
+    assert distance(rule, problem, SHAPES[shape], draw_mode) < 1e-8
 
 
 @pytest.mark.parametrize(
-    ("proposal", "residual"),
+    ("draw_mode", "residual"),
     [("deterministic", "dynamic"), ("without_replacement", "static"), ("without_replacement", "static_b")],
 )
-def test_published_residuals_are_exact_only_without_neighbours(proposal: str, residual: Residual) -> None:
+def test_published_residuals_are_exact_only_without_neighbours(draw_mode: str, residual: Residual) -> None:
     problem, table = Problem(6, seed=3, kind="zeros"), line_table(6)
     shape = SHAPES["three guesses"]
-    assert distance(Relaxed(table, 0, delta=0.3, residual=residual), problem, shape, proposal) < 1e-8
-    assert distance(Relaxed(table, 3, delta=0.0, residual=residual), problem, shape, proposal) > 1e-2
+    assert distance(Relaxed(table, 0, delta=0.3, residual=residual), problem, shape, draw_mode) < 1e-8
+    assert distance(Relaxed(table, 3, delta=0.0, residual=residual), problem, shape, draw_mode) > 1e-2
     # zeros of elder siblings are enough
     full = Problem(6, seed=3, kind="full")
-    if proposal == "deterministic":
-        assert distance(Relaxed(table, 3, delta=0.0, residual=residual), full, shape, proposal) > 1e-3
+    if draw_mode == "deterministic":
+        assert distance(Relaxed(table, 3, delta=0.0, residual=residual), full, shape, draw_mode) > 1e-3
 
 
-@pytest.mark.parametrize("proposal", ["deterministic", "without_replacement"])
-def test_relaxation_moves_the_distribution_by_at_most_delta_per_guess(proposal: str) -> None:
+@pytest.mark.parametrize("draw_mode", ["deterministic", "without_replacement"])
+def test_relaxation_moves_the_distribution_by_at_most_delta_per_guess(draw_mode: str) -> None:
     problem, table = Problem(6, seed=5), line_table(6)
     far = [
-        distance(Relaxed(table, 5, delta=d), problem, SHAPES["one guess"], proposal) for d in (0.0, 0.1, 0.3)
+        distance(Relaxed(table, 5, delta=d), problem, SHAPES["one guess"], draw_mode) for d in (0.0, 0.1, 0.3)
     ]
     assert far[0] < 1e-8
     assert 1e-3 < far[1] <= 0.1 + 1e-8
@@ -429,8 +434,8 @@ def test_a_broken_rule_is_noticed(mistake: str, shape: str) -> None:
 def test_a_drafter_that_runs_out_of_tokens_does_no_harm() -> None:
     """Three children, one token of positive probability: the others are fillers."""
     problem = Problem(5, seed=4)
-    problem.draft = torch.zeros_like(problem.draft)
-    problem.draft[:, 2] = 1.0
+    problem.draft_probs = torch.zeros_like(problem.draft_probs)
+    problem.draft_probs[:, 2] = 1.0
     for shape in ("three guesses", "two levels"):
         assert distance(Exact(), problem, SHAPES[shape], "without_replacement") < 1e-8
 
@@ -439,27 +444,32 @@ def test_repeated_deterministic_guesses_are_exact() -> None:
     problem = Problem(4, seed=6)
     topology = Topology((-1, 0, 0, 0))
     target = problem.target[[0, 1, 1, 1]][None]
-    tree = DraftTree.from_topology(topology, torch.tensor([[0, 2, 2, 1]]), proposal="deterministic")
+    tree = DraftTree.from_topology(topology, torch.tensor([[0, 2, 2, 1]]), draw_mode="deterministic")
     uniforms = torch.tensor([[0.0, ALMOST_ONE, 0.0, 0.0]], dtype=torch.float64)
     verdict = Exact().verify(tree, target, uniforms)
     assert verdict.nodes.tolist() == [[0, 3]], "the second try of a rejected token cannot succeed"
 
 
 @pytest.mark.parametrize(
-    ("proposal", "rule"),
+    ("draw_mode", "rule"),
     [("without_replacement", Exact()), ("independent", Exact()), ("independent", KSequential())],
 )
-def test_sampled_first_tokens_follow_the_target(proposal: Any, rule: Rule) -> None:
+def test_sampled_first_tokens_follow_the_target(draw_mode: Any, rule: Rule) -> None:
     """Drafts, uniform numbers and the following draw, all sampled; one number per node is enough."""
     generator = torch.Generator().manual_seed(0)
     rows, problem = 200_000, Problem(8, seed=7, kind="zeros")
     drawn = torch.multinomial(
-        problem.draft[0].expand(rows, -1), 3, replacement=proposal == "independent", generator=generator
+        problem.draft_probs[0].expand(rows, -1),
+        3,
+        replacement=draw_mode == "independent",
+        generator=generator,
     )
     tokens = torch.cat([torch.zeros(rows, 1, dtype=torch.int64), drawn], dim=1)
-    draft = problem.draft[0].float().expand(rows, 4, -1)
+    draft_probs = problem.draft_probs[0].float().expand(rows, 4, -1)
     target = problem.target[0].float().expand(rows, 4, -1)
-    tree = DraftTree.from_topology(Topology((-1, 0, 0, 0)), tokens, proposal=proposal, draft=draft)
+    tree = DraftTree.from_topology(
+        Topology((-1, 0, 0, 0)), tokens, draw_mode=draw_mode, draft_probs=draft_probs
+    )
     verdict = rule.verify(tree, target, torch.rand(rows, 4, generator=generator))
     extra = torch.multinomial(verdict.probs, 1, generator=generator)
     node = verdict.nodes[:, 1:]
@@ -476,20 +486,23 @@ def test_sampled_first_tokens_follow_the_target(proposal: Any, rule: Rule) -> No
 
 
 def random_case(
-    seed: int, topology: Topology, size: int = 32, rows: int = 64, proposal: Any = "without_replacement"
+    seed: int, topology: Topology, size: int = 32, rows: int = 64, draw_mode: Any = "without_replacement"
 ) -> tuple[DraftTree, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     target = (2 * torch.randn(rows, topology.num_nodes, size, generator=generator)).softmax(dim=-1)
-    draft = (target.log() + torch.randn(target.shape, generator=generator)).softmax(dim=-1)
+    draft_probs = (target.log() + torch.randn(target.shape, generator=generator)).softmax(dim=-1)
     tokens = torch.zeros(rows, topology.num_nodes, dtype=torch.int64)
     for node, children in enumerate(topology.children):
         if children:
             tokens[:, list(children)] = torch.multinomial(
-                draft[:, node], len(children), replacement=proposal == "independent", generator=generator
+                draft_probs[:, node],
+                len(children),
+                replacement=draw_mode == "independent",
+                generator=generator,
             )
     uniforms = torch.rand(rows, topology.num_nodes, generator=generator)
-    given = None if proposal == "deterministic" else draft
-    return DraftTree.from_topology(topology, tokens, proposal=proposal, draft=given), target, uniforms
+    given = None if draw_mode == "deterministic" else draft_probs
+    return DraftTree.from_topology(topology, tokens, draw_mode=draw_mode, draft_probs=given), target, uniforms
 
 
 def assert_same(left: VerificationResult, right: VerificationResult) -> None:
@@ -499,14 +512,14 @@ def assert_same(left: VerificationResult, right: VerificationResult) -> None:
     torch.testing.assert_close(left.probs, right.probs, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("proposal", ["deterministic", "without_replacement"])
+@pytest.mark.parametrize("draw_mode", ["deterministic", "without_replacement"])
 @pytest.mark.parametrize("topology", [Topology.chain(5), NAMED_TREES["mc_sim_7b_63"]])
-def test_no_neighbours_means_exact(topology: Topology, proposal: str) -> None:
-    tree, target, uniforms = random_case(1, topology, proposal=proposal)
+def test_no_neighbours_means_exact(topology: Topology, draw_mode: str) -> None:
+    tree, target, uniforms = random_case(1, topology, draw_mode=draw_mode)
     exact = Exact().verify(tree, target, uniforms)
     table = line_table(32)
     modes: tuple[Residual, ...] = (
-        ("paper", "dynamic") if proposal == "deterministic" else ("paper", "static", "static_b")
+        ("paper", "dynamic") if draw_mode == "deterministic" else ("paper", "static", "static_b")
     )
     for residual in modes:
         assert_same(Relaxed(table, 0, delta=0.5, residual=residual).verify(tree, target, uniforms), exact)
@@ -518,7 +531,7 @@ def test_no_neighbours_means_exact(topology: Topology, proposal: str) -> None:
 
 
 def test_a_single_independent_guess_is_ordinary_speculative_sampling() -> None:
-    tree, target, uniforms = random_case(2, Topology.chain(6), proposal="independent")
+    tree, target, uniforms = random_case(2, Topology.chain(6), draw_mode="independent")
     exact = Exact().verify(tree, target, uniforms)
     assert_same(KSequential().verify(tree, target, uniforms), exact)
 
@@ -528,7 +541,7 @@ def test_more_independent_guesses_are_accepted_more_often() -> None:
     means = []
     for width in (1, 2, 4, 8):
         tree, target, uniforms = random_case(
-            3, Topology((-1,) + (0,) * width), rows=4000, proposal="independent"
+            3, Topology((-1,) + (0,) * width), rows=4000, draw_mode="independent"
         )
         means.append(KSequential().verify(tree, target, uniforms).length.float().mean().item())
     assert means == sorted(means)
@@ -540,14 +553,14 @@ def test_fixed_and_free_shapes_agree(free: bool) -> None:
     tree, target, uniforms = random_case(4, NAMED_TREES["naive_extend_57"], rows=16)
     verdict = Exact().verify(tree, target, uniforms)
     if free:
-        same = DraftTree(tree.tokens, tree.parents.clone(), tree.proposal, tree.draft)
+        same = DraftTree(tree.tokens, tree.parents.clone(), tree.draw_mode, tree.draft_probs)
         assert_same(Exact().verify(same, target, uniforms), verdict)
     for row in range(16):
         alone = DraftTree.from_topology(
             NAMED_TREES["naive_extend_57"],
             tree.tokens[row : row + 1],
-            proposal=tree.proposal,
-            draft=tree.draft[row : row + 1],  # type: ignore[index]
+            draw_mode=tree.draw_mode,
+            draft_probs=tree.draft_probs[row : row + 1],  # type: ignore[index]
         )
         one = Exact().verify(alone, target[row : row + 1], uniforms[row : row + 1])
         assert torch.equal(one.nodes[0], verdict.nodes[row])
@@ -579,11 +592,11 @@ def test_aggregation_moves_exactly_the_borrowed_mass(k: int, bound: dict[str, fl
     ).all()
 
 
-@pytest.mark.parametrize("proposal", ["deterministic", "without_replacement"])
+@pytest.mark.parametrize("draw_mode", ["deterministic", "without_replacement"])
 @pytest.mark.parametrize("residual", ["paper", "published"])
-def test_a_wider_bound_never_rejects_more(proposal: str, residual: str) -> None:
-    tree, target, uniforms = random_case(9, Topology.chain(1), rows=2000, proposal=proposal)
-    published: Residual = "dynamic" if proposal == "deterministic" else "static"
+def test_a_wider_bound_never_rejects_more(draw_mode: str, residual: str) -> None:
+    tree, target, uniforms = random_case(9, Topology.chain(1), rows=2000, draw_mode=draw_mode)
+    published: Residual = "dynamic" if draw_mode == "deterministic" else "static"
     mode: Residual = "paper" if residual == "paper" else published
     table = line_table(32)
 
@@ -605,7 +618,7 @@ def test_greedy_takes_the_longest_path() -> None:
     """Two siblings carry the same token; the second one leads further."""
     topology = Topology((-1, 0, 0, 2))
     target = torch.eye(4)[[1, 3, 2, 0]][None]
-    tree = DraftTree.from_topology(topology, torch.tensor([[0, 1, 1, 2]]), proposal="deterministic")
+    tree = DraftTree.from_topology(topology, torch.tensor([[0, 1, 1, 2]]), draw_mode="deterministic")
     verdict = Greedy().verify(tree, target, torch.zeros(1, 4))
     assert verdict.nodes.tolist() == [[0, 2, 3]]
     assert verdict.probs.tolist() == [[1.0, 0, 0, 0]]
@@ -617,7 +630,7 @@ def test_greedy_takes_the_longest_path() -> None:
 
 def test_a_lone_root_yields_the_target() -> None:
     tree = DraftTree.from_topology(
-        Topology((-1,)), torch.zeros(2, 1, dtype=torch.int64), proposal="deterministic"
+        Topology((-1,)), torch.zeros(2, 1, dtype=torch.int64), draw_mode="deterministic"
     )
     target = torch.tensor([[[0.25, 0.75]], [[1.0, 0.0]]])
     for rule in (Exact(), Greedy(), Relaxed(line_table(2), 1, delta=0.5)):
@@ -627,15 +640,17 @@ def test_a_lone_root_yields_the_target() -> None:
     assert torch.equal(Exact().verify(tree, target, torch.zeros(2, 1)).probs, target[:, 0])
 
 
-@pytest.mark.parametrize("proposal", ["deterministic", "without_replacement", "independent"])
-def test_certainty_never_yields_nan(proposal: str) -> None:
+@pytest.mark.parametrize("draw_mode", ["deterministic", "without_replacement", "independent"])
+def test_certainty_never_yields_nan(draw_mode: str) -> None:
     """p = q = all on one token, and uniform numbers at both ends."""
     topology = Topology((-1, 0, 0, 1))
     sure = torch.eye(5)[[2]].expand(1, 4, -1)
-    draft = None if proposal == "deterministic" else sure * torch.tensor([1.0, 1, 0, 0])[:, None]
-    tree = DraftTree.from_topology(topology, torch.tensor([[0, 2, 2, 2]]), proposal=proposal, draft=draft)
+    draft_probs = None if draw_mode == "deterministic" else sure * torch.tensor([1.0, 1, 0, 0])[:, None]
+    tree = DraftTree.from_topology(
+        topology, torch.tensor([[0, 2, 2, 2]]), draw_mode=draw_mode, draft_probs=draft_probs
+    )
     rules: list[Rule] = [Exact(), Relaxed(line_table(5), 4, delta=1.0)]
-    if proposal == "independent":
+    if draw_mode == "independent":
         rules.append(KSequential())
     for rule, number in itertools.product(rules, (0.0, 1.0)):
         verdict = rule.verify(tree, sure, torch.full((1, 4), number))
@@ -644,11 +659,15 @@ def test_certainty_never_yields_nan(proposal: str) -> None:
 
 def test_a_number_of_zero_lets_no_impossible_token_through() -> None:
     target = torch.tensor([[[0.5, 0.5, 0.0]] * 2])
-    draft = torch.tensor([[[0.0, 0.0, 1.0], [0.0] * 3]])
+    draft_probs = torch.tensor([[[0.0, 0.0, 1.0], [0.0] * 3]])
     tokens = torch.tensor([[0, 2]])
-    for proposal, given in (("deterministic", None), ("independent", draft), ("without_replacement", draft)):
-        tree = DraftTree.from_topology(Topology.chain(1), tokens, proposal=proposal, draft=given)
-        rules: list[Rule] = [Exact()] + ([KSequential()] if proposal == "independent" else [])
+    for draw_mode, given in (
+        ("deterministic", None),
+        ("independent", draft_probs),
+        ("without_replacement", draft_probs),
+    ):
+        tree = DraftTree.from_topology(Topology.chain(1), tokens, draw_mode=draw_mode, draft_probs=given)
+        rules: list[Rule] = [Exact()] + ([KSequential()] if draw_mode == "independent" else [])
         for rule in rules:
             verdict = rule.verify(tree, target, torch.zeros(1, 2))
             assert verdict.length.tolist() == [0]
@@ -698,8 +717,8 @@ def test_bad_options_are_explained(build: Callable[[], Any], message: str) -> No
 
 def test_bad_inputs_are_explained() -> None:
     tree, target, uniforms = random_case(0, Topology.chain(3), size=8, rows=2)
-    sure = DraftTree.from_topology(Topology.chain(3), tree.tokens, proposal="deterministic")
-    for rule, guesses, distribution, numbers, message in (
+    sure = DraftTree.from_topology(Topology.chain(3), tree.tokens, draw_mode="deterministic")
+    for rule, drafts, distribution, numbers, message in (
         (Exact(), tree, target[:, 1:], uniforms, "target must be [M, T, V] = [2, 4, V], got [2, 3, 8]."),
         (Exact(), tree, target, uniforms[:1], "uniforms must be [M, T] = [2, 4], one per node, got [1, 4]."),
         (Exact(), tree, target[..., :5], uniforms, "draft [2, 4, 8] and target [2, 4, 5] differ in shape."),
@@ -711,4 +730,4 @@ def test_bad_inputs_are_explained() -> None:
         (Relaxed(line_table(8), 2, delta=0.1, residual="static"), sure, target, uniforms, "drawn guesses"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
-            rule.verify(guesses, distribution, numbers)
+            rule.verify(drafts, distribution, numbers)

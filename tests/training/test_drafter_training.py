@@ -20,7 +20,7 @@ from varaccel.errors import CheckpointError, InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
-from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.scenes.cache import write_cache
 from varaccel.training import drafter as trainer
 from varaccel.training.codes import encode_cache
@@ -111,7 +111,7 @@ def test_guesses_in_a_row_are_those_of_drafting(model_type: str) -> None:
     head = fresh(target)
     pairs = some_pairs(target, guided=True)
     with torch.no_grad():
-        guesses = predictions(head, head.transform, pairs, depth=3)
+        drafts = predictions(head, head.transform, pairs, depth=3)
     tokens, features = pairs.tokens.flatten(0, 1), pairs.features.flatten(0, 1)
     table, prefix = head.rotary_table(), head.prefix_pairs
     for start in (0, 1, 6):  # the image token of the last true pair
@@ -120,7 +120,7 @@ def test_guesses_in_a_row_are_those_of_drafting(model_type: str) -> None:
             last = prefix + start + number
             slots = torch.arange(0 if feature is None else last, last + 1)
             read = features[:, slots] if feature is None else feature
-            reading = Reading(
+            attention = AttentionInputs(
                 table[slots],
                 mask=slots[:, None] >= torch.arange(last + 1),
                 cache=cache,
@@ -128,9 +128,9 @@ def test_guesses_in_a_row_are_those_of_drafting(model_type: str) -> None:
                 length=last + 1,
             )
             with torch.no_grad():
-                feature = head.transform(head.fuse(tokens[:, slots], read), reading)[:, -1:]
+                feature = head.transform(head.fuse(tokens[:, slots], read), attention)[:, -1:]
             # entry `start` of the guess of this number begins there
-            got = guesses[number].flatten(0, 1)[:, start : start + 1]
+            got = drafts[number].flatten(0, 1)[:, start : start + 1]
             torch.testing.assert_close(got, feature, atol=1e-5, rtol=1e-5)
 
 
@@ -139,23 +139,23 @@ def test_losses_are_the_published_ones() -> None:
     target = transformer("t2i")
     head = fresh(target)
     pairs = some_pairs(target, guided=True)
-    guess = predictions(head, head.transform, pairs)[0].detach()
+    draft_token = predictions(head, head.transform, pairs)[0].detach()
     for masked in (False, True):
         recipe = dataclasses.replace(
             RECIPE, guidance_scale=3.0, temperature=0.5, mask_first_pair=masked, unroll=2
         )
-        feature, distribution = drafter_losses(target, pairs.wanted, [guess], recipe)
+        feature, distribution = drafter_losses(target, pairs.wanted, [draft_token], recipe)
         skip = int(masked)
         torch.testing.assert_close(
-            feature, torch.nn.functional.smooth_l1_loss(guess[:, :, skip:], pairs.wanted[:, :, skip:])
+            feature, torch.nn.functional.smooth_l1_loss(draft_token[:, :, skip:], pairs.wanted[:, :, skip:])
         )
         p, q = (
             (Guidance(3.0).combine(*target.logits(f[:, :, skip:])) / 0.5).softmax(-1)
-            for f in (pairs.wanted, guess)
+            for f in (pairs.wanted, draft_token)
         )
         torch.testing.assert_close(distribution, -(p * q.log()).sum(-1).mean(), atol=1e-4, rtol=1e-4)
         if not masked:
-            chance = acceptance(target, pairs.wanted, [guess], recipe)
+            chance = acceptance(target, pairs.wanted, [draft_token], recipe)
             torch.testing.assert_close(chance[0], 1 - 0.5 * (p - q).abs().sum(-1).mean(), atol=1e-4, rtol=0)
 
 

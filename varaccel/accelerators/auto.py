@@ -75,8 +75,8 @@ class Auto(Accelerator):
         return self.quality == "lossless"
 
     def resolve(self, job: Job) -> Accelerator:
-        if isinstance(job.order, CosineGroups):
-            return self._masked(job.order)
+        if isinstance(job.schedule, CosineGroups):
+            return self._masked(job.schedule)
         free = max(1, int(measure_balance(job.device, job.dtype).free_tokens / job.rows))
         if self.quality == "approximate":
             width = job.grid_width

@@ -21,7 +21,7 @@ from varaccel.engine.statistics import Stage, StageStats
 from varaccel.engine.stopwatch import Stopwatch
 from varaccel.errors import InputError
 from varaccel.hosts.next_scale.sampling import ScaleGuidance
-from varaccel.hosts.next_scale.schedule import ScaleFeed, Scales
+from varaccel.hosts.next_scale.schedule import ScaleInputs, Scales
 from varaccel.hosts.next_scale.session import ScaleSession
 
 if TYPE_CHECKING:  # models import decoding
@@ -54,13 +54,13 @@ class Relay:
         self._tokens = 0  # per image, of the stage that is running
         self._clock = Stopwatch(device)
 
-    def predict(self, canvas: Canvas, feed: ScaleFeed) -> Categorical:
-        if feed.scale == self.border:
+    def predict(self, canvas: Canvas, inputs: ScaleInputs) -> Categorical:
+        if inputs.scale == self.border:
             self.finish()
         if self._session is None:
             self._session = self.openers[len(self.stages)]()
-        self._tokens += feed.positions.shape[-1]
-        return self._session.predict(canvas, feed)
+        self._tokens += inputs.positions.shape[-1]
+        return self._session.predict(canvas, inputs)
 
     def finish(self) -> None:
         """End the stage that is running: free its cache and note what it cost."""
@@ -133,7 +133,7 @@ class CoDe(Accelerator):
             count,
             job.device,
         )
-        passes = decode(relay, job.canvas, job.order, job.randomness, job.on_step)
+        passes = decode(relay, job.canvas, job.schedule, job.randomness, job.on_step)
         relay.finish()
         return StageStats(passes, tuple(relay.stages))
 
@@ -177,12 +177,12 @@ class Refiner(Accelerator):
 
     def run(self, job: Job) -> int:
         session = job.open_session(check_refiner(self.refiner, job))
-        return decode(session, job.canvas, job.order, job.randomness, job.on_step)
+        return decode(session, job.canvas, job.schedule, job.randomness, job.on_step)
 
 
 def _order(job: Job) -> Scales:
-    assert isinstance(job.order, Scales)
-    return job.order
+    assert isinstance(job.schedule, Scales)
+    return job.schedule
 
 
 def check_refiner(refiner: Any, job: Job) -> VARTransformer:

@@ -40,10 +40,10 @@ class MaskedAccelerator(Accelerator):
 
     def order(self, job: Job) -> CosineGroups:
         """The call's order in as many groups as asked for."""
-        assert isinstance(job.order, CosineGroups)
+        assert isinstance(job.schedule, CosineGroups)
         if self.iterations is None:
-            return job.order
-        return dataclasses.replace(job.order, iterations=self.iterations)
+            return job.schedule
+        return dataclasses.replace(job.schedule, iterations=self.iterations)
 
     def session_options(self) -> dict[str, Any]:
         """What sessions are opened with."""

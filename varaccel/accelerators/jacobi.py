@@ -11,7 +11,7 @@ from torch import Tensor
 from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.job import Job
-from varaccel.engine.options import check_choice, check_order, positive_integer
+from varaccel.engine.options import check_choice, check_row_window, positive_integer
 from varaccel.engine.randomness import GumbelNoise
 from varaccel.engine.statistics import SpeculationStats
 from varaccel.hosts.causal.lanes import Fronts, Lanes
@@ -41,11 +41,11 @@ class Jacobi(Accelerator):
             guesses change less from pass to pass, so what was guessed after them holds more often.
         fill: guesses for positions that enter the window: the token to the left, the token above, or a
             random code.
-        order: "raster", or the window of ZipAR's order, in which every row in flight has a Jacobi window of
-            its own; then the distribution is that of the order, which is approximate.
+        row_window: decode rows in parallel with this lag between them, as `ZipAR` does, each row in flight with a
+            Jacobi window of its own; the distribution is then ZipAR's, which is approximate. None for raster order.
 
     Raises:
-        InputError: window below 1, or an unknown coupling, fill or order.
+        InputError: window below 1, or an unknown coupling, fill or row_window.
     """
 
     name: ClassVar[str] = "jacobi"
@@ -55,27 +55,27 @@ class Jacobi(Accelerator):
     window: int = 16
     coupling: Coupling = "gumbel"
     fill: Fill = "above"
-    order: int | str = "raster"
+    row_window: int | None = None
 
     def __post_init__(self) -> None:
         positive_integer("Jacobi window", self.window)
         check_choice("Jacobi coupling", self.coupling, get_args(Coupling))
         check_choice("Jacobi fill", self.fill, get_args(Fill))
-        check_order(self.order)
+        check_row_window(self.row_window)
 
     @property
     def lossless(self) -> bool:
-        return self.order == "raster"
+        return self.row_window is None
 
     def run(self, job: Job) -> SpeculationStats:
-        lanes = job.lanes(self.order)
+        lanes = job.lanes(self.row_window)
         window = min(self.window, lanes.width)
         most = lanes.most_open(job.canvas.num_positions)
-        session = job.open_session(scratch=most * (window - 1))
+        session = job.open_session(draft_slots=most * (window - 1))
         noise = job.randomness.gumbel(job.codes) if self.coupling == "gumbel" else None
         proposer = JacobiProposer(job, lanes, window, self.coupling, self.fill, noise)
-        judge: Verifier = verify_by(Exact()) if noise is None else proposer.verify_by_noise
-        return speculate(session, job.canvas, lanes, proposer, judge, job.randomness, job.on_step)
+        verify: Verifier = verify_by(Exact()) if noise is None else proposer.verify_by_noise
+        return speculate(session, job.canvas, lanes, proposer, verify, job.randomness, job.on_step)
 
 
 class JacobiProposer:
@@ -98,7 +98,7 @@ class JacobiProposer:
         batch, count = job.canvas.batch, job.canvas.num_positions // lanes.width
         device = job.canvas.written.device
         # -1: no guess yet
-        self._guesses = torch.full((batch, count, window - 1), -1, device=device)
+        self._drafts = torch.full((batch, count, window - 1), -1, device=device)
         self._distributions = (
             torch.zeros(batch, count, window - 1, job.codes, device=device) if noise is None else None
         )
@@ -106,25 +106,25 @@ class JacobiProposer:
 
     def propose(self, roots: Tensor, fronts: Fronts, draws: Draws) -> DraftTree:
         if self.nodes == 1:
-            return DraftTree.from_topology(self.topology, roots.view(-1, 1), proposal="deterministic")
+            return DraftTree.from_topology(self.topology, roots.view(-1, 1), draw_mode="deterministic")
         lane = self._lane(fronts)
-        guesses = self._guesses.gather(1, lane.unsqueeze(-1).expand(-1, -1, self.nodes - 1))
-        fresh = guesses < 0
-        fill = self._fill(roots, fronts, draws, guesses)
-        guesses = torch.where(fresh, fill, guesses)
-        tokens = torch.cat([roots.unsqueeze(-1), guesses], dim=-1).flatten(0, 1)
+        drafts = self._drafts.gather(1, lane.unsqueeze(-1).expand(-1, -1, self.nodes - 1))
+        fresh = drafts < 0
+        fill = self._fill(roots, fronts, draws, drafts)
+        drafts = torch.where(fresh, fill, drafts)
+        tokens = torch.cat([roots.unsqueeze(-1), drafts], dim=-1).flatten(0, 1)
         if self._distributions is None:
-            return DraftTree.from_topology(self.topology, tokens, proposal="deterministic")
+            return DraftTree.from_topology(self.topology, tokens, draw_mode="deterministic")
         index = lane[..., None, None].expand(-1, -1, *self._distributions.shape[2:])
         distributions = self._distributions.gather(1, index)
         # a fresh guess is certain: its distribution is all on itself
-        certain = torch.zeros_like(distributions).scatter_(-1, guesses.unsqueeze(-1), 1.0)
+        certain = torch.zeros_like(distributions).scatter_(-1, drafts.unsqueeze(-1), 1.0)
         distributions = torch.where(fresh.unsqueeze(-1), certain, distributions)
         distributions = torch.cat([distributions, torch.zeros_like(distributions[:, :, :1])], dim=2).flatten(
             0, 1
         )  # [M, T, V]
         return DraftTree.from_topology(
-            self.topology, tokens, proposal="without_replacement", draft=distributions
+            self.topology, tokens, draw_mode="without_replacement", draft_probs=distributions
         )
 
     def verify_by_noise(
@@ -146,12 +146,12 @@ class JacobiProposer:
         source = torch.arange(width - 1, device=answers.device) + outcome.committed.unsqueeze(1)  # [M, L - 1]
         inside = source < width
         source = source.clamp(max=width - 1)
-        guesses = torch.where(inside, answers.gather(1, source), -1).view(batch, open_, -1)
+        drafts = torch.where(inside, answers.gather(1, source), -1).view(batch, open_, -1)
         lane = self._lane(fronts)
         # filling must not overwrite a lane: it goes to a lane of its own that is cut off again
-        lanes = self._guesses.shape[1]
+        lanes = self._drafts.shape[1]
         target = torch.where(fronts.open, lane, lanes)
-        self._guesses = _put(self._guesses, target, guesses)
+        self._drafts = _put(self._drafts, target, drafts)
         if self._distributions is not None:
             probs = outcome.distribution.probs
             distributions = probs.gather(1, source.unsqueeze(-1).expand(-1, -1, probs.shape[-1]))
@@ -162,16 +162,16 @@ class JacobiProposer:
     def _lane(self, fronts: Fronts) -> Tensor:
         return fronts.start.clamp(min=0) // self.lanes.width
 
-    def _fill(self, roots: Tensor, fronts: Fronts, draws: Draws, guesses: Tensor) -> Tensor:
+    def _fill(self, roots: Tensor, fronts: Fronts, draws: Draws, drafts: Tensor) -> Tensor:
         """[B, A, L - 1] guesses for places that have none."""
-        width = guesses.shape[-1]
+        width = drafts.shape[-1]
         if self.fill == "random":
-            numbers = draws.drafting[:, 2 * self.nodes :].view(guesses.shape)
+            numbers = draws.drafting[:, 2 * self.nodes :].view(drafts.shape)
             return (numbers * self.codes).long()
-        index = torch.arange(width, device=guesses.device)
+        index = torch.arange(width, device=drafts.device)
         # the nearest place to the left that has a guess, else the root
-        known = torch.where(guesses >= 0, index, -1).cummax(dim=-1).values
-        left = torch.where(known >= 0, guesses.gather(2, known.clamp(min=0)), roots.unsqueeze(-1))
+        known = torch.where(drafts >= 0, index, -1).cummax(dim=-1).values
+        left = torch.where(known >= 0, drafts.gather(2, known.clamp(min=0)), roots.unsqueeze(-1))
         if self.fill == "left":
             return left
         above = fronts.start.unsqueeze(-1) + index - self.grid_width  # [B, A, L - 1]
@@ -187,15 +187,15 @@ class JacobiProposer:
         # the last row has no guess of its own to keep
         distribution, width = outcome.distribution, self.nodes - 1
         tree = outcome.tree
-        assert tree.draft is not None
-        guess = tree.tokens[:, 1:]
-        old = Categorical(tree.draft[:, :width].log())
+        assert tree.draft_probs is not None
+        draft_token = tree.tokens[:, 1:]
+        old = Categorical(tree.draft_probs[:, :width].log())
         new = Categorical(distribution.logits[:, :width], distribution.greedy)
         kept = (
             draws.drafting[:, self.nodes : self.nodes + width]
-            < (new.log_prob(guess) - old.log_prob(guess)).exp()
+            < (new.log_prob(draft_token) - old.log_prob(draft_token)).exp()
         )
-        drawn = torch.where(kept, guess, new.residual(old).sample(numbers[:, :width]))
+        drawn = torch.where(kept, draft_token, new.residual(old).sample(numbers[:, :width]))
         last = Categorical(distribution.logits[:, width:], distribution.greedy).sample(numbers[:, width:])
         return torch.cat([drawn, last], dim=1)
 

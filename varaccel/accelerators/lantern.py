@@ -12,7 +12,7 @@ from varaccel.accelerators.speculative import check_drafting, open_proposer, res
 from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.job import Job
-from varaccel.engine.options import check_choice, check_order
+from varaccel.engine.options import check_choice, check_row_window
 from varaccel.engine.statistics import SpeculationStats
 from varaccel.errors import InputError
 from varaccel.speculation.loop import Draws, Verifier, speculate, verify_by
@@ -41,7 +41,7 @@ class Lantern(Accelerator):
         drafter: as for `Speculative`.
         normalise: measure distances between codes of unit length, which is what the image tokenizer decodes;
             the public code measures between the stored codes.
-        adaptive, order: as for `Speculative`.
+        adaptive, row_window: as for `Speculative`.
 
     Raises:
         InputError: an option that cannot be used, or a combination without meaning.
@@ -59,7 +59,7 @@ class Lantern(Accelerator):
     drafter: Any = "auto"
     normalise: bool = True
     adaptive: bool = False
-    order: int | str = "raster"
+    row_window: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0:
@@ -71,7 +71,7 @@ class Lantern(Accelerator):
         if self.multiplier is not None and not 1 <= self.multiplier < float("inf"):
             raise InputError(f"LANTERN's multiplier must be a number >= 1, got {self.multiplier}.")
         check_choice("LANTERN residual", self.residual, get_args(Residual))
-        check_order(self.order)
+        check_row_window(self.row_window)
         shape = check_drafting(self.drafter, self.tree, self.adaptive)
         if isinstance(shape, DynamicTree):
             if self.residual in ("static", "static_b"):
@@ -88,7 +88,7 @@ class Lantern(Accelerator):
     @property
     def lossless(self) -> bool:
         relaxed = self.k > 0 and self._delta != 0 and self.multiplier != 1
-        return not relaxed and self.residual == "paper" and self.order == "raster"
+        return not relaxed and self.residual == "paper" and self.row_window is None
 
     @property
     def _delta(self) -> float | None:
@@ -103,26 +103,26 @@ class Lantern(Accelerator):
         table = job.neighbours(self.k, self.normalise).to(job.device)
         session, lanes, proposer = open_proposer(
             job,
-            self.order,
+            self.row_window,
             resolve_drafter(self.drafter, job),
             shape,
             "deterministic" if isinstance(shape, DynamicTree) else "without_replacement",
             self.adaptive,
         )
-        judge: Verifier
+        verify: Verifier
         if session.sampling.greedy:
-            judge = verify_greedily(RelaxedGreedy(table, self.k, self._delta, self.multiplier))
+            verify = verify_greedily(RelaxedGreedy(table, self.k, self._delta, self.multiplier))
         else:
-            judge = verify_by(Relaxed(table, self.k, self._delta, self.multiplier, self.residual))
-        return speculate(session, job.canvas, lanes, proposer, judge, job.randomness, job.on_step)
+            verify = verify_by(Relaxed(table, self.k, self._delta, self.multiplier, self.residual))
+        return speculate(session, job.canvas, lanes, proposer, verify, job.randomness, job.on_step)
 
 
 def verify_greedily(rule: RelaxedGreedy) -> Verifier:
     """Relaxation weighs the full distribution, although the likeliest token is taken."""
 
-    def judge(
+    def verify(
         tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
     ) -> VerificationResult:
-        return rule.verify(tree, distribution.logits.softmax(-1), draws.judging[:, : tree.tokens.shape[1]])
+        return rule.verify(tree, distribution.logits.softmax(-1), draws.verifying[:, : tree.tokens.shape[1]])
 
-    return judge
+    return verify

@@ -24,4 +24,4 @@ class Plain(Accelerator):
         return True
 
     def run(self, job: Job) -> int:
-        return decode(job.open_session(), job.canvas, job.order, job.randomness, job.on_step)
+        return decode(job.open_session(), job.canvas, job.schedule, job.randomness, job.on_step)

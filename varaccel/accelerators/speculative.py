@@ -10,7 +10,7 @@ from torch import nn
 
 from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.job import Job
-from varaccel.engine.options import check_choice, check_order
+from varaccel.engine.options import check_choice, check_row_window
 from varaccel.engine.randomness import GumbelNoise
 from varaccel.engine.statistics import SpeculationStats
 from varaccel.errors import InputError, unknown_name
@@ -28,7 +28,7 @@ from varaccel.speculation.loop import (
 from varaccel.speculation.network_drafter import LayerSubset, NetworkReader, check_same_codes
 from varaccel.speculation.proposers import BranchReader, DynamicProposer, StaticProposer
 from varaccel.speculation.rejection import Exact, Greedy, KSequential
-from varaccel.speculation.tree import DynamicTree, Proposal, Topology, resolve_tree
+from varaccel.speculation.tree import DrawMode, DynamicTree, Topology, resolve_tree
 
 Verification = Literal["auto", "recursive", "k_sequential", "matching", "gumbel"]
 Shape = Topology | DynamicTree
@@ -140,7 +140,8 @@ class Speculative(Accelerator):
             depends on the seed alone, not on drafter or tree (arXiv 2408.07978); it is that of
             Gumbel-coupled `Jacobi`. "auto": matching for dynamic trees, else recursive.
         adaptive: let the depth of a chain or static tree follow what was accepted lately.
-        order: "raster", or the window of ZipAR's order; then the distribution is that of the order, approximate.
+        row_window: decode rows in parallel with this lag between them, as `ZipAR` does; the distribution is then
+            ZipAR's, which is approximate. None for raster order.
 
     Raises:
         InputError: an option that cannot be used, or a combination without meaning.
@@ -154,11 +155,11 @@ class Speculative(Accelerator):
     tree: int | str | Topology | DynamicTree | Sequence[Sequence[int]] = 4
     verification: Verification = "auto"
     adaptive: bool = False
-    order: int | str = "raster"
+    row_window: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("verification", self.verification, get_args(Verification))
-        check_order(self.order)
+        check_row_window(self.row_window)
         shape = check_drafting(self.drafter, self.tree, self.adaptive)
         if isinstance(shape, DynamicTree) and self.verification == "k_sequential":
             raise InputError(
@@ -168,7 +169,7 @@ class Speculative(Accelerator):
 
     @property
     def lossless(self) -> bool:
-        return self.order == "raster"
+        return self.row_window is None
 
     def run(self, job: Job) -> SpeculationStats:
         shape = resolve_shape(self.tree)
@@ -176,25 +177,25 @@ class Speculative(Accelerator):
         verification = self.verification
         if verification == "auto":
             verification = "matching" if dynamic else "recursive"
-        proposal: Proposal = "without_replacement"
+        draw_mode: DrawMode = "without_replacement"
         if dynamic or verification in ("matching", "gumbel"):
-            proposal = "deterministic"
+            draw_mode = "deterministic"
         elif verification == "k_sequential":
-            proposal = "independent"
+            draw_mode = "independent"
         noise = job.randomness.gumbel(job.codes) if verification == "gumbel" else None
         session, lanes, proposer = open_proposer(
-            job, self.order, resolve_drafter(self.drafter, job), shape, proposal, self.adaptive, noise
+            job, self.row_window, resolve_drafter(self.drafter, job), shape, draw_mode, self.adaptive, noise
         )
-        judge: Verifier
+        verify: Verifier
         if session.sampling.greedy:
-            judge = verify_by(Greedy())
+            verify = verify_by(Greedy())
         elif noise is not None:
-            judge = verify_by_noise(noise)
+            verify = verify_by_noise(noise)
         elif verification == "matching":
-            judge = verify_by_matching(job.randomness)
+            verify = verify_by_matching(job.randomness)
         else:
-            judge = verify_by(KSequential() if verification == "k_sequential" else Exact())
-        return speculate(session, job.canvas, lanes, proposer, judge, job.randomness, job.on_step)
+            verify = verify_by(KSequential() if verification == "k_sequential" else Exact())
+        return speculate(session, job.canvas, lanes, proposer, verify, job.randomness, job.on_step)
 
 
 def check_drafting(drafter: object, tree: Any, adaptive: bool) -> Shape:
@@ -212,36 +213,36 @@ def check_drafting(drafter: object, tree: Any, adaptive: bool) -> Shape:
 
 def open_proposer(
     job: Job,
-    order: int | str,
+    row_window: int | None,
     drafter: nn.Module | LayerSubset,
     shape: Shape,
-    proposal: Proposal,
+    draw_mode: DrawMode,
     adaptive: bool = False,
     noise: GumbelNoise | None = None,
 ) -> tuple[CausalSession, Lanes, Proposer]:
     """The target's session, the lanes, and a proposer of trees of this shape from this drafter."""
     from varaccel.models.eagle import EagleHead
 
-    lanes = job.lanes(order)
+    lanes = job.lanes(row_window)
     most = lanes.most_open(job.canvas.num_positions)
     if isinstance(shape, DynamicTree):
         depth, entries = shape.depth + 1, shape.depth * shape.top_k
         nodes = DynamicProposer.most_nodes(shape)
     else:
         depth, entries, nodes = shape.max_depth, len(shape.internal) - 1, shape.num_nodes
-    session = job.open_session(scratch=most * (nodes - 1))
+    session = job.open_session(draft_slots=most * (nodes - 1))
     reader: BranchReader
     if isinstance(drafter, EagleHead):
         reader = EagleReader(drafter, session, job.canvas, entries, most)
     else:
-        own = job.open_session(network=drafter, scratch=most * entries)
+        own = job.open_session(network=drafter, draft_slots=most * entries)
         reader = NetworkReader(own, job.canvas, depth, entries)
     if isinstance(shape, DynamicTree):
         return session, lanes, DynamicProposer(reader, shape)
     proposer = StaticProposer(
         reader,
         shape,
-        proposal,
+        draw_mode,
         job.canvas.num_positions // lanes.width,
         lane_width=lanes.width,
         batch=job.canvas.batch,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import OnStep
 from varaccel.engine.randomness import Randomness
+from varaccel.engine.schedule import Schedule
 from varaccel.hosts.causal.lanes import Lanes
-from varaccel.hosts.causal.schedule import Order
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Job:
         rows: rows that a pass reads per token: images, times two while guided.
         randomness: the draws of each image and position. A family may offer another source of draws; then only
             its `sample` can be relied on.
-        order: in which the family decides its positions without acceleration.
+        schedule: in which the family decides its positions without acceleration.
         on_step: observer of every pass.
         neighbours: gives the codebook's table of nearest neighbours, (k, normalise) -> [V, k + 1] int.
         drafters: the drafters that came with the model, by name.
@@ -44,7 +44,7 @@ class Job:
     canvas: Canvas
     rows: int
     randomness: Randomness
-    order: Order[Any]
+    schedule: Schedule[Any]
     on_step: OnStep | None = None
     neighbours: Callable[[int, bool], Tensor] | None = None
     drafters: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -58,8 +58,8 @@ class Job:
         """Number type of the host model's weights."""
         return next(self.network.parameters()).dtype
 
-    def lanes(self, order: int | str) -> Lanes:
-        """Lanes of an `order` option: "raster", or the window of ZipAR's order."""
-        if isinstance(order, str):
+    def lanes(self, row_window: int | None) -> Lanes:
+        """Lanes of a `row_window` option: rows that lag so many tokens behind each other; None for raster order."""
+        if row_window is None:
             return Lanes.raster(self.canvas.num_positions)
-        return Lanes.rows(self.grid_width, self.canvas.num_positions, order)
+        return Lanes.rows(self.grid_width, self.canvas.num_positions, row_window)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
-from varaccel.hosts.causal.schedule import HasPositions, Order
-from varaccel.hosts.causal.session import Session
+from varaccel.engine.schedule import HasPositions, Schedule
+from varaccel.engine.session import Session
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Step:
 OnStep = Callable[[Step], None]
 """The one observation point; it may raise to end the call."""
 
-AnyFeed = TypeVar("AnyFeed", bound=HasPositions)
+AnyInputs = TypeVar("AnyInputs", bound=HasPositions)
 
 
 class DrawsTokens(Protocol):
@@ -54,22 +54,22 @@ class DrawsTokens(Protocol):
 
 @torch.inference_mode()
 def decode(
-    session: Session[AnyFeed],
+    session: Session[AnyInputs],
     canvas: Canvas,
-    order: Order[AnyFeed],
+    schedule: Schedule[AnyInputs],
     randomness: DrawsTokens,
     on_step: OnStep | None = None,
 ) -> int:
-    """Fill the canvas in the given order, each group from one prediction. Returns the number of passes.
+    """Fill the canvas step by step, each group from one prediction. Returns the number of passes.
 
     Nothing in the loop waits for the device: positions are known ahead or stay on the device, draws are made
     from numbers drawn ahead.
     """
-    feeds = order.feeds(canvas)
+    step_inputs = schedule.step_inputs(canvas)
     number = 0
-    for number, feed in enumerate(feeds, start=1):
-        distribution = session.predict(canvas, feed)
-        canvas.write(feed.positions, randomness.sample(distribution, feed.positions), number)
+    for number, inputs in enumerate(step_inputs, start=1):
+        distribution = session.predict(canvas, inputs)
+        canvas.write(inputs.positions, randomness.sample(distribution, inputs.positions), number)
         if on_step is not None:
-            on_step(Step(number, number / len(feeds), feed.positions, canvas))
+            on_step(Step(number, number / len(step_inputs), inputs.positions, canvas))
     return number

@@ -20,12 +20,7 @@ def check_choice(what: str, value: object, known: Iterable[str]) -> None:
         raise unknown_name(what, str(value), known)
 
 
-def check_order(order: int | str) -> None:
-    """Raise InputError unless `order` is "raster" or the window of ZipAR's order."""
-    if order == "raster":
-        return
-    if isinstance(order, str):
-        raise InputError(
-            f'order must be "raster" or an integer, the window of ZipAR\'s order, got {order!r}.'
-        )
-    positive_integer("the ZipAR window given as order", order)
+def check_row_window(row_window: int | None) -> None:
+    """Raise InputError unless `row_window` is None or an integer of at least 1."""
+    if row_window is not None:
+        positive_integer("row_window", row_window)

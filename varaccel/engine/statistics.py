@@ -37,14 +37,14 @@ class SpeculationStats:
         attempts: [B] chains or trees of guesses that were judged.
         accepted: [B] tokens decided beyond the one that every judgement yields: the guesses that paid off.
         draft_passes: forward passes of the drafter, shared by all images.
-        judged: [B] guesses that were judged, where a rule keeps or replaces each; None where trees are walked down.
+        verified: [B] guesses that were judged, where a rule keeps or replaces each; None where trees are walked down.
     """
 
     passes: Tensor
     attempts: Tensor
     accepted: Tensor
     draft_passes: int = 0
-    judged: Tensor | None = None
+    verified: Tensor | None = None
 
     @classmethod
     def start(cls, batch: int, device: torch.device) -> SpeculationStats:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from varaccel.errors import CheckpointError, InputError
 from varaccel.models.llamagen import LlamaGenTransformer, RMSNorm, feed_forward_width
-from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.checkpoints import load_strict, read_published_weights
 from varaccel.nn.kv_cache import KVCache
 from varaccel.nn.rotary import rotary_table, rotate
@@ -34,17 +34,17 @@ class EagleAttention(nn.Module):
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, reading: Reading) -> Tensor:
+    def forward(self, x: Tensor, attention: AttentionInputs) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, P, D]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        assert reading.rotary is not None
-        q, k = rotate(q, reading.rotary), rotate(k, reading.rotary)
-        if reading.cache is not None:
-            assert reading.slots is not None
-            k, v = reading.cache.update(0, reading.slots, k, v, reading.length)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=reading.mask, is_causal=reading.causal)
+        assert attention.rotary is not None
+        q, k = rotate(q, attention.rotary), rotate(k, attention.rotary)
+        if attention.cache is not None:
+            assert attention.slots is not None
+            k, v = attention.cache.update(0, attention.slots, k, v, attention.length)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention.mask, is_causal=attention.causal)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -68,8 +68,8 @@ class EagleLayer(nn.Module):
         self.mlp = EagleFeedForward(dim, ffn_dim)
         self.post_attention_layernorm = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, reading: Reading) -> Tensor:
-        x = x + self.self_attn(x, reading)
+    def forward(self, x: Tensor, attention: AttentionInputs) -> Tensor:
+        x = x + self.self_attn(x, attention)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -162,10 +162,10 @@ class EagleHead(ModelMixin, ConfigMixin):
         """Pairs as inputs of the layer: tokens [B, P] int64, features [B, P, dim] -> [B, P, dim]."""
         return self.fc(torch.cat([self.embed_tokens(tokens).to(features.dtype), features], dim=-1))
 
-    def transform(self, x: Tensor, reading: Reading) -> Tensor:
+    def transform(self, x: Tensor, attention: AttentionInputs) -> Tensor:
         """Fused pairs [B, P, dim] -> predicted next features [B, P, dim]."""
         for layer in self.layers:
-            x = layer(x, reading)
+            x = layer(x, attention)
         return x
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class EagleHead(ModelMixin, ConfigMixin):
             [B, P, dim]; entry t stands for the target's feature of slot t + 1.
         """
         rotary = self.rotary_table(features.device)[: tokens.shape[1]]
-        return self.transform(self.fuse(tokens, features), Reading(rotary, causal=True))
+        return self.transform(self.fuse(tokens, features), AttentionInputs(rotary, causal=True))
 
     # -- its target ------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varaccel.errors import CheckpointError, InputError, unknown_name
-from varaccel.nn.attention_inputs import Reading, prefix_mask
+from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
 from varaccel.nn.checkpoints import load_strict, read_published_weights
 from varaccel.nn.kv_cache import KVCache
 from varaccel.nn.rotary import rotary_table, rotate
@@ -60,20 +60,20 @@ class Attention(nn.Module):
         self.wo = nn.Linear(dim, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, reading: Reading, layer: int) -> Tensor:
+    def forward(self, x: Tensor, attention: AttentionInputs, layer: int) -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 Hkv, P, D]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        assert reading.rotary is not None
-        q, k = rotate(q, reading.rotary), rotate(k, reading.rotary)
-        if reading.cache is not None:
-            assert reading.slots is not None
-            k, v = reading.cache.update(layer, reading.slots, k, v, reading.length)
+        assert attention.rotary is not None
+        q, k = rotate(q, attention.rotary), rotate(k, attention.rotary)
+        if attention.cache is not None:
+            assert attention.slots is not None
+            k, v = attention.cache.update(layer, attention.slots, k, v, attention.length)
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=reading.mask,
-            is_causal=reading.causal,
+            attn_mask=attention.mask,
+            is_causal=attention.causal,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )  # [B, H, P, D]
         return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
@@ -99,8 +99,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(dim, eps)
         self.ffn_norm = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, reading: Reading, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), reading, layer)
+    def forward(self, x: Tensor, attention: AttentionInputs, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), attention, layer)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -263,7 +263,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
             return self.cls_embedding.uncond_embedding.expand_as(condition).to(condition.dtype)
         return torch.full_like(condition, self.config.num_classes)
 
-    def transform(self, x: Tensor, reading: Reading, layers: Sequence[int] | None = None) -> Tensor:
+    def transform(self, x: Tensor, attention: AttentionInputs, layers: Sequence[int] | None = None) -> Tensor:
         """Run the blocks and the final norm on embedded inputs [B, P, dim] -> features [B, P, dim].
 
         Args:
@@ -271,7 +271,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         """
         x = self.token_dropout(x)
         for index, number in enumerate(range(len(self.layers)) if layers is None else layers):
-            x = self.layers[number](x, reading, index)
+            x = self.layers[number](x, attention, index)
         return self.norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -293,10 +293,10 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         length = x.shape[1]
         rotary = self.rotary_table(x.device)[:length]
         if condition_mask is None:
-            reading = Reading(rotary, causal=True)
+            attention = AttentionInputs(rotary, causal=True)
         else:
-            reading = Reading(rotary, mask=prefix_mask(condition_mask, length))
-        return self.logits(self.transform(x, reading))
+            attention = AttentionInputs(rotary, mask=prefix_mask(condition_mask, length))
+        return self.logits(self.transform(x, attention))
 
     # -- published weights -----------------------------------------------------------------------------
 

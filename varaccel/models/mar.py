@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from varaccel.errors import CheckpointError, InputError, unknown_name
 from varaccel.models.diffusion_head import DiffusionHead
-from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.checkpoints import load_strict, read_published_weights
 from varaccel.nn.gather import rows_of
 from varaccel.nn.kv_cache import KVCache
@@ -54,7 +54,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, reading: Reading, layer: int, asked: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attention: AttentionInputs, layer: int, asked: Tensor | None = None
+    ) -> Tensor:
         """[R, P, C] -> same, or [R, A, C] of the inputs `asked` [R, A]; all are looked at."""
         if asked is None:
             heads = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -66,10 +68,10 @@ class Attention(nn.Module):
             q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             seen = F.linear(x, weight[size:], bias[size:])
             k, v = seen.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        if reading.cache is not None:
-            assert reading.slots is not None
-            k, v = reading.cache.update(layer, reading.slots, k, v, reading.length)
-        mask = reading.mask
+        if attention.cache is not None:
+            assert attention.slots is not None
+            k, v = attention.cache.update(layer, attention.slots, k, v, attention.length)
+        mask = attention.mask
         if mask is not None and asked is not None and mask.shape[-2] > 1:
             mask = mask.gather(-2, asked[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -94,8 +96,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = FeedForward(dim, width)
 
-    def forward(self, x: Tensor, reading: Reading, layer: int, asked: Tensor | None = None) -> Tensor:
-        mixed = self.attn(self.norm1(x), reading, layer, asked)
+    def forward(
+        self, x: Tensor, attention: AttentionInputs, layer: int, asked: Tensor | None = None
+    ) -> Tensor:
+        mixed = self.attn(self.norm1(x), attention, layer, asked)
         x = (x if asked is None else rows_of(x, asked)) + mixed
         return x + self.mlp(self.norm2(x))
 
@@ -287,10 +291,10 @@ class MARTransformer(ModelMixin, ConfigMixin):
         places = self.encoder_pos_embed_learned[0, self.buffer :][positions.clamp(min=0)]
         return self.z_proj_ln(self.z_proj(tokens.to(self.dtype)) + places)
 
-    def encode(self, x: Tensor, reading: Reading) -> Tensor:
+    def encode(self, x: Tensor, attention: AttentionInputs) -> Tensor:
         """Encoder inputs [R, P, dim] -> encoded [R, P, dim]."""
         for layer, block in enumerate(self.encoder_blocks):
-            x = block(x, reading, layer)
+            x = block(x, attention, layer)
         return self.encoder_norm(x)
 
     def spread(self, encoded: Tensor, positions: Tensor) -> Tensor:
@@ -315,11 +319,11 @@ class MARTransformer(ModelMixin, ConfigMixin):
         places = self.decoder_pos_embed_learned[0][slots.clamp(max=self.buffer + self.num_tokens - 1)]
         return places + (self.mask_token[0] if encoded is None else self.decoder_embed(encoded))
 
-    def decode(self, x: Tensor, reading: Reading, asked: Tensor | None = None) -> Tensor:
+    def decode(self, x: Tensor, attention: AttentionInputs, asked: Tensor | None = None) -> Tensor:
         """Decoder inputs [R, P, C] -> features [R, P, C], or [R, A, C] of the inputs `asked` [R, A] only."""
         last = len(self.decoder_blocks) - 1
         for layer, block in enumerate(self.decoder_blocks):
-            x = block(x, reading, layer, asked if layer == last else None)
+            x = block(x, attention, layer, asked if layer == last else None)
         return self.decoder_norm(x)
 
     def conditions(self, features: Tensor, positions: Tensor) -> Tensor:
@@ -353,12 +357,12 @@ class MARTransformer(ModelMixin, ConfigMixin):
         mask = (
             F.pad(known >= 0, (self.buffer, 0), value=True)[:, None, None] if padded else None
         )  # [R, 1, 1, b + K]
-        encoded = self.encode(x, Reading(mask=mask))
+        encoded = self.encode(x, AttentionInputs(mask=mask))
         x = self.spread(encoded, known)
         if asked is None:
             positions = torch.arange(self.num_tokens, device=x.device).expand(x.shape[0], -1)
-            return self.conditions(self.decode(x, Reading())[:, self.buffer :], positions)
-        features = self.decode(x, Reading(), asked.clamp(min=0) + self.buffer)
+            return self.conditions(self.decode(x, AttentionInputs())[:, self.buffer :], positions)
+        features = self.decode(x, AttentionInputs(), asked.clamp(min=0) + self.buffer)
         return self.conditions(features, asked)
 
     # -- published weights -----------------------------------------------------------------------------

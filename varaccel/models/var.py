@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varaccel.errors import CheckpointError, InputError, unknown_name
-from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.checkpoints import load_strict, read_published_weights
 from varaccel.nn.kv_cache import KVCache
 from varaccel.nn.scale_schedule import SCALES_256, SCALES_512, ScaleSchedule
@@ -89,7 +89,7 @@ class Attention(nn.Module):
             nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0))) if l2_norm else None
         )
 
-    def forward(self, x: Tensor, reading: Reading, layer: int, tail: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, attention: AttentionInputs, layer: int, tail: int | None = None) -> Tensor:
         """[R, P, C] -> [R, tail or P, C]: only the last `tail` tokens ask, all are looked at."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         if tail is None:
@@ -109,13 +109,13 @@ class Attention(nn.Module):
             temperature = self.scale_mul_1H11.float().clamp(max=MAX_LOG_TEMPERATURE).exp()
             q = (F.normalize(q.float(), dim=-1) * temperature).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        if reading.cache is not None:
-            if reading.slots is None:
-                assert reading.length is not None
-                k, v = reading.cache.beside(layer, k, v, reading.length)
+        if attention.cache is not None:
+            if attention.slots is None:
+                assert attention.length is not None
+                k, v = attention.cache.beside(layer, k, v, attention.length)
             else:
-                k, v = reading.cache.update(layer, reading.slots, k, v, reading.length)
-        mask = reading.mask
+                k, v = attention.cache.update(layer, attention.slots, k, v, attention.length)
+        mask = attention.mask
         if mask is not None and tail is not None:
             mask = mask[..., -tail:, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -149,11 +149,11 @@ class Block(nn.Module):
         self.ada_lin = None if shared_adaln else modulation_layer(dim, 6)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, reading: Reading, layer: int, tail: int | None = None
+        self, x: Tensor, modulation: Tensor, attention: AttentionInputs, layer: int, tail: int | None = None
     ) -> Tensor:
         gate_attn, gate_ffn, scale_attn, scale_ffn, shift_attn, shift_ffn = modulation.unbind(0)
         seen = torch.addcmul(shift_attn, self.norm(x), 1 + scale_attn)
-        mixed = self.attn(seen, reading, layer, tail)
+        mixed = self.attn(seen, attention, layer, tail)
         x = (x if tail is None else x[:, -tail:]) + mixed * gate_attn
         return x + self.ffn(torch.addcmul(shift_ffn, self.norm(x), 1 + scale_ffn)) * gate_ffn
 
@@ -333,7 +333,7 @@ class VARTransformer(ModelMixin, ConfigMixin):
         return words + positions
 
     def transform(
-        self, x: Tensor, modulation: Sequence[Tensor], reading: Reading, tail: int | None = None
+        self, x: Tensor, modulation: Sequence[Tensor], attention: AttentionInputs, tail: int | None = None
     ) -> Tensor:
         """Run the blocks on embedded inputs [R, P, C].
 
@@ -343,7 +343,7 @@ class VARTransformer(ModelMixin, ConfigMixin):
         """
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation[layer], reading, layer, tail if layer == last else None)
+            x = block(x, modulation[layer], attention, layer, tail if layer == last else None)
         return x
 
     def logits(self, features: Tensor) -> Tensor:
@@ -379,7 +379,7 @@ class VARTransformer(ModelMixin, ConfigMixin):
         scales = self.scale_of_tokens()[:length]
         mask = scales.unsqueeze(1) >= scales  # [P, P]
         x = self.embed(modulation.start, inputs, self.positions()[:, :length])
-        x = self.transform(x, modulation.blocks, Reading(mask=mask))
+        x = self.transform(x, modulation.blocks, AttentionInputs(mask=mask))
         return self.logits(self.head_nm(x, modulation.head))
 
     # -- published weights -----------------------------------------------------------------------------

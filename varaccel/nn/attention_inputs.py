@@ -11,7 +11,7 @@ from varaccel.nn.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
-class Reading:
+class AttentionInputs:
     """What one forward pass reads and where it writes: everything about it that is not a weight.
 
     Attributes:

@@ -370,6 +370,6 @@ def _of_counts(counts: Counts | None) -> dict[str, Any]:
 
 def _kept(counts: SpeculationStats) -> tuple[float, ...]:
     """The share of each image's guesses that a rule kept."""
-    if counts.judged is None:
+    if counts.verified is None:
         return ()
-    return tuple((counts.accepted / counts.judged.clamp(min=1)).tolist())
+    return tuple((counts.accepted / counts.verified.clamp(min=1)).tolist())

@@ -20,14 +20,14 @@ from varaccel.engine.statistics import SpeculationStats
 from varaccel.hosts.masked.denoising import Denoised
 from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.hosts.masked.noise import TokenNoise
-from varaccel.hosts.masked.schedule import CosineGroups, MaskedFeed
+from varaccel.hosts.masked.schedule import CosineGroups, MaskedInputs
 from varaccel.hosts.masked.session import MaskedSession
 from varaccel.speculation.continuous_rejection import (
     Aligned,
     ContinuousRule,
     Decision,
     Gaussian,
-    ResampleNoise,
+    SeededResampleNoise,
 )
 
 
@@ -53,12 +53,12 @@ class Comparison:
         path = distribution.run(start, noise, last=self.step, record=True)
         return self._finish(distribution, path.value, noise).unflatten(0, distribution.shape), path
 
-    def judge(
+    def verify(
         self,
         distribution: DiffusionDistribution,
         drafted: Denoised,
         positions: Tensor,
-        proposals: ResampleNoise,
+        resample_noise: SeededResampleNoise,
     ) -> tuple[Tensor, Decision]:
         """What becomes of drafted tokens at `positions` [B, P] (-1 is padding): tokens [B, P, C] and the decision.
 
@@ -69,7 +69,7 @@ class Comparison:
         start, noise = self.target_noise.paths(positions, distribution.noisy_steps)
         path = distribution.run(start, noise, last=self.step, record=True)
         sigma = (drafted.log_std_sum - path.log_std_sum).double().sum(-1)
-        decision = self.rule.judge(
+        decision = self.rule.verify(
             Aligned(
                 drafted.value,
                 Gaussian(drafted.mean, drafted.log_std),
@@ -77,7 +77,7 @@ class Comparison:
                 sigma,
             ),
             self.target_noise.accepting(positions),
-            proposals,
+            resample_noise,
             (positions >= 0).flatten(),
         )
         return self._finish(distribution, decision.values, noise).unflatten(0, distribution.shape), decision
@@ -107,39 +107,39 @@ def speculate_jointly(
     to `prefill` times their number, blocks end at multiples of `draft_length`, and guidance of a block is that of its
     last iteration.
     """
-    feeds = order.feeds(canvas)
-    tally, number = _prefill(target, canvas, feeds, comparison, prefill, on_step)
-    judged = torch.zeros_like(tally.passes)
-    block: list[MaskedFeed] = []
+    step_inputs = order.step_inputs(canvas)
+    stats, number = _prefill(target, canvas, step_inputs, comparison, prefill, on_step)
+    verified = torch.zeros_like(stats.passes)
+    block: list[MaskedInputs] = []
     paths: list[Denoised] = []
-    for step in range(number, len(feeds)):
-        feed = feeds[step]
-        tokens, path = comparison.draft(draft.predict(canvas, feed), feed.positions)
-        canvas.write(feed.positions, tokens, number + 1)
-        block.append(feed)
+    for step in range(number, len(step_inputs)):
+        inputs = step_inputs[step]
+        tokens, path = comparison.draft(draft.predict(canvas, inputs), inputs.positions)
+        canvas.write(inputs.positions, tokens, number + 1)
+        block.append(inputs)
         paths.append(path)
-        if step % draft_length and step < len(feeds) - 1:
+        if step % draft_length and step < len(step_inputs) - 1:
             continue
         number += 1
-        decided = MaskedFeed(
-            torch.cat([f.positions for f in block], 1), block[0].known, feed.remaining, block[0].number
+        decided = MaskedInputs(
+            torch.cat([f.positions for f in block], 1), block[0].known, inputs.remaining, block[0].number
         )
-        tokens, decision = comparison.judge(
+        tokens, decision = comparison.verify(
             target.predict(canvas, decided),
             _beside(paths, canvas.batch),
             decided.positions,
-            _proposals(comparison.target_noise, number, decided.positions.shape[1]),
+            _resample_noise(comparison.target_noise, number, decided.positions.shape[1]),
         )
         canvas.write(decided.positions, tokens, number)
-        tally.passes += 1
-        tally.attempts += 1
-        judged += decided.positions.shape[1]
-        tally.accepted += decision.accepted.view(canvas.batch, -1).sum(1)
+        stats.passes += 1
+        stats.attempts += 1
+        verified += decided.positions.shape[1]
+        stats.accepted += decision.accepted.view(canvas.batch, -1).sum(1)
         block, paths = [], []
         if on_step is not None:
-            on_step(Step(number, (step + 1) / len(feeds), decided.positions, canvas))
-    tally.draft_passes, tally.judged = draft.reads, judged
-    return tally
+            on_step(Step(number, (step + 1) / len(step_inputs), decided.positions, canvas))
+    stats.draft_passes, stats.verified = draft.reads, verified
+    return stats
 
 
 @torch.inference_mode()
@@ -168,25 +168,25 @@ def speculate_in_turn(
         target: for the iterations that it decides itself.
         verifier: a session of the same network with `draft_length` canvases per image.
     """
-    feeds = order.feeds(canvas)
+    step_inputs = order.step_inputs(canvas)
     batch, device = canvas.batch, canvas.written.device
-    tally, number = _prefill(target, canvas, feeds, comparison, prefill, on_step)
-    judged = torch.zeros_like(tally.passes)
+    stats, number = _prefill(target, canvas, step_inputs, comparison, prefill, on_step)
+    verified = torch.zeros_like(stats.passes)
     steps = [number] * batch
-    while min(steps) < len(feeds):
+    while min(steps) < len(step_inputs):
         number += 1
         block = [order.ragged([s + i for s in steps], device) for i in range(draft_length)]
         paths = []
-        for feed in block:
-            tokens, path = comparison.draft(draft.predict(canvas, feed), feed.positions)
-            canvas.write(feed.positions, tokens, number)
+        for inputs in block:
+            tokens, path = comparison.draft(draft.predict(canvas, inputs), inputs.positions)
+            canvas.write(inputs.positions, tokens, number)
             paths.append(path)
         positions = _stack([f.positions for f in block], order.widest)  # [B, G, P]
         distribution = _verify(verifier, canvas, block, positions)
         flat = positions.flatten(1)
-        proposals = _proposals(comparison.target_noise, number, flat.shape[1])
-        tokens, decision = comparison.judge(
-            distribution, _beside(paths, batch, positions.shape[2]), flat, proposals
+        resample_noise = _resample_noise(comparison.target_noise, number, flat.shape[1])
+        tokens, decision = comparison.verify(
+            distribution, _beside(paths, batch, positions.shape[2]), flat, resample_noise
         )
         accepted = decision.accepted.view(positions.shape)
         broken = (~accepted).any(2).to(torch.int64)  # [B, G]
@@ -196,37 +196,37 @@ def speculate_in_turn(
         canvas.write(torch.where(kept, positions, -1).flatten(1), tokens, number)
         # what was drafted after them is taken back
         canvas.write(torch.where(kept, -1, positions).flatten(1), torch.zeros_like(tokens), 0)
-        tally.passes += (positions >= 0).any(2).any(1)
-        tally.attempts += (positions >= 0).any(2).any(1)
-        judged += kept.sum((1, 2))
-        tally.accepted += (kept & accepted).sum((1, 2))
+        stats.passes += (positions >= 0).any(2).any(1)
+        stats.attempts += (positions >= 0).any(2).any(1)
+        verified += kept.sum((1, 2))
+        stats.accepted += (kept & accepted).sum((1, 2))
         advanced = (before == 0).sum(1).tolist()
-        steps = [min(len(feeds), s + n) for s, n in zip(steps, advanced, strict=True)]
+        steps = [min(len(step_inputs), s + n) for s, n in zip(steps, advanced, strict=True)]
         if on_step is not None:
-            progress = sum(steps) / (batch * len(feeds))
+            progress = sum(steps) / (batch * len(step_inputs))
             on_step(Step(number, progress, torch.where(kept, positions, -1).flatten(1), canvas))
-    tally.draft_passes, tally.judged = draft.reads, judged
-    return tally
+    stats.draft_passes, stats.verified = draft.reads, verified
+    return stats
 
 
 def _prefill(
     target: MaskedSession,
     canvas: Canvas,
-    feeds: Sequence[MaskedFeed],
+    step_inputs: Sequence[MaskedInputs],
     comparison: Comparison,
     share: float,
     on_step: OnStep | None,
 ) -> tuple[SpeculationStats, int]:
     """Let the target decide the iterations up to `share` times their number, the first always; how many these are."""
-    tally = SpeculationStats.start(canvas.batch, canvas.written.device)
-    count = min(len(feeds), int(share * len(feeds)) + 1)
-    for number, feed in enumerate(feeds[:count], start=1):
-        distribution = target.predict(canvas, feed)
-        canvas.write(feed.positions, comparison.target_noise.sample(distribution, feed.positions), number)
-        tally.passes += 1
+    stats = SpeculationStats.start(canvas.batch, canvas.written.device)
+    count = min(len(step_inputs), int(share * len(step_inputs)) + 1)
+    for number, inputs in enumerate(step_inputs[:count], start=1):
+        distribution = target.predict(canvas, inputs)
+        canvas.write(inputs.positions, comparison.target_noise.sample(distribution, inputs.positions), number)
+        stats.passes += 1
         if on_step is not None:
-            on_step(Step(number, number / len(feeds), feed.positions, canvas))
-    return tally, count
+            on_step(Step(number, number / len(step_inputs), inputs.positions, canvas))
+    return stats, count
 
 
 def _beside(paths: list[Denoised], batch: int, width: int = 0) -> Denoised:
@@ -246,26 +246,26 @@ def _stack(indices: list[Tensor], width: int) -> Tensor:
 
 
 def _verify(
-    verifier: MaskedSession, canvas: Canvas, block: list[MaskedFeed], positions: Tensor
+    verifier: MaskedSession, canvas: Canvas, block: list[MaskedInputs], positions: Tensor
 ) -> DiffusionDistribution:
     """The target's distribution of all groups, [B, G * P], each in sight of what was known when it was drafted."""
     groups = len(block)
     known = _stack([f.known for f in block], max(f.known.shape[1] for f in block))  # [B, G, K]
     remaining = torch.stack([torch.as_tensor(f.remaining, device=known.device) for f in block], 1)  # [B, G]
     many = Canvas(canvas.tokens.repeat_interleave(groups, 0), canvas.written.repeat_interleave(groups, 0))
-    feed = MaskedFeed(
+    inputs = MaskedInputs(
         positions.flatten(0, 1), known.flatten(0, 1), remaining.flatten(), block[0].number, padded=True
     )
-    distribution = verifier.predict(many, feed)
+    distribution = verifier.predict(many, inputs)
     conditions = distribution.conditions.unflatten(0, (-1, groups)).flatten(1, 2)  # [R, G * P, D]
     return DiffusionDistribution(distribution.process, conditions, distribution.scale)
 
 
-def _proposals(noise: TokenNoise, verification: int, rows: int) -> ResampleNoise:
+def _resample_noise(noise: TokenNoise, verification: int, rows: int) -> SeededResampleNoise:
     """Numbers for tokens that are drawn again: a function of the image and of how often it was judged before.
 
     Args:
         rows: judged per image, padding included; must not depend on the batch.
     """
     seeds = [(seed + 1 + verification) % 2**62 for seed in noise.seeds]
-    return ResampleNoise(seeds, rows, noise.start.shape[2], noise.start.device)
+    return SeededResampleNoise(seeds, rows, noise.start.shape[2], noise.start.device)

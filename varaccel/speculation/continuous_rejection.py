@@ -106,7 +106,7 @@ class Decision:
     exhausted: Tensor
 
 
-class Proposals(Protocol):
+class ResampleNoise(Protocol):
     """The numbers that rejected tokens are drawn again from, in order."""
 
     def next(self, count: int) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class Proposals(Protocol):
         ...
 
 
-class ResampleNoise:
+class SeededResampleNoise:
     """Numbers from a CPU generator per image, for M = B * rows_per_image tokens, those of an image together.
 
     An image's numbers depend neither on its batch nor on the device. How many are asked for in a verification does
@@ -181,18 +181,18 @@ class ResampleNoise:
 class ContinuousRule(Protocol):
     """Keeps drafted tokens or draws them again."""
 
-    def judge(
-        self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
+    def verify(
+        self, aligned: Aligned, uniforms: Tensor, resample_noise: ResampleNoise, active: Tensor | None = None
     ) -> Decision:
         """Verifier M tokens of C channels.
 
-        A ratio that is not a finite number counts as a rejection. Nothing is asked of `proposals` if no token is
+        A ratio that is not a finite number counts as a rejection. Nothing is asked of `resample_noise` if no token is
         rejected.
 
         Args:
             aligned: the drafted values and the Gaussians of both models.
             uniforms: [M] in [0, 1), to be held against the ratio of the densities.
-            proposals: numbers for what is rejected.
+            resample_noise: numbers for what is rejected.
             active: [M] bool, false in padding, which counts as accepted and costs no proposals; all if None.
 
         Raises:
@@ -217,13 +217,13 @@ def _check(aligned: Aligned, uniforms: Tensor, active: Tensor | None) -> Tensor:
     return active
 
 
-def _draw(proposals: Proposals, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(resample_noise: ResampleNoise, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """The next numbers, float64, after a look at their shapes; `like` is [M, C]."""
-    normals, uniforms = proposals.next(count)
+    normals, uniforms = resample_noise.next(count)
     wanted = [like.shape[0], count, like.shape[1]]
     if list(normals.shape) != wanted or list(uniforms.shape) != wanted[:2]:
         raise InputError(
-            f"proposals must be [M, count, C] = {wanted} and [M, count], "
+            f"resample_noise must be [M, count, C] = {wanted} and [M, count], "
             f"got {list(normals.shape)} and {list(uniforms.shape)}."
         )
     return normals.double(), uniforms.double()
@@ -241,7 +241,7 @@ _FIRST_BLOCK, _LARGEST_BLOCK = 4, 32
 
 
 def _resample(
-    aligned: Aligned, accepted: Tensor, log_factor: Tensor, proposals: Proposals, tries: int
+    aligned: Aligned, accepted: Tensor, log_factor: Tensor, resample_noise: ResampleNoise, tries: int
 ) -> Decision:
     """Redraw what is not accepted from the residual, and from the target itself where that takes too long.
 
@@ -249,7 +249,7 @@ def _resample(
         aligned: of M tokens of C channels.
         accepted: [M] bool.
         log_factor: [M] on the target's density.
-        proposals: numbers for all M tokens.
+        resample_noise: numbers for all M tokens.
         tries: the most proposals per token.
     """
     values = aligned.value.clone()
@@ -258,7 +258,7 @@ def _resample(
     done, block = 0, _FIRST_BLOCK
     while done < tries and len(pending):
         count = min(block, tries - done)
-        normals, uniforms = _draw(proposals, count, aligned.value)
+        normals, uniforms = _draw(resample_noise, count, aligned.value)
         draft, target = aligned.draft.at(pending), aligned.target.at(pending)
         candidates = target.sample(normals[pending])  # [R, count, C]
         success = uniforms[pending] < _residual(draft, target, candidates, log_factor[pending, None])
@@ -271,7 +271,7 @@ def _resample(
         done, block = done + count, min(2 * block, _LARGEST_BLOCK)
     exhausted = torch.zeros_like(accepted)
     if len(pending):
-        normals, _ = _draw(proposals, 1, aligned.value)
+        normals, _ = _draw(resample_noise, 1, aligned.value)
         values[pending] = aligned.target.at(pending).sample(normals[pending])[:, 0].to(values.dtype)
         exhausted[pending] = True
     return Decision(accepted, values, used, exhausted)
@@ -345,8 +345,8 @@ class ReferenceRule(_RatioRule):
     def _log_factor(self, aligned: Aligned) -> Tensor:
         return -aligned.log_sigma.double()
 
-    def judge(
-        self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
+    def verify(
+        self, aligned: Aligned, uniforms: Tensor, resample_noise: ResampleNoise, active: Tensor | None = None
     ) -> Decision:
         active = _check(aligned, uniforms, active)
         accepted = self._accepted(aligned, uniforms, active)
@@ -355,7 +355,7 @@ class ReferenceRule(_RatioRule):
         rounds = 0
         if not accepted.all():
             while rounds < self.tries and not (found | ~active).all():
-                normals, chances = _draw(proposals, 1, aligned.value)
+                normals, chances = _draw(resample_noise, 1, aligned.value)
                 candidates = aligned.target.sample(normals[:, 0])  # [M, C]
                 success = chances[:, 0] < self.residual(aligned, candidates.unsqueeze(1))[:, 0]
                 drawn = torch.where(success[:, None], candidates.to(drawn.dtype), drawn)
@@ -394,11 +394,11 @@ class PaperRule(_RatioRule):
     def _log_factor(self, aligned: Aligned) -> Tensor:
         return aligned.log_sigma.double()
 
-    def judge(
-        self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
+    def verify(
+        self, aligned: Aligned, uniforms: Tensor, resample_noise: ResampleNoise, active: Tensor | None = None
     ) -> Decision:
         accepted = self._accepted(aligned, uniforms, _check(aligned, uniforms, active))
-        return _resample(aligned, accepted, self._log_factor(aligned), proposals, self.tries)
+        return _resample(aligned, accepted, self._log_factor(aligned), resample_noise, self.tries)
 
 
 @dataclass(frozen=True)
@@ -429,8 +429,8 @@ class ExactRule(_RatioRule):
     def _log_factor(self, aligned: Aligned) -> Tensor:
         return torch.zeros_like(aligned.log_sigma, dtype=torch.float64)
 
-    def judge(
-        self, aligned: Aligned, uniforms: Tensor, proposals: Proposals, active: Tensor | None = None
+    def verify(
+        self, aligned: Aligned, uniforms: Tensor, resample_noise: ResampleNoise, active: Tensor | None = None
     ) -> Decision:
         accepted = self._accepted(aligned, uniforms, _check(aligned, uniforms, active))
-        return _resample(aligned, accepted, self._log_factor(aligned), proposals, self.tries)
+        return _resample(aligned, accepted, self._log_factor(aligned), resample_noise, self.tries)

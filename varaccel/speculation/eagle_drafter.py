@@ -9,12 +9,12 @@ from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
-from varaccel.hosts.causal.cache_slots import Memory, scratch_slots, spread
+from varaccel.hosts.causal.cache_slots import CacheSlots, lane_draft_slots, spread
 from varaccel.hosts.causal.lanes import Fronts
 from varaccel.hosts.causal.session import CausalSession
-from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.speculation.loop import StepResult
-from varaccel.speculation.network_drafter import guess_positions
+from varaccel.speculation.network_drafter import draft_positions
 from varaccel.speculation.proposers import Branch
 
 if TYPE_CHECKING:
@@ -35,20 +35,20 @@ class EagleReader:
         head: drafter of the session's network.
         session: of the target.
         canvas: of the call.
-        scratch: scratch entries per lane.
+        draft_slots: scratch entries per lane.
         lanes: lanes that are open at once at most.
     """
 
     def __init__(
-        self, head: EagleHead, session: CausalSession, canvas: Canvas, scratch: int, lanes: int
+        self, head: EagleHead, session: CausalSession, canvas: Canvas, draft_slots: int, lanes: int
     ) -> None:
-        self.head, self.session, self.canvas, self.scratch = head, session, canvas, scratch
+        self.head, self.session, self.canvas, self.draft_slots = head, session, canvas, draft_slots
         rows = session.rows_per_pass
-        self.memory = Memory(
-            head.new_cache(rows, spare=lanes * scratch + 1),
+        self.cache_slots = CacheSlots(
+            head.new_cache(rows, spare=lanes * draft_slots + 1),
             head.rotary_table(head.device),
             prefix=head.prefix_pairs,
-            scratch=lanes * scratch,
+            draft_slots=lanes * draft_slots,
         )
         self.passes = 0
         self._fronts: Fronts | None = None
@@ -69,7 +69,7 @@ class EagleReader:
         repeats = guessed.shape[0] // roots.shape[0]
         index = place.repeat(repeats, 1).unsqueeze(-1).expand(-1, -1, guessed.shape[-1])
         self._root = guessed.gather(1, index) * found.repeat(repeats, 1).unsqueeze(-1)
-        self._guessed = guessed.new_zeros(*self._root.shape[:2], self.scratch, guessed.shape[-1])
+        self._guessed = guessed.new_zeros(*self._root.shape[:2], self.draft_slots, guessed.shape[-1])
         return self._distribution(self._root, fronts.start.clamp(min=0))
 
     def extend(self, branch: Branch) -> Categorical:
@@ -79,14 +79,14 @@ class EagleReader:
         known = torch.cat([self._root.unsqueeze(2), self._guessed], dim=2)  # [R, A, 1 + S, dim]
         parents = (branch.parents + 1).repeat(rows // batch, 1, 1).unsqueeze(-1)
         before = known.gather(2, parents.expand(-1, -1, -1, dim)).flatten(1, 2)
-        positions = guess_positions(self._fronts, branch)
+        positions = draft_positions(self._fronts, branch)
         entries = branch.first + torch.arange(count, device=positions.device)
         features = self._read(
             branch.tokens.flatten(1),
             positions.flatten(1),
             before,
-            scratch_slots(lanes, self.scratch, entries).flatten().expand(batch, -1),
-            spread(branch.visible, self.scratch, self.memory.scratch),
+            lane_draft_slots(lanes, self.draft_slots, entries).flatten().expand(batch, -1),
+            spread(branch.visible, self.draft_slots, self.cache_slots.draft_slots),
         )
         self._guessed[:, :, branch.first : branch.first + count] = features.unflatten(1, (lanes, count))
         return self._distribution(features, (positions + 1).flatten(1))
@@ -109,10 +109,14 @@ class EagleReader:
         if pairs:
             tokens = torch.zeros(features.shape[0], pairs, dtype=torch.int64, device=features.device)
             slots = torch.arange(pairs, device=features.device)
-            reading = Reading(
-                self.memory.rotary[:pairs], causal=True, cache=self.memory.cache, slots=slots, length=pairs
+            attention = AttentionInputs(
+                self.cache_slots.rotary[:pairs],
+                causal=True,
+                cache=self.cache_slots.cache,
+                slots=slots,
+                length=pairs,
             )
-            self.head.transform(self.head.fuse(tokens, features[:, :-1]), reading)
+            self.head.transform(self.head.fuse(tokens, features[:, :-1]), attention)
         first = torch.zeros(self.canvas.batch, 1, dtype=torch.int64, device=features.device)
         self._pairs = (self.canvas.tokens[:, :1], first, features[:, -1:])
 
@@ -121,15 +125,17 @@ class EagleReader:
         tokens: Tensor,
         positions: Tensor,
         features: Tensor,
-        scratch: Tensor | None = None,
+        draft_slots: Tensor | None = None,
         visible: Tensor | None = None,
     ) -> Tensor:
         rows = features.shape[0]
-        length = None if self.session.static_shapes else self.memory.base + int(positions.max()) + 1
-        reading = self.memory.reading(positions, rows=rows, scratch=scratch, visible=visible, length=length)
+        length = None if self.session.static_shapes else self.cache_slots.base + int(positions.max()) + 1
+        attention = self.cache_slots.attention_inputs(
+            positions, rows=rows, draft_slots=draft_slots, visible=visible, length=length
+        )
         self.passes += 1
         joined = self.head.fuse(tokens.repeat(rows // tokens.shape[0], 1), features)
-        return self.head.transform(joined, reading)
+        return self.head.transform(joined, attention)
 
     def _distribution(self, features: Tensor, positions: Tensor) -> Categorical:
         assert self._fronts is not None

@@ -13,9 +13,9 @@ from varaccel.engine.distribution import Categorical
 from varaccel.engine.loop import OnStep, Step
 from varaccel.engine.randomness import GumbelNoise, Randomness, Stream
 from varaccel.engine.statistics import SpeculationStats
-from varaccel.hosts.causal.cache_slots import scratch_slots, spread
+from varaccel.hosts.causal.cache_slots import lane_draft_slots, spread
 from varaccel.hosts.causal.lanes import Fronts, Lanes
-from varaccel.hosts.causal.session import CausalSession, Guesses
+from varaccel.hosts.causal.session import CausalSession, DraftInputs
 from varaccel.speculation.rejection import Rule, VerificationResult, match
 from varaccel.speculation.tree import DraftTree
 
@@ -25,12 +25,12 @@ class Draws:
     """The uniform numbers of one pass, float64 in [0, 1).
 
     Attributes:
-        judging: [M, T] for the rule, one per node.
+        verifying: [M, T] for the rule, one per node.
         extra: [M, 1] for the token after the accepted ones.
         drafting: [M, D] for the drafter, as many as it asked for.
     """
 
-    judging: Tensor
+    verifying: Tensor
     extra: Tensor
     drafting: Tensor
 
@@ -79,12 +79,12 @@ class Verifier(Protocol):
 def verify_by(rule: Rule) -> Verifier:
     """A rule that tests each guess with a number of its own."""
 
-    def judge(
+    def verify(
         tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
     ) -> VerificationResult:
-        return rule.verify(tree, distribution.probs, draws.judging[:, : tree.tokens.shape[1]])
+        return rule.verify(tree, distribution.probs, draws.verifying[:, : tree.tokens.shape[1]])
 
-    return judge
+    return verify
 
 
 def verify_by_matching(randomness: Randomness) -> Verifier:
@@ -94,13 +94,13 @@ def verify_by_matching(randomness: Randomness) -> Verifier:
     draws themselves (a dynamic tree) no exact rule accepts more.
     """
 
-    def judge(
+    def verify(
         tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
     ) -> VerificationResult:
         numbers = randomness.at(positions.view(randomness.uniforms.shape[0], -1)).view(positions.shape)
         return match(tree, distribution.sample(numbers), distribution.logits)
 
-    return judge
+    return verify
 
 
 def verify_by_noise(noise: GumbelNoise) -> Verifier:
@@ -113,12 +113,12 @@ def verify_by_noise(noise: GumbelNoise) -> Verifier:
     (arXiv 2408.07978).
     """
 
-    def judge(
+    def verify(
         tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
     ) -> VerificationResult:
         return match(tree, draw_by_noise(distribution, noise, positions), distribution.logits)
 
-    return judge
+    return verify
 
 
 def draw_by_noise(distribution: Categorical, noise: GumbelNoise, positions: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def speculate(
     canvas: Canvas,
     lanes: Lanes,
     proposer: Proposer,
-    judge: Verifier,
+    verify: Verifier,
     randomness: Randomness,
     on_step: OnStep | None = None,
 ) -> SpeculationStats:
@@ -174,8 +174,8 @@ def speculate(
     stream = randomness.stream(most * (width + 1 + proposer.draws))
     first = torch.zeros(1, dtype=torch.int64, device=canvas.written.device)
     canvas.write(first, session.first_distribution().sample(randomness.at(first)), 1)
-    tally = SpeculationStats.start(canvas.batch, canvas.written.device)
-    tally.passes += 1
+    stats = SpeculationStats.start(canvas.batch, canvas.written.device)
+    stats.passes += 1
     step = 1
     if on_step is not None:
         on_step(Step(step, 1 / canvas.num_positions, first, canvas))
@@ -185,32 +185,32 @@ def speculate(
         draws = _draws(stream, most, fronts.start.shape[1], width)
         roots = canvas.tokens.gather(1, fronts.source.clamp(min=0))
         tree = proposer.propose(roots, fronts, draws)
-        outcome = _verify_step(session, canvas, fronts, tree, judge, draws)
+        outcome = _verify_step(session, canvas, fronts, tree, verify, draws)
         proposer.observe(outcome, draws)
         positions = outcome.positions.view(canvas.batch, -1)
         canvas.write(positions, outcome.tokens.view(canvas.batch, -1), step)
         open_ = fronts.open.sum(1)
         written = (positions >= 0).sum(1)
-        tally.passes += open_ > 0
-        tally.attempts += open_
-        tally.accepted += written - open_
+        stats.passes += open_ > 0
+        stats.attempts += open_
+        stats.accepted += written - open_
         if on_step is not None:
             progress = float((canvas.written > 0).float().mean())
             on_step(Step(step, progress, positions, canvas))
-    tally.draft_passes = proposer.passes
-    return tally
+    stats.draft_passes = proposer.passes
+    return stats
 
 
 def _draws(stream: Stream, most: int, lanes: int, nodes: int) -> Draws:
     numbers = stream.next()  # [B, ...]
     # the number of lanes read depends on the batch; the numbers that a lane gets must not
     numbers = numbers.view(numbers.shape[0], most, -1)[:, :lanes].flatten(0, 1)
-    judging, extra, drafting = numbers.split([nodes, 1, numbers.shape[1] - nodes - 1], dim=1)
-    return Draws(judging, extra, drafting)
+    verifying, extra, drafting = numbers.split([nodes, 1, numbers.shape[1] - nodes - 1], dim=1)
+    return Draws(verifying, extra, drafting)
 
 
 def _verify_step(
-    session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTree, judge: Verifier, draws: Draws
+    session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTree, verify: Verifier, draws: Draws
 ) -> StepResult:
     batch, lanes = fronts.start.shape
     nodes = tree.tokens.shape[1]
@@ -223,7 +223,7 @@ def _verify_step(
     predicted = torch.where(inside, (stands + 1).clamp(max=canvas.num_positions - 1), 0)
     predicted = predicted.view(batch, lanes * nodes)
     distribution = session.distribution(features, predicted).by_lane(lanes)
-    verdict = judge(tree, distribution, draws, predicted.view(stands.shape))
+    verdict = verify(tree, distribution, draws, predicted.view(stands.shape))
     extra = Categorical(verdict.probs.log().unsqueeze(1)).sample(draws.extra)  # [M, 1]
     committed = torch.minimum(verdict.length + 1, limit.squeeze(1))  # 0 where the lane is closed
     path = verdict.nodes  # [M, D + 1]
@@ -236,7 +236,7 @@ def _verify_step(
     if nodes > 1:
         accepted = index < torch.minimum(verdict.length, committed).unsqueeze(1)
         first = torch.arange(lanes, device=path.device).repeat(batch).unsqueeze(1) * (nodes - 1)
-        session.memory.keep(
+        session.cache_slots.keep(
             (first + below.clamp(min=1) - 1).view(batch, -1),
             torch.where(accepted, start + index, -1).view(batch, -1),
         )
@@ -256,15 +256,15 @@ def _read(session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTre
     """Features [R, A * T, dim] at all nodes, from one pass over late tokens, roots and guesses."""
     batch, lanes = fronts.start.shape
     nodes = tree.tokens.shape[1]
-    guesses = nodes - 1
+    drafts = nodes - 1
     device = stands.device
     # the root is read in the slot of its position, guess i of a lane in scratch entry i - 1 of that lane
-    entries = torch.arange(-1, guesses, device=device)
-    scratch = (
-        torch.where(entries >= 0, scratch_slots(lanes, guesses, entries), -1).flatten().expand(batch, -1)
+    entries = torch.arange(-1, drafts, device=device)
+    draft_slots = (
+        torch.where(entries >= 0, lane_draft_slots(lanes, drafts, entries), -1).flatten().expand(batch, -1)
     )
     sees = tree.ancestors.view(batch, lanes, nodes, nodes)[..., 1:]  # [B, A, T, T - 1]
-    visible = spread(sees, guesses, session.memory.scratch)
+    visible = spread(sees, drafts, session.cache_slots.draft_slots)
     tokens = tree.tokens.view(batch, -1)
     positions = stands.view(batch, -1)
     late = fronts.refresh is not None
@@ -272,7 +272,7 @@ def _read(session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTre
         refresh = fronts.refresh.unsqueeze(1)
         tokens = torch.cat([canvas.tokens.gather(1, refresh.clamp(min=0)), tokens], dim=1)
         positions = torch.cat([refresh, positions], dim=1)
-        scratch = torch.cat([torch.full_like(refresh, -1), scratch], dim=1)
+        draft_slots = torch.cat([torch.full_like(refresh, -1), draft_slots], dim=1)
         visible = torch.cat([torch.zeros_like(visible[:, :1]), visible], dim=1)
-    features = session.read(Guesses(tokens, positions, scratch, visible), fronts.start)
+    features = session.read(DraftInputs(tokens, positions, draft_slots, visible), fronts.start)
     return features[:, 1:] if late else features

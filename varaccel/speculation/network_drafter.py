@@ -10,10 +10,10 @@ from torch import Tensor
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
 from varaccel.errors import InputError
-from varaccel.hosts.causal.cache_slots import scratch_slots, spread
+from varaccel.hosts.causal.cache_slots import lane_draft_slots, spread
 from varaccel.hosts.causal.lanes import Fronts
-from varaccel.hosts.causal.session import CausalSession, Guesses
-from varaccel.nn.attention_inputs import Reading
+from varaccel.hosts.causal.session import CausalSession, DraftInputs
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.kv_cache import KVCache
 from varaccel.speculation.loop import StepResult
 from varaccel.speculation.proposers import Branch
@@ -60,8 +60,8 @@ class LayerSubset:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.network, name)
 
-    def transform(self, x: Tensor, reading: Reading) -> Tensor:
-        return self.network.transform(x, reading, self.layers)
+    def transform(self, x: Tensor, attention: AttentionInputs) -> Tensor:
+        return self.network.transform(x, attention, self.layers)
 
     def new_cache(self, batch: int, spare: int = 0) -> KVCache:
         return self.network.new_cache(batch, spare, len(self.layers))
@@ -74,14 +74,14 @@ class NetworkReader:
     one pass with a few more tokens, and the cache needs no repair.
 
     Args:
-        session: of the draft network, with `scratch` entries for every lane.
+        session: of the draft network, with `draft_slots` entries for every lane.
         canvas: of the call.
         depth: most tokens of a lane that a pass decides, less one.
-        scratch: scratch entries per lane.
+        draft_slots: scratch entries per lane.
     """
 
-    def __init__(self, session: CausalSession, canvas: Canvas, depth: int, scratch: int) -> None:
-        self.session, self.canvas, self.depth, self.scratch = session, canvas, depth, scratch
+    def __init__(self, session: CausalSession, canvas: Canvas, depth: int, draft_slots: int) -> None:
+        self.session, self.canvas, self.depth, self.draft_slots = session, canvas, depth, draft_slots
         self._fronts: Fronts | None = None
 
     @property
@@ -110,27 +110,31 @@ class NetworkReader:
     def extend(self, branch: Branch) -> Categorical:
         assert self._fronts is not None
         batch, lanes, count = branch.tokens.shape
-        positions = guess_positions(self._fronts, branch)
+        positions = draft_positions(self._fronts, branch)
         entries = branch.first + torch.arange(count, device=positions.device)
-        scratch = scratch_slots(lanes, self.scratch, entries).flatten().expand(batch, -1)
-        visible = spread(branch.visible, self.scratch, self.session.memory.scratch)
-        features = self._read(branch.tokens.flatten(1), positions.flatten(1), scratch, visible)
+        draft_slots = lane_draft_slots(lanes, self.draft_slots, entries).flatten().expand(batch, -1)
+        visible = spread(branch.visible, self.draft_slots, self.session.cache_slots.draft_slots)
+        features = self._read(branch.tokens.flatten(1), positions.flatten(1), draft_slots, visible)
         return self._distribution(features, (positions + 1).flatten(1), lanes)
 
     def observe(self, outcome: StepResult) -> None:
         pass
 
     def _read(
-        self, tokens: Tensor, positions: Tensor, scratch: Tensor | None = None, visible: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        draft_slots: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         assert self._fronts is not None
-        return self.session.read(Guesses(tokens, positions, scratch, visible), self._fronts.start)
+        return self.session.read(DraftInputs(tokens, positions, draft_slots, visible), self._fronts.start)
 
     def _distribution(self, features: Tensor, positions: Tensor, lanes: int) -> Categorical:
         return self.session.distribution(features, positions).by_lane(lanes)
 
 
-def guess_positions(fronts: Fronts, branch: Branch) -> Tensor:
+def draft_positions(fronts: Fronts, branch: Branch) -> Tensor:
     """[B, A, n] positions that the guesses of a branch stand for, -1 beyond the end of the lane."""
     inside = fronts.open & (branch.depth <= fronts.end)
     positions = torch.where(inside, fronts.start - 1 + branch.depth, -1)

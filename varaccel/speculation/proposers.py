@@ -14,7 +14,7 @@ from varaccel.engine.distribution import Categorical
 from varaccel.engine.randomness import GumbelNoise
 from varaccel.hosts.causal.lanes import Fronts
 from varaccel.speculation.loop import Draws, StepResult
-from varaccel.speculation.tree import Beam, DraftTree, DynamicTree, Proposal, Topology
+from varaccel.speculation.tree import Beam, DraftTree, DrawMode, DynamicTree, Topology
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,21 @@ def cut(topology: Topology, depth: int) -> Topology:
     return Topology(topology.parents[:count], topology.ranks[:count])
 
 
-def draw_children(distribution: Categorical, numbers: Tensor, proposal: Proposal) -> Tensor:
+def draw_children(distribution: Categorical, numbers: Tensor, draw_mode: DrawMode) -> Tensor:
     """Tokens that continue a node: [M, n, R] from distributions [M, n, V].
 
     Args:
         numbers: [M, n, R] uniform numbers; not used for deterministic children, the R likeliest.
     """
     count = numbers.shape[-1]
-    if proposal == "deterministic":
+    if draw_mode == "deterministic":
         # with fewer codes than children the last one is guessed again, which changes nothing
         codes = min(count, distribution.logits.shape[-1])
         return distribution.logits.topk(codes, dim=-1).indices[..., [min(i, codes - 1) for i in range(count)]]
     left = distribution.probs
     tokens: list[Tensor] = []
     for child in range(count):
-        if child and proposal == "without_replacement":
+        if child and draw_mode == "without_replacement":
             left = left.scatter(-1, tokens[-1].unsqueeze(-1), 0.0)
             # what was exhausted is filled up with any token; rules do not look at children of mass zero
             left = torch.where(left.sum(-1, keepdim=True) > 0, left, 1.0)
@@ -103,7 +103,7 @@ class StaticProposer:
         self,
         reader: BranchReader,
         topology: Topology,
-        proposal: Proposal,
+        draw_mode: DrawMode,
         lanes: int,
         *,
         lane_width: int,
@@ -114,7 +114,7 @@ class StaticProposer:
         noise: GumbelNoise | None = None,
     ) -> None:
         self.noise = noise
-        self.reader, self.topology, self.proposal = reader, topology, proposal
+        self.reader, self.topology, self.draw_mode = reader, topology, draw_mode
         self.nodes = self.draws = topology.num_nodes
         self.lane_width, self.adaptive, self.fixed = lane_width, adaptive, fixed
         self._depths = torch.full((batch, lanes), min(3, topology.max_depth), device=device)
@@ -132,12 +132,12 @@ class StaticProposer:
         batch, open_ = roots.shape
         distribution = self.reader.begin(roots, fronts)
         greedy = distribution.greedy
-        proposal: Proposal = "deterministic" if greedy else self.proposal
+        draw_mode: DrawMode = "deterministic" if greedy else self.draw_mode
         nodes = topology.num_nodes
         tokens = torch.zeros(batch * open_, nodes, dtype=torch.int64, device=roots.device)
         tokens[:, 0] = roots.flatten()
         drawn_from = None
-        if proposal != "deterministic":
+        if draw_mode != "deterministic":
             drawn_from = torch.zeros(batch * open_, nodes, distribution.logits.shape[-1], device=roots.device)
         for level in _levels(topology, roots.device):
             if level.depth:
@@ -151,13 +151,13 @@ class StaticProposer:
                     distribution.logits.shape
                 )
                 distribution = Categorical(distribution.perturbed(noise), greedy)
-            children = draw_children(distribution, numbers, proposal)  # [M, n, width]
+            children = draw_children(distribution, numbers, draw_mode)  # [M, n, width]
             tokens[:, level.children[level.real]] = children[:, level.real]
-        tree = DraftTree.from_topology(topology, tokens, proposal=proposal, draft=drawn_from)
+        tree = DraftTree.from_topology(topology, tokens, draw_mode=draw_mode, draft_probs=drawn_from)
         if reach is None:
             return tree
         deep = tree.depths > reach.view(-1, 1)
-        return DraftTree(tokens, torch.where(deep, -1, tree.parents), proposal, drawn_from)
+        return DraftTree(tokens, torch.where(deep, -1, tree.parents), draw_mode, drawn_from)
 
     def observe(self, outcome: StepResult, draws: Draws) -> None:
         self.reader.observe(outcome)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varaccel.errors import InputError, unknown_name
-from varaccel.speculation.tree import DraftTree, Proposal
+from varaccel.speculation.tree import DraftTree, DrawMode
 
 Residual = Literal["paper", "dynamic", "static", "static_b"]
 
@@ -66,19 +66,19 @@ class _Fork:
 
     Attributes:
         target: [M, V] distribution of the token below the node.
-        draft: [M, V] distribution that the children were drawn from, None if deterministic.
+        draft_probs: [M, V] distribution that the children were drawn from, None if deterministic.
         tokens: [M, C] of the children.
         uniforms: [M, C].
         real: [M, C] bool, false at missing children.
-        proposal: how the children were chosen.
+        draw_mode: how the children were chosen.
     """
 
     target: Tensor
-    draft: Tensor | None
+    draft_probs: Tensor | None
     tokens: Tensor
     uniforms: Tensor
     real: Tensor
-    proposal: Proposal
+    draw_mode: DrawMode
 
 
 # children that would be accepted [M, C] (the first counts), and the distribution that is left if there is none [M, V]
@@ -91,8 +91,10 @@ def _check(tree: DraftTree, target: Tensor, uniforms: Tensor) -> None:
         raise InputError(f"target must be [M, T, V] = [{shape[0]}, {shape[1]}, V], got {list(target.shape)}.")
     if list(uniforms.shape) != shape:
         raise InputError(f"uniforms must be [M, T] = {shape}, one per node, got {list(uniforms.shape)}.")
-    if tree.draft is not None and tree.draft.shape != target.shape:
-        raise InputError(f"draft {list(tree.draft.shape)} and target {list(target.shape)} differ in shape.")
+    if tree.draft_probs is not None and tree.draft_probs.shape != target.shape:
+        raise InputError(
+            f"draft {list(tree.draft_probs.shape)} and target {list(target.shape)} differ in shape."
+        )
 
 
 def _walk(
@@ -111,11 +113,11 @@ def _walk(
         kids = torch.where(real, kids, kids[:, :1]).clamp(min=0)
         fork = _Fork(
             target=distribution,
-            draft=None if tree.draft is None else tree.draft[rows, node],
+            draft_probs=None if tree.draft_probs is None else tree.draft_probs[rows, node],
             tokens=tree.tokens.gather(1, kids),
             uniforms=uniforms.gather(1, kids),
             real=real,
-            proposal=tree.proposal,
+            draw_mode=tree.draw_mode,
         )
         accepted, rest = decide(fork)
         descends, first = (accepted & real).to(torch.uint8).max(dim=1)  # [M]
@@ -150,31 +152,35 @@ def _take(distribution: Tensor, tokens: Tensor, taken: Tensor | None = None) -> 
 
 def _one_by_one(fork: _Fork, relaxed: Relaxed | None = None) -> _Decision:
     """Examine children in turn, each against what the rejections before it left of the distribution."""
-    distribution, draft = fork.target, fork.draft
+    distribution, draft_probs = fork.target, fork.draft_probs
     accepted = []
     width = fork.tokens.shape[1]
     for child in range(width):
         token, real = fork.tokens[:, child : child + 1], fork.real[:, child : child + 1]
         mass = distribution.gather(-1, token)
         bar = fork.uniforms[:, child : child + 1]
-        if draft is not None:
-            drawn = draft.gather(-1, token)
+        if draft_probs is not None:
+            drawn = draft_probs.gather(-1, token)
             bar = bar * drawn
             # never drawn, so nothing can be learned from it: fillers behind the last token of positive mass
             real = real & (drawn > 0)
         if relaxed is None or relaxed.k == 0:
-            rest = _take(distribution, token) if draft is None else (distribution - draft).clamp_(min=0)
+            rest = (
+                _take(distribution, token)
+                if draft_probs is None
+                else (distribution - draft_probs).clamp_(min=0)
+            )
             otherwise: Tensor | float = distribution
         else:
             near, within, extra = relaxed.aggregate(distribution, token)
             mass = mass + extra
-            rest = relaxed.rest(distribution, draft, token, near, within)
+            rest = relaxed.rest(distribution, draft_probs, token, near, within)
             otherwise = distribution if relaxed.residual == "paper" else 1 / distribution.shape[-1]
         # the second condition: a number of exactly 0 must not let an impossible token through
         accepted.append((bar <= mass) & (mass > 0) & real)
         distribution = torch.where(real, _normalised(rest, otherwise), distribution)
-        if draft is not None and fork.proposal == "without_replacement" and child + 1 < width:
-            draft = _normalised(_take(draft, token), 0.0)
+        if draft_probs is not None and fork.draw_mode == "without_replacement" and child + 1 < width:
+            draft_probs = _normalised(_take(draft_probs, token), 0.0)
     return torch.cat(accepted, dim=1), distribution
 
 
@@ -202,7 +208,7 @@ class Exact:
 
     @staticmethod
     def _decide(fork: _Fork) -> _Decision:
-        if fork.draft is not None:
+        if fork.draft_probs is not None:
             return _one_by_one(fork)
         # Sure guesses only take themselves away, so all siblings can be judged at once.
         mass = fork.target.gather(-1, fork.tokens)  # [M, C]
@@ -288,31 +294,31 @@ class KSequential:
             raise InputError(f"iterations must be an integer >= 1, got {self.iterations!r}.")
 
     def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
-        if tree.proposal != "independent":
+        if tree.draw_mode != "independent":
             raise InputError(
                 "k-sequential selection needs guesses that were drawn independently, these are"
-                f" {tree.proposal!r}; use Exact instead."
+                f" {tree.draw_mode!r}; use Exact instead."
             )
         return _walk(tree, target, uniforms, self._decide)
 
     def _decide(self, fork: _Fork) -> _Decision:
-        assert fork.draft is not None
-        target, draft = fork.target, fork.draft
+        assert fork.draft_probs is not None
+        target, draft_probs = fork.target, fork.draft_probs
         count = fork.real.sum(dim=-1, keepdim=True).clamp(min=1).to(target.dtype)  # [M, 1]
         scale = count
         if fork.real.shape[1] > 1:
             lower = torch.ones_like(count)
             for _ in range(self.iterations):
                 middle = (lower + scale) / 2
-                overlap = torch.minimum(middle * draft, target).sum(dim=-1, keepdim=True)  # ρβ
+                overlap = torch.minimum(middle * draft_probs, target).sum(dim=-1, keepdim=True)  # ρβ
                 enough = overlap >= _any_of(overlap / middle, count)
                 lower, scale = torch.where(enough, lower, middle), torch.where(enough, middle, scale)
-        share = torch.minimum(target / scale, draft)
+        share = torch.minimum(target / scale, draft_probs)
         chance = share.sum(dim=-1, keepdim=True)
         times = _any_of(chance, count) / chance
         rest = torch.where(chance > 0, target - share * times, target).clamp_(min=0)
         mass = target.gather(-1, fork.tokens)
-        bar = fork.uniforms * (scale * draft.gather(-1, fork.tokens))
+        bar = fork.uniforms * (scale * draft_probs.gather(-1, fork.tokens))
         distribution = torch.where(fork.real[:, :1], _normalised(rest, target), target)
         return (bar <= mass) & (mass > 0), distribution
 
@@ -424,10 +430,10 @@ class Relaxed(_Neighbourhood):
 
     def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
         self._check_vocabulary(target)
-        if self.residual != "paper" and (self.residual == "dynamic") != (tree.draft is None):
+        if self.residual != "paper" and (self.residual == "dynamic") != (tree.draft_probs is None):
             kind = "deterministic" if self.residual == "dynamic" else "drawn"
             raise InputError(
-                f"residual {self.residual!r} is for {kind} guesses, these are {tree.proposal!r}."
+                f"residual {self.residual!r} is for {kind} guesses, these are {tree.draw_mode!r}."
             )
         return _walk(tree, target, uniforms, lambda fork: _one_by_one(fork, self))
 
@@ -451,17 +457,19 @@ class Relaxed(_Neighbourhood):
         return near, within, extra
 
     def rest(
-        self, distribution: Tensor, draft: Tensor | None, token: Tensor, near: Tensor, within: Tensor
+        self, distribution: Tensor, draft_probs: Tensor | None, token: Tensor, near: Tensor, within: Tensor
     ) -> Tensor:
         """[M, V] what is left of the distribution after `token` was rejected, not normalised; see `aggregate`."""
         if self.residual == "paper":
             distribution = _take(distribution, near[:, : self.k], within)
         elif self.residual == "static":
-            assert draft is not None
-            draft = _take(draft, near, within[:, :1])
+            assert draft_probs is not None
+            draft_probs = _take(draft_probs, near, within[:, :1])
         else:
             distribution = _take(distribution, near, within[:, :1])
-        return _take(distribution, token) if draft is None else (distribution - draft).clamp_(min=0)
+        return (
+            _take(distribution, token) if draft_probs is None else (distribution - draft_probs).clamp_(min=0)
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varaccel.errors import InputError, unknown_name
 
-Proposal = Literal["deterministic", "without_replacement", "independent"]
+DrawMode = Literal["deterministic", "without_replacement", "independent"]
 
 
 @dataclass(frozen=True)
@@ -235,51 +235,53 @@ class DraftTree:
     Attributes:
         tokens: [M, T] int64; node 0 is the root, the last committed token.
         parents: [M, T] int64, smaller than the node's own number; -1 for the root and for unused nodes.
-        proposal: how the children of a node were chosen. "deterministic": by anything but chance, given the
-            committed tokens; "without_replacement": drawn one after the other from `draft`, never the same
-            twice, in the order of their numbers; "independent": drawn from `draft`, possibly the same twice.
-        draft: [M, T, V] the distribution that the children of each node were drawn from, zero rows at leaves;
+        draw_mode: how the children of a node were chosen. "deterministic": by anything but chance, given the
+            committed tokens; "without_replacement": drawn one after the other from `draft_probs`, never the same
+            twice, in the order of their numbers; "independent": drawn from `draft_probs`, possibly the same twice.
+        draft_probs: [M, T, V] the distribution that the children of each node were drawn from, zero rows at leaves;
             None if deterministic.
         topology: the shape, if all sequences share one that is known ahead.
     """
 
     tokens: Tensor
     parents: Tensor
-    proposal: Proposal
-    draft: Tensor | None = None
+    draw_mode: DrawMode
+    draft_probs: Tensor | None = None
     topology: Topology | None = None
 
     def __post_init__(self) -> None:
-        if self.proposal not in get_args(Proposal):
-            raise unknown_name("proposal", str(self.proposal), get_args(Proposal))
+        if self.draw_mode not in get_args(DrawMode):
+            raise unknown_name("draw_mode", str(self.draw_mode), get_args(DrawMode))
         if self.tokens.dim() != 2 or self.tokens.shape != self.parents.shape:
             raise InputError(
                 "tokens and parents of a draft tree must both be [M, T],"
                 f" got {list(self.tokens.shape)} and {list(self.parents.shape)}."
             )
-        if (self.draft is None) != (self.proposal == "deterministic"):
-            need = "takes no" if self.proposal == "deterministic" else "needs the"
-            raise InputError(f"a tree with proposal {self.proposal!r} {need} draft distributions.")
-        if self.draft is not None and (self.draft.dim() != 3 or self.draft.shape[:2] != self.tokens.shape):
+        if (self.draft_probs is None) != (self.draw_mode == "deterministic"):
+            need = "takes no" if self.draw_mode == "deterministic" else "needs the"
+            raise InputError(f"a tree with proposal {self.draw_mode!r} {need} draft distributions.")
+        if self.draft_probs is not None and (
+            self.draft_probs.dim() != 3 or self.draft_probs.shape[:2] != self.tokens.shape
+        ):
             raise InputError(
                 f"draft must be [M, T, V] = [{self.tokens.shape[0]}, {self.tokens.shape[1]}, V],"
-                f" got {list(self.draft.shape)}."
+                f" got {list(self.draft_probs.shape)}."
             )
 
     @classmethod
     def from_topology(
-        cls, topology: Topology, tokens: Tensor, *, proposal: Proposal, draft: Tensor | None = None
+        cls, topology: Topology, tokens: Tensor, *, draw_mode: DrawMode, draft_probs: Tensor | None = None
     ) -> DraftTree:
         """A tree of fixed shape; `tokens` [M, num_nodes] in the order of the topology's nodes."""
         if tokens.dim() != 2 or tokens.shape[1] != topology.num_nodes:
             raise InputError(
                 f"tokens must be [M, {topology.num_nodes}], one per node, got {list(tokens.shape)}."
             )
-        if proposal == "without_replacement" and not topology.consecutive:
+        if draw_mode == "without_replacement" and not topology.consecutive:
             # a draw that is not shown changes the distribution of the later ones, so they could not be judged exactly
             raise InputError("children drawn without replacement must take draws 0, 1, 2, ... in order.")
         parents = _tables(topology, tokens.device).parents.expand(tokens.shape)
-        return cls(tokens, parents, proposal, draft, topology)
+        return cls(tokens, parents, draw_mode, draft_probs, topology)
 
     @property
     def _static(self) -> _Tables | None:
@@ -444,7 +446,7 @@ class DynamicTree:
         return DraftTree(
             tokens=torch.cat([root[:, None], torch.where(used, tokens.gather(1, order), 0)], dim=1),
             parents=torch.cat([torch.full_like(root[:, None], -1), torch.where(used, parent, -1)], dim=1),
-            proposal="deterministic",
+            draw_mode="deterministic",
         )
 
 

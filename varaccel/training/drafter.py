@@ -25,7 +25,7 @@ from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
-from varaccel.nn.attention_inputs import Reading, prefix_mask
+from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
 from varaccel.nn.kv_cache import KVCache
 from varaccel.training.llamagen import Condition, SampleOrder
 from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
@@ -128,7 +128,7 @@ class Pairs:
 @torch.no_grad()
 def make_pairs(
     target: LlamaGenTransformer,
-    transform: Callable[[Tensor, Reading], Tensor],
+    transform: Callable[[Tensor, AttentionInputs], Tensor],
     condition: Tensor,
     mask: Tensor | None,
     codes: Tensor,
@@ -146,10 +146,10 @@ def make_pairs(
     x = torch.cat([prefix, target.embed_tokens(read.repeat(branches, 1))], dim=1)
     rotary = target.rotary_table(x.device)[: x.shape[1]]
     if mask is None:
-        reading = Reading(rotary, causal=True)
+        attention = AttentionInputs(rotary, causal=True)
     else:
-        reading = Reading(rotary, mask=prefix_mask(mask, x.shape[1]))
-    features = transform(x, reading).unflatten(0, (branches, -1))  # [G, B, T + N - 1, dim]
+        attention = AttentionInputs(rotary, mask=prefix_mask(mask, x.shape[1]))
+    features = transform(x, attention).unflatten(0, (branches, -1))  # [G, B, T + N - 1, dim]
     tokens = F.pad(read, (prefix.shape[1] - 1, 0)).expand(branches, -1, -1)
     return Pairs(tokens, features[:, :, :-1], features[:, :, prefix.shape[1] :])
 
@@ -177,15 +177,15 @@ def chain_mask(prefix_pairs: int, tokens: int, depth: int, device: torch.device)
     n = torch.arange(depth - 1, tokens - 1, device=device).unsqueeze(1)
     true_pairs = torch.arange(-prefix_pairs, tokens - 1, device=device)
     guessed = (
-        torch.arange(guess - 1, tokens - 1, device=device) == n - (depth - guess)
-        for guess in range(2, depth + 1)
+        torch.arange(draft_token - 1, tokens - 1, device=device) == n - (depth - draft_token)
+        for draft_token in range(2, depth + 1)
     )
     return torch.cat([true_pairs <= n - (depth - 1), *guessed], dim=1)
 
 
 def predictions(
     head: EagleHead,
-    transform: Callable[[Tensor, Reading], Tensor],
+    transform: Callable[[Tensor, AttentionInputs], Tensor],
     pairs: Pairs,
     depth: int = 1,
     noise: Tensor | None = None,
@@ -207,20 +207,20 @@ def predictions(
     rotary = head.rotary_table(tokens.device)[:length]
     slots = torch.arange(length, device=tokens.device)
     trail = _Trail() if depth > 1 else None
-    first = Reading(rotary, causal=True, cache=trail, slots=slots)
-    guess = transform(head.fuse(tokens, features.flatten(0, 1)), first)[:, prefix:]
-    guesses = [guess]
+    first = AttentionInputs(rotary, causal=True, cache=trail, slots=slots)
+    draft_token = transform(head.fuse(tokens, features.flatten(0, 1)), first)[:, prefix:]
+    drafts = [draft_token]
     for number in range(2, depth + 1):
         here = slice(prefix + number - 1, None)
-        reading = Reading(
+        attention = AttentionInputs(
             rotary[here],
             mask=chain_mask(prefix, count, number, tokens.device),
             cache=trail,
             slots=slots[here],
         )
-        guess = transform(head.fuse(tokens[:, here], guess[:, :-1]), reading)
-        guesses.append(guess)
-    return [g.unflatten(0, (branches, -1)) for g in guesses]
+        draft_token = transform(head.fuse(tokens[:, here], draft_token[:, :-1]), attention)
+        drafts.append(draft_token)
+    return [g.unflatten(0, (branches, -1)) for g in drafts]
 
 
 def distribution_logits(target: LlamaGenTransformer, features: Tensor, recipe: DrafterRecipe) -> Tensor:
@@ -233,25 +233,25 @@ def distribution_logits(target: LlamaGenTransformer, features: Tensor, recipe: D
 
 
 def _by_images(
-    function: Callable[..., Tensor], vocab_size: int, wanted: Tensor, guesses: list[Tensor]
+    function: Callable[..., Tensor], vocab_size: int, wanted: Tensor, drafts: list[Tensor]
 ) -> Tensor:
     """Sum of `function(wanted, *guesses)` over groups of images, so that V-wide tensors stay small.
 
     With several groups, those of the backward pass are computed again instead of being kept.
     """
     group = max(1, _DISTRIBUTION_ENTRIES // (wanted.shape[2] * vocab_size))
-    parts = list(zip(*(t.split(group, dim=1) for t in (wanted, *guesses)), strict=True))
+    parts = list(zip(*(t.split(group, dim=1) for t in (wanted, *drafts)), strict=True))
     if len(parts) == 1:
         return function(*parts[0])
     return torch.stack([checkpoint(function, *part, use_reentrant=False) for part in parts]).sum(0)
 
 
 def distribution_losses(
-    target: LlamaGenTransformer, wanted: Tensor, guesses: list[Tensor], recipe: DrafterRecipe
+    target: LlamaGenTransformer, wanted: Tensor, drafts: list[Tensor], recipe: DrafterRecipe
 ) -> Tensor:
     """Cross-entropy of the target's distribution against that of each guess, mean over positions: [depth]."""
 
-    def summed(wanted: Tensor, *guesses: Tensor) -> Tensor:
+    def summed(wanted: Tensor, *drafts: Tensor) -> Tensor:
         with torch.no_grad():
             distribution = distribution_logits(target, wanted, recipe).softmax(-1)
         return torch.stack(
@@ -259,17 +259,17 @@ def distribution_losses(
                 -(
                     distribution[:, -g.shape[2] :] * distribution_logits(target, g, recipe).log_softmax(-1)
                 ).sum()
-                for g in guesses
+                for g in drafts
             ]
         )
 
-    counts = torch.tensor([g.shape[1] * g.shape[2] for g in guesses], device=wanted.device)
-    return _by_images(summed, target.config.vocab_size, wanted, guesses) / counts
+    counts = torch.tensor([g.shape[1] * g.shape[2] for g in drafts], device=wanted.device)
+    return _by_images(summed, target.config.vocab_size, wanted, drafts) / counts
 
 
 @torch.no_grad()
 def acceptance(
-    target: LlamaGenTransformer, wanted: Tensor, guesses: list[Tensor], recipe: DrafterRecipe
+    target: LlamaGenTransformer, wanted: Tensor, drafts: list[Tensor], recipe: DrafterRecipe
 ) -> Tensor:
     """Chance that a token drawn from each guess is accepted, given that those before were: [depth].
 
@@ -277,30 +277,30 @@ def acceptance(
     positions (speculative sampling, arXiv 2211.17192).
     """
 
-    def summed(wanted: Tensor, *guesses: Tensor) -> Tensor:
+    def summed(wanted: Tensor, *drafts: Tensor) -> Tensor:
         distribution = distribution_logits(target, wanted, recipe).softmax(-1)
         return torch.stack(
             [
                 torch.minimum(
                     distribution[:, -g.shape[2] :], distribution_logits(target, g, recipe).softmax(-1)
                 ).sum()
-                for g in guesses
+                for g in drafts
             ]
         )
 
-    counts = torch.tensor([g.shape[1] * g.shape[2] for g in guesses], device=wanted.device)
-    return _by_images(summed, target.config.vocab_size, wanted, guesses) / counts
+    counts = torch.tensor([g.shape[1] * g.shape[2] for g in drafts], device=wanted.device)
+    return _by_images(summed, target.config.vocab_size, wanted, drafts) / counts
 
 
 def drafter_losses(
-    target: LlamaGenTransformer, wanted: Tensor, guesses: list[Tensor], recipe: DrafterRecipe
+    target: LlamaGenTransformer, wanted: Tensor, drafts: list[Tensor], recipe: DrafterRecipe
 ) -> tuple[Tensor, Tensor]:
     """Feature and distribution loss, each the mean over the guesses."""
     if recipe.mask_first_pair:
         wanted = wanted[:, :, 1:]
-        guesses = [g[:, :, -wanted.shape[2] :] for g in guesses]  # later guesses have no such pair
-    feature = [F.smooth_l1_loss(g.float(), wanted[:, :, -g.shape[2] :].float()) for g in guesses]
-    return torch.stack(feature).mean(), distribution_losses(target, wanted, guesses, recipe).mean()
+        drafts = [g[:, :, -wanted.shape[2] :] for g in drafts]  # later guesses have no such pair
+    feature = [F.smooth_l1_loss(g.float(), wanted[:, :, -g.shape[2] :].float()) for g in drafts]
+    return torch.stack(feature).mean(), distribution_losses(target, wanted, drafts, recipe).mean()
 
 
 @contextmanager
@@ -403,10 +403,10 @@ def train_drafter(
         ):
             with autocast():
                 pairs = pairs_of(indices)
-                guesses = predictions(head, head.transform, pairs, MEASURED_DEPTH)
-                feature, distribution = drafter_losses(target, pairs.wanted, guesses[:1], recipe)
+                drafts = predictions(head, head.transform, pairs, MEASURED_DEPTH)
+                feature, distribution = drafter_losses(target, pairs.wanted, drafts[:1], recipe)
                 loss = recipe.feature_weight * feature + recipe.distribution_weight * distribution
-                chances = acceptance(target, pairs.wanted, guesses, recipe)
+                chances = acceptance(target, pairs.wanted, drafts, recipe)
             sums += len(indices) * torch.cat([loss.view(1), chances]).double().cpu()
         mean_loss, *means = (sums / validation).tolist()
         head.train()
@@ -438,8 +438,8 @@ def train_drafter(
                 with autocast():
                     pairs = pairs_of(order[step][part], dropped[part])
                     part_noise = None if noise is None else noise[:, part.to(device)]
-                    guesses = predictions(head, read_pairs, pairs, recipe.unroll, part_noise)
-                    feature, distribution = drafter_losses(target, pairs.wanted, guesses, recipe)
+                    drafts = predictions(head, read_pairs, pairs, recipe.unroll, part_noise)
+                    feature, distribution = drafter_losses(target, pairs.wanted, drafts, recipe)
                 loss = recipe.feature_weight * feature + recipe.distribution_weight * distribution
                 (loss / recipe.accumulate).backward()
                 losses += torch.stack([feature, distribution]).detach() / recipe.accumulate

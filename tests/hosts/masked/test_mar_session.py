@@ -25,7 +25,7 @@ from varaccel.hosts.masked import denoising
 from varaccel.hosts.masked.denoising import Denoised, HeadSampling, Process, denoising_step, step_table
 from varaccel.hosts.masked.guidance import MaskedGuidance
 from varaccel.hosts.masked.noise import TokenNoise
-from varaccel.hosts.masked.schedule import CosineGroups, MaskedFeed, cosine_borders
+from varaccel.hosts.masked.schedule import CosineGroups, MaskedInputs, cosine_borders
 from varaccel.hosts.masked.session import FeatureCacheSession, MaskedSession
 from varaccel.models.mar import MARTransformer, rows_of
 from varaccel.nn.noise_schedule import DiffusionSchedule
@@ -66,15 +66,15 @@ def drawn(session: MaskedSession, iterations: int = TOKENS) -> Tensor:
     return page.tokens
 
 
-def half_drawn(iterations: int = 6, done: int = 4) -> tuple[Canvas, list[MaskedFeed]]:
+def half_drawn(iterations: int = 6, done: int = 4) -> tuple[Canvas, list[MaskedInputs]]:
     """A canvas on which the first iterations have written random numbers, and all feeds."""
     page = canvas()
-    feeds = CosineGroups(noise().permutation, iterations).feeds(page)
+    step_inputs = CosineGroups(noise().permutation, iterations).step_inputs(page)
     generator = torch.Generator().manual_seed(1)
-    for number, feed in enumerate(feeds[:done], start=1):
-        values = torch.randn(*feed.positions.shape, CHANNELS, generator=generator)
-        page.write(feed.positions, values, number)
-    return page, feeds
+    for number, inputs in enumerate(step_inputs[:done], start=1):
+        values = torch.randn(*inputs.positions.shape, CHANNELS, generator=generator)
+        page.write(inputs.positions, values, number)
+    return page, step_inputs
 
 
 # -- samplers ------------------------------------------------------------------------------------------
@@ -365,21 +365,21 @@ def test_every_position_is_decided_once(sizes: tuple[int, int], seed: int, batch
     tokens, iterations = sizes
     numbers = noise(batch, seed, tokens)
     order = CosineGroups(numbers.permutation, iterations)
-    feeds = order.feeds(Canvas.empty(batch, tokens, channels=1))
-    assert len(feeds) == iterations
+    step_inputs = order.step_inputs(Canvas.empty(batch, tokens, channels=1))
+    assert len(step_inputs) == iterations
     known = torch.zeros(batch, 0, dtype=torch.int64)
-    for number, feed in enumerate(feeds):
-        assert feed.number == number
-        assert not feed.padded
-        assert torch.equal(feed.known.sort(1).values, known.sort(1).values), "what was decided before"
-        assert feed.positions.shape[1] >= 1
-        known = torch.cat([known, feed.positions], 1)
-        assert feed.remaining == max(1, tokens - known.shape[1])
-        assert feed.share(tokens) == (tokens - feed.remaining) / tokens
+    for number, inputs in enumerate(step_inputs):
+        assert inputs.number == number
+        assert not inputs.padded
+        assert torch.equal(inputs.known.sort(1).values, known.sort(1).values), "what was decided before"
+        assert inputs.positions.shape[1] >= 1
+        known = torch.cat([known, inputs.positions], 1)
+        assert inputs.remaining == max(1, tokens - known.shape[1])
+        assert inputs.share(tokens) == (tokens - inputs.remaining) / tokens
     assert torch.equal(known.sort(1).values, torch.arange(tokens).expand(batch, -1))
-    assert order.widest == max(feed.positions.shape[1] for feed in feeds)
+    assert order.widest == max(inputs.positions.shape[1] for inputs in step_inputs)
     # the last entries of the order come first
-    assert torch.equal(feeds[0].positions[:, -1], numbers.permutation[:, -1])
+    assert torch.equal(step_inputs[0].positions[:, -1], numbers.permutation[:, -1])
 
 
 @settings(deadline=None, max_examples=60)
@@ -389,7 +389,7 @@ def test_ragged_iterations_are_the_plain_ones(sizes: tuple[int, int], seed: int,
     steps = data.draw(st.lists(st.integers(0, iterations + 2), min_size=1, max_size=4))
     numbers = noise(len(steps), seed, tokens)
     order = CosineGroups(numbers.permutation, iterations)
-    feeds = order.feeds(Canvas.empty(len(steps), tokens, channels=1))
+    step_inputs = order.step_inputs(Canvas.empty(len(steps), tokens, channels=1))
     ragged = order.ragged(steps, torch.device("cpu"))
     assert ragged.padded
     assert isinstance(ragged.remaining, Tensor)
@@ -401,12 +401,12 @@ def test_ragged_iterations_are_the_plain_ones(sizes: tuple[int, int], seed: int,
             assert len(asked) == 0
             assert len(known) == tokens
             continue
-        assert torch.equal(asked, feeds[step].positions[row].sort().values)
-        assert torch.equal(known, feeds[step].known[row].sort().values)
-        assert int(ragged.remaining[row]) == feeds[step].remaining
+        assert torch.equal(asked, step_inputs[step].positions[row].sort().values)
+        assert torch.equal(known, step_inputs[step].known[row].sort().values)
+        assert int(ragged.remaining[row]) == step_inputs[step].remaining
         share = ragged.share(tokens)
         assert isinstance(share, Tensor)
-        assert float(share[row]) == pytest.approx(feeds[step].share(tokens), abs=1e-6)
+        assert float(share[row]) == pytest.approx(step_inputs[step].share(tokens), abs=1e-6)
 
 
 @pytest.mark.parametrize("iterations", [0, -1, TOKENS + 1, 2.0, True])
@@ -495,38 +495,38 @@ def test_other_noise_is_unrelated() -> None:
 def test_random_models_have_opinions(kind: str) -> None:
     """The tests below prove something only if conditions and known tokens matter."""
     model, (vectors, mask) = network(kind), condition(kind)
-    page, feeds = half_drawn()
-    feed = feeds[4]
+    page, step_inputs = half_drawn()
+    inputs = step_inputs[4]
     slots = model.embed_condition(vectors, mask)
-    tokens = rows_of(page.tokens, feed.known)
+    tokens = rows_of(page.tokens, inputs.known)
 
     def apart(a: Tensor, b: Tensor) -> bool:
         return bool((a - b).abs().amax((1, 2)).min() > 0.01)
 
-    told = model(slots, tokens, feed.known, feed.positions)
-    assert apart(told, model(slots.roll(1, 0), tokens, feed.known, feed.positions))
-    assert apart(told, model(model.null_condition().expand_as(slots), tokens, feed.known, feed.positions))
-    assert apart(told, model(slots, tokens.roll(1, 0), feed.known, feed.positions))
-    assert apart(told, model(slots, tokens, feed.known.roll(1, 1), feed.positions))
-    assert apart(told, model(slots, tokens[:, 1:], feed.known[:, 1:], feed.positions))
+    told = model(slots, tokens, inputs.known, inputs.positions)
+    assert apart(told, model(slots.roll(1, 0), tokens, inputs.known, inputs.positions))
+    assert apart(told, model(model.null_condition().expand_as(slots), tokens, inputs.known, inputs.positions))
+    assert apart(told, model(slots, tokens.roll(1, 0), inputs.known, inputs.positions))
+    assert apart(told, model(slots, tokens, inputs.known.roll(1, 1), inputs.positions))
+    assert apart(told, model(slots, tokens[:, 1:], inputs.known[:, 1:], inputs.positions))
 
 
 @pytest.mark.parametrize("kind", ["class", "caption"])
 def test_padding_changes_nothing(kind: str) -> None:
     model, (vectors, mask) = network(kind), condition(kind)
-    page, feeds = half_drawn()
-    feed = feeds[4]
+    page, step_inputs = half_drawn()
+    inputs = step_inputs[4]
     slots = model.embed_condition(vectors, mask)
-    tokens = rows_of(page.tokens, feed.known)
-    expected = model(slots, tokens, feed.known, feed.positions, padded=False)
-    torch.testing.assert_close(model(slots, tokens, feed.known, feed.positions), expected, **CLOSE)
-    known = F.pad(feed.known, (0, 3), value=-1)
+    tokens = rows_of(page.tokens, inputs.known)
+    expected = model(slots, tokens, inputs.known, inputs.positions, padded=False)
+    torch.testing.assert_close(model(slots, tokens, inputs.known, inputs.positions), expected, **CLOSE)
+    known = F.pad(inputs.known, (0, 3), value=-1)
     rubbish = torch.cat([tokens, 100 * torch.randn(BATCH, 3, CHANNELS)], 1)
-    torch.testing.assert_close(model(slots, rubbish, known, feed.positions), expected, **CLOSE)
-    asked = F.pad(feed.positions, (2, 1), value=-1)
+    torch.testing.assert_close(model(slots, rubbish, known, inputs.positions), expected, **CLOSE)
+    asked = F.pad(inputs.positions, (2, 1), value=-1)
     torch.testing.assert_close(model(slots, rubbish, known, asked)[:, 2:-1], expected, **CLOSE)
     everything = model(slots, rubbish, known)
-    torch.testing.assert_close(rows_of(everything, feed.positions), expected, **CLOSE)
+    torch.testing.assert_close(rows_of(everything, inputs.positions), expected, **CLOSE)
 
 
 def test_captions_fill_their_slots() -> None:
@@ -559,29 +559,29 @@ def session(kind: str = "class", cls: type[MaskedSession] = MaskedSession, **opt
 def test_prediction_by_definition(kind: str, guidance: MaskedGuidance) -> None:
     """Conditions of both halves are two passes; the scale is that of the iteration."""
     model, page_and_feeds = network(kind), half_drawn()
-    page, feeds = page_and_feeds
-    ours, feed = session(kind, guidance=guidance), feeds[4]
-    distribution = ours.predict(page, feed)
+    page, step_inputs = page_and_feeds
+    ours, inputs = session(kind, guidance=guidance), step_inputs[4]
+    distribution = ours.predict(page, inputs)
     slots = model.embed_condition(*condition(kind))
-    tokens = rows_of(page.tokens, feed.known)
-    told = [model(slots, tokens, feed.known, feed.positions)]
+    tokens = rows_of(page.tokens, inputs.known)
+    told = [model(slots, tokens, inputs.known, inputs.positions)]
     if guidance.enabled:
-        told.append(model(model.null_condition().expand_as(slots), tokens, feed.known, feed.positions))
+        told.append(model(model.null_condition().expand_as(slots), tokens, inputs.known, inputs.positions))
         assert distribution.scale is not None
         expected = torch.full(
-            (BATCH * feed.positions.shape[1], 1), guidance.at(1 - feeds[4].remaining / TOKENS)
+            (BATCH * inputs.positions.shape[1], 1), guidance.at(1 - step_inputs[4].remaining / TOKENS)
         )
         torch.testing.assert_close(distribution.scale, expected)
     else:
         assert distribution.scale is None
     torch.testing.assert_close(distribution.conditions, torch.cat(told), **CLOSE)
-    assert distribution.shape == tuple(feed.positions.shape)
+    assert distribution.shape == tuple(inputs.positions.shape)
     assert ours.rows_per_pass == len(told) * BATCH
     assert (ours.reads, ours.cache_bytes) == (1, 0)
 
     # tokens by definition: one step after the other under guided noise
     numbers = noise()
-    begin, steps = numbers.paths(feed.positions, SAMPLING.steps)
+    begin, steps = numbers.paths(inputs.positions, SAMPLING.steps)
     assert steps is not None
     x = begin
     schedule = DiffusionSchedule.respaced(SAMPLING.steps, "linear")
@@ -602,7 +602,7 @@ def test_prediction_by_definition(kind: str, guidance: MaskedGuidance) -> None:
             )
             x = x + (log_variance / 2).exp() * steps[k]
     torch.testing.assert_close(
-        numbers.sample(distribution, feed.positions).flatten(0, 1), x, atol=1e-4, rtol=1e-4
+        numbers.sample(distribution, inputs.positions).flatten(0, 1), x, atol=1e-4, rtol=1e-4
     )
 
 
@@ -610,12 +610,12 @@ def test_without_a_condition_there_is_nothing_to_guide() -> None:
     model = network()
     ours = MaskedSession(model, None, batch=BATCH, guidance=GUIDED, sampling=SAMPLING)
     assert ours.rows_per_pass == BATCH
-    page, feeds = half_drawn()
-    distribution = ours.predict(page, feeds[4])
+    page, step_inputs = half_drawn()
+    distribution = ours.predict(page, step_inputs[4])
     assert distribution.scale is None
     slots = model.null_condition().expand(BATCH, BUFFER, -1)
-    tokens = rows_of(page.tokens, feeds[4].known)
-    expected = model(slots, tokens, feeds[4].known, feeds[4].positions)
+    tokens = rows_of(page.tokens, step_inputs[4].known)
+    expected = model(slots, tokens, step_inputs[4].known, step_inputs[4].positions)
     torch.testing.assert_close(distribution.conditions, expected, **CLOSE)
 
 
@@ -623,18 +623,18 @@ def test_without_a_condition_there_is_nothing_to_guide() -> None:
 @SESSIONS
 def test_images_at_different_iterations(kind: str, guidance: MaskedGuidance) -> None:
     """A ragged pass says of each image what a pass of its own iteration says."""
-    page, feeds = half_drawn(done=6)
+    page, step_inputs = half_drawn(done=6)
     order, ours = CosineGroups(noise().permutation, 6), session(kind, guidance=guidance)
     steps = [4, 0, 2]
     ragged = order.ragged(steps, torch.device("cpu"))
     distribution = ours.predict(page, ragged)
     halves = distribution.conditions.unflatten(0, (-1, BATCH))
     for row, step in enumerate(steps):
-        alone = ours.predict(page, feeds[step])
+        alone = ours.predict(page, step_inputs[step])
         expected = alone.conditions.unflatten(0, (-1, BATCH))[:, row]
         # positions of a ragged group stand the other way round
-        count = feeds[step].positions.shape[1]
-        assert torch.equal(ragged.positions[row, :count].flip(0), feeds[step].positions[row])
+        count = step_inputs[step].positions.shape[1]
+        assert torch.equal(ragged.positions[row, :count].flip(0), step_inputs[step].positions[row])
         torch.testing.assert_close(halves[:, row, :count].flip(1), expected, **CLOSE)
         if guidance.enabled:
             assert distribution.scale is not None
@@ -669,7 +669,7 @@ def test_nothing_is_stale_in_one_iteration(
     )
 
 
-class Memory:
+class CacheSlots:
     """Keys and values of all slots of a stack of blocks, written and looked at one slot at a time: no cache code."""
 
     def __init__(self, blocks: Any, rows: int) -> None:
@@ -710,38 +710,38 @@ class StaleByDefinition:
             slots = torch.cat([slots, self.model.null_condition().expand_as(slots)])
         self.slots = self.model.embed_slots(slots)
         self.refresh, self.keep = refresh, keep_unconditional and guided
-        self.encoder = Memory(self.model.encoder_blocks, len(slots))
-        self.decoder = Memory(self.model.decoder_blocks, len(slots))
+        self.encoder = CacheSlots(self.model.encoder_blocks, len(slots))
+        self.decoder = CacheSlots(self.model.decoder_blocks, len(slots))
         self.passes, self.known = 0, torch.zeros(BATCH, 0, dtype=torch.int64)
         self.difference = torch.zeros(0)
 
-    def conditions(self, page: Canvas, feed: MaskedFeed) -> Tensor:
+    def conditions(self, page: Canvas, inputs: MaskedInputs) -> Tensor:
         full = self.passes % self.refresh == 0
         self.passes += 1
         model, rows = self.model, len(self.slots)
         if not full and self.keep:
             rows = BATCH
-        asked = feed.positions.repeat(rows // BATCH, 1)
+        asked = inputs.positions.repeat(rows // BATCH, 1)
         seen = {int(p) for p in self.known[0]}
         fresh = (
-            feed.known
+            inputs.known
             if full
             else torch.stack(
                 [
                     torch.tensor([p for p in row if p not in set(self.known[b].tolist())], dtype=torch.int64)
-                    for b, row in enumerate(feed.known.tolist())
+                    for b, row in enumerate(inputs.known.tolist())
                 ]
             )
         )
-        assert full or fresh.shape[1] == feed.known.shape[1] - len(seen)
-        self.known = feed.known
+        assert full or fresh.shape[1] == inputs.known.shape[1] - len(seen)
+        self.known = inputs.known
         new = fresh.repeat(rows // BATCH, 1)
         tokens = model.embed_tokens(rows_of(page.tokens, fresh).repeat(rows // BATCH, 1, 1), new)
         front = torch.arange(model.buffer).expand(rows, -1)
         if full:
             self.encoder.forget()
-            inputs = torch.cat([self.slots, tokens], 1)
-            encoded = model.encoder_norm(self.encoder.read(inputs, torch.cat([front, new + model.buffer], 1)))
+            read = torch.cat([self.slots, tokens], 1)
+            encoded = model.encoder_norm(self.encoder.read(read, torch.cat([front, new + model.buffer], 1)))
             x = model.spread(encoded, new)
             every = torch.arange(model.buffer + model.num_tokens).expand(rows, -1)
             features = model.decoder_norm(self.decoder.read(x, every))[:, model.buffer :]
@@ -769,20 +769,20 @@ def test_stale_passes_by_definition(
     kind: str, guidance: MaskedGuidance, keep_unconditional: bool, refresh: int
 ) -> None:
     """Partial passes renew what they read, look at everything that is kept, and full passes start anew."""
-    page, feeds = half_drawn(iterations=7, done=7)
+    page, step_inputs = half_drawn(iterations=7, done=7)
     options = {"guidance": guidance, "refresh": refresh, "keep_unconditional": keep_unconditional}
     ours = session(kind, FeatureCacheSession, **options)
     oracle = StaleByDefinition(kind, guidance.enabled, refresh, keep_unconditional)
     exact = session(kind, guidance=guidance)
-    for number, feed in enumerate(feeds):
-        told = ours.predict(page, feed).conditions
-        torch.testing.assert_close(told, oracle.conditions(page, feed), **CLOSE)
-        plain = exact.predict(page, feed).conditions
+    for number, inputs in enumerate(step_inputs):
+        told = ours.predict(page, inputs).conditions
+        torch.testing.assert_close(told, oracle.conditions(page, inputs), **CLOSE)
+        plain = exact.predict(page, inputs).conditions
         if number % refresh == 0:
             torch.testing.assert_close(told, plain, **CLOSE)
         else:
             assert not torch.allclose(told, plain, atol=1e-3), "it is an approximation"
-    assert ours.reads == len(feeds)
+    assert ours.reads == len(step_inputs)
 
 
 def test_caches_are_counted() -> None:

@@ -146,16 +146,16 @@ class Run:
         session = ScaleSession(network, features, *condition, until=handover, **options)
         self.sessions = [session]
         self.logits: list[Tensor] = []
-        for feed in Scales(SCHEDULE).feeds(self.canvas):
-            if feed.scale == handover:
+        for inputs in Scales(SCHEDULE).step_inputs(self.canvas):
+            if inputs.scale == handover:
                 session.close()
                 session = ScaleSession(successor or network, features, *condition, **options)
                 self.sessions.append(session)
             # what `predict` does, with a look at the logits before the filters
-            logits = session.logits(self.canvas, feed.scale)
-            distribution = sampling.distribution(sampling.keep(logits, feed.scale), feed.scale)
+            logits = session.logits(self.canvas, inputs.scale)
+            distribution = sampling.distribution(sampling.keep(logits, inputs.scale), inputs.scale)
             self.canvas.write(
-                feed.positions, distribution.sample(randomness.at(feed.positions)), feed.scale + 1
+                inputs.positions, distribution.sample(randomness.at(inputs.positions)), inputs.scale + 1
             )
             self.logits.append(logits)
         features.follow(self.canvas, SCALES)
@@ -234,10 +234,10 @@ def test_prediction() -> None:
     run = Run(network, given)
     features = FeatureMap(tokenizer().quantize, 3)
     session = ScaleSession(network, features, *given, guidance=ScaleGuidance(3.0), sampling=DRAWN)
-    for feed in Scales(SCHEDULE).feeds(run.canvas):
-        distribution = session.predict(run.canvas, feed)
-        kept = DRAWN.keep(run.logits[feed.scale], feed.scale)
-        torch.testing.assert_close(distribution.logits, DRAWN.distribution(kept, feed.scale).logits)
+    for inputs in Scales(SCHEDULE).step_inputs(run.canvas):
+        distribution = session.predict(run.canvas, inputs)
+        kept = DRAWN.keep(run.logits[inputs.scale], inputs.scale)
+        torch.testing.assert_close(distribution.logits, DRAWN.distribution(kept, inputs.scale).logits)
         assert torch.isinf(distribution.logits).any()
 
 
@@ -433,9 +433,9 @@ def smooth_run(canvas: Canvas, smooth: bool = True) -> FeatureMap:
     draws = PublishedDraws(torch.Generator().manual_seed(3))
     features = FeatureMap(tokenizer().quantize, 3, smooth=draws.gumbel(CODES) if smooth else None)
     session = ScaleSession(transformer(), features, *condition("class"), guidance=ScaleGuidance(3.0))
-    for feed in Scales(SCHEDULE).feeds(canvas):
-        distribution = session.predict(canvas, feed)
-        canvas.write(feed.positions, draws.sample(distribution, feed.positions), feed.scale + 1)
+    for inputs in Scales(SCHEDULE).step_inputs(canvas):
+        distribution = session.predict(canvas, inputs)
+        canvas.write(inputs.positions, draws.sample(distribution, inputs.positions), inputs.scale + 1)
     features.follow(canvas, SCALES)
     return features
 
@@ -456,9 +456,9 @@ def test_smooth_vectors_stay_codes_where_fixed() -> None:
     features = Spy(quantizer, 3, smooth=draws.gumbel(CODES))
     session = ScaleSession(transformer(), features, *condition("class"), guidance=ScaleGuidance(3.0))
     canvas = Canvas.given(given, fixed)
-    for feed in Scales(SCHEDULE).feeds(canvas):
-        distribution = session.predict(canvas, feed)
-        canvas.write(feed.positions, draws.sample(distribution, feed.positions), feed.scale + 1)
+    for inputs in Scales(SCHEDULE).step_inputs(canvas):
+        distribution = session.predict(canvas, inputs)
+        canvas.write(inputs.positions, draws.sample(distribution, inputs.positions), inputs.scale + 1)
     features.follow(canvas, SCALES)
     vectors, plain = torch.cat(spread, 1), quantizer.lookup(canvas.tokens)
     assert torch.equal(canvas.tokens[fixed], given[fixed])

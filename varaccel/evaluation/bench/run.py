@@ -57,8 +57,8 @@ DEFAULT_GRID = (
     "zipar:window=4",
     "zipar:window=8",
     "zipar:window=12",
-    "jacobi:window=8,order=8",
-    "lantern:k=10,delta=0.2,tree=5,order=8",
+    "jacobi:window=8,row_window=8",
+    "lantern:k=10,delta=0.2,tree=5,row_window=8",
 )
 """What is compared with plain decoding of a raster model if nothing is asked for, as typed on a command line."""
 

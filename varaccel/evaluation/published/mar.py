@@ -140,11 +140,11 @@ def our_shares(
     chosen: dict[str, object] = {"guidance": guidance, "sampling": sampling, **(options or {})}
     session = MaskedSession(model, condition, condition_mask, batch=batch, **chosen)  # type: ignore[arg-type]
     seconds = {"transformer": 0.0, "head": 0.0}
-    for number, feed in enumerate(CosineGroups(noise.permutation, iterations).feeds(canvas), 1):
+    for number, inputs in enumerate(CosineGroups(noise.permutation, iterations).step_inputs(canvas), 1):
         clock = Stopwatch(canvas.tokens.device)
-        distribution = session.predict(canvas, feed)
+        distribution = session.predict(canvas, inputs)
         clock.lap("transformer")
-        canvas.write(feed.positions, noise.sample(distribution, feed.positions), number)
+        canvas.write(inputs.positions, noise.sample(distribution, inputs.positions), number)
         clock.lap("head")
         for name, value in clock.laps.items():
             seconds[name] += value

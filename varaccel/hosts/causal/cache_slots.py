@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from varaccel.nn.attention_inputs import Reading
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.kv_cache import KVCache
 
 Visibility = Literal["encoded", "causal"]
 
 
-class Memory:
+class CacheSlots:
     """A cache with one slot per condition entry and per position, and scratch slots for guesses.
 
     Slots are laid out as [prefix | scratch | positions | spare]. Guesses of several branches can stand for
@@ -24,7 +24,7 @@ class Memory:
         cache: an empty cache with `prefix + scratch + positions + 1` slots.
         rotary: [prefix + positions, D / 2, 2], the rotary rows of condition and positions.
         prefix: number of condition slots.
-        scratch: number of scratch slots.
+        draft_slots: number of scratch slots.
         condition_mask: [R, prefix], nonzero where a condition slot is used; None if all are.
         visibility: see `CausalSession`.
     """
@@ -35,13 +35,13 @@ class Memory:
         rotary: Tensor,
         *,
         prefix: int,
-        scratch: int = 0,
+        draft_slots: int = 0,
         condition_mask: Tensor | None = None,
         visibility: Visibility = "encoded",
     ) -> None:
         self.cache = cache
-        self.prefix, self.scratch = prefix, scratch
-        self.base = prefix + scratch  # slot of position 0
+        self.prefix, self.draft_slots = prefix, draft_slots
+        self.base = prefix + draft_slots  # slot of position 0
         self.visibility = visibility
         self.rotary = torch.cat([rotary, torch.zeros_like(rotary[:1])])
         rows, slots = cache.keys.shape[1], cache.keys.shape[3]
@@ -54,15 +54,15 @@ class Memory:
     def rows(self) -> int:
         return self.usable.shape[0]
 
-    def reading(
+    def attention_inputs(
         self,
         positions: Tensor,
         *,
         rows: int,
-        scratch: Tensor | None = None,
+        draft_slots: Tensor | None = None,
         visible: Tensor | None = None,
         length: int | None = None,
-    ) -> Reading:
+    ) -> AttentionInputs:
         """The reading of entries that stand at `positions`, and a record that they are encoded.
 
         An entry in the slot of its position sees the encoded slots up to its own. A guess in a scratch slot
@@ -71,7 +71,7 @@ class Memory:
         Args:
             positions: [B, F], -1 for padding. B divides `rows`: both branches of a guided call read alike.
             rows: rows of the pass, at most those of the memory.
-            scratch: [B, F] scratch slot of each entry, -1 for the slot of its position; None for all -1.
+            draft_slots: [B, F] scratch slot of each entry, -1 for the slot of its position; None for all -1.
             visible: [B, F, scratch] bool, which scratch slots each entry sees.
             length: number of leading slots to attend over, None for all.
         """
@@ -80,11 +80,11 @@ class Memory:
         own = torch.where(used, positions + self.base, self.spare)  # [B, F]
         permanent = own
         slots = own
-        if scratch is not None:
-            guess = (scratch >= 0) & used
-            slots = torch.where(guess, scratch + self.prefix, own)
-            permanent = torch.where(guess, self.spare, own)
-            own = torch.where(guess, own - 1, own)  # a guess does not see what stands for it so far
+        if draft_slots is not None:
+            draft_token = (draft_slots >= 0) & used
+            slots = torch.where(draft_token, draft_slots + self.prefix, own)
+            permanent = torch.where(draft_token, self.spare, own)
+            own = torch.where(draft_token, own - 1, own)  # a guess does not see what stands for it so far
         self.usable.scatter_(1, permanent.repeat(self.rows // batch, 1), True)
         self.usable[:, self.spare] = False
         usable = self.usable[:batch, :length]
@@ -93,7 +93,7 @@ class Memory:
             usable[:, self.base : self.spare] = True
         keys = self._slots[: usable.shape[1]]
         mask = usable.unsqueeze(1) & (keys <= own.unsqueeze(-1))  # [B, F, K]
-        if scratch is not None:
+        if draft_slots is not None:
             if visible is not None:
                 mask[:, :, self.prefix : self.base] = visible & used.unsqueeze(-1)
             mask |= keys == slots.unsqueeze(-1)
@@ -108,25 +108,25 @@ class Memory:
                 rotary.repeat(repeats, 1, 1, 1),
                 slots.repeat(repeats, 1),
             )
-        return Reading(rotary, mask=mask.unsqueeze(1), cache=self.cache, slots=slots, length=length)
+        return AttentionInputs(rotary, mask=mask.unsqueeze(1), cache=self.cache, slots=slots, length=length)
 
-    def keep(self, scratch: Tensor, positions: Tensor) -> None:
+    def keep(self, draft_slots: Tensor, positions: Tensor) -> None:
         """Move guesses from scratch slots to the slots of their positions.
 
         Args:
-            scratch: [B, M] scratch slots.
+            draft_slots: [B, M] scratch slots.
             positions: [B, M], -1 for entries that are not kept.
         """
         kept = positions >= 0
         repeats = self.rows // positions.shape[0]
-        source = torch.where(kept, scratch + self.prefix, self.spare).repeat(repeats, 1)
+        source = torch.where(kept, draft_slots + self.prefix, self.spare).repeat(repeats, 1)
         target = torch.where(kept, positions + self.base, self.spare).repeat(repeats, 1)
         self.cache.move(source, target)
         self.usable.scatter_(1, target, True)
         self.usable[:, self.spare] = False
 
 
-def scratch_slots(lanes: int, per_lane: int, entries: Tensor) -> Tensor:
+def lane_draft_slots(lanes: int, per_lane: int, entries: Tensor) -> Tensor:
     """Scratch slots [A, n] of `entries` [n] of every lane; each lane has `per_lane` of them in a row."""
     return torch.arange(lanes, device=entries.device).unsqueeze(1) * per_lane + entries
 

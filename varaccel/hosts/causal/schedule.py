@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Feed:
+class StepInputs:
     """A group as tensors on the device.
 
     Attributes:
@@ -52,31 +51,13 @@ class Feed:
     host: Group | None = None
 
     @classmethod
-    def ragged(cls, positions: Tensor) -> Feed:
+    def ragged(cls, positions: Tensor) -> StepInputs:
         """Each row decides its own `positions` [B, P] from their true predecessors; -1 is padding."""
         before = torch.where(positions > 0, positions - 1, -1)
         return cls(positions, before, before)
 
 
-class HasPositions(Protocol):
-    """What the decoding loop knows of a feed; the rest is between an order and the sessions of its family."""
-
-    @property
-    def positions(self) -> Tensor:
-        """[P] decided positions; [B, P] with -1 as padding where rows advance at different speeds."""
-        ...
-
-
-FeedOut = TypeVar("FeedOut", bound=HasPositions, covariant=True)
-
-
-class Order(Protocol[FeedOut]):
-    """A function of the canvas: the groups in which its empty positions are decided."""
-
-    def feeds(self, canvas: Canvas) -> Sequence[FeedOut]: ...
-
-
-def prepare(groups: Sequence[Group], device: torch.device) -> list[Feed]:
+def prepare(groups: Sequence[Group], device: torch.device) -> list[StepInputs]:
     """Move groups that are known ahead to the device in one copy."""
     numbers: list[int] = []
     sizes: list[int] = []
@@ -87,7 +68,8 @@ def prepare(groups: Sequence[Group], device: torch.device) -> list[Feed]:
             sizes.append(len(part))
     parts = torch.tensor(numbers, dtype=torch.int64).to(device).split(sizes)
     return [
-        Feed(parts[3 * i], parts[3 * i + 1], parts[3 * i + 2], host=group) for i, group in enumerate(groups)
+        StepInputs(parts[3 * i], parts[3 * i + 1], parts[3 * i + 2], host=group)
+        for i, group in enumerate(groups)
     ]
 
 
@@ -95,7 +77,7 @@ def prepare(groups: Sequence[Group], device: torch.device) -> list[Feed]:
 class Raster:
     """Row by row, left to right, one position per pass."""
 
-    def feeds(self, canvas: Canvas) -> list[Feed]:
+    def step_inputs(self, canvas: Canvas) -> list[StepInputs]:
         groups = [Group((p,), (p - 1,)) for p in range(canvas.num_positions)]
         return prepare(groups, canvas.written.device)
 
@@ -157,5 +139,5 @@ class StaggeredRows:
             groups.append(Group(tuple(decided), tuple(sources), tuple(refresh)))
         return groups
 
-    def feeds(self, canvas: Canvas) -> list[Feed]:
+    def step_inputs(self, canvas: Canvas) -> list[StepInputs]:
         return prepare(self.groups(canvas.num_positions), canvas.written.device)

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
-from varaccel.engine.distribution import Categorical, Distribution
-from varaccel.hosts.causal.cache_slots import Memory, Visibility
+from varaccel.engine.distribution import Categorical
+from varaccel.hosts.causal.cache_slots import CacheSlots, Visibility
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.sampling import Sampling
-from varaccel.hosts.causal.schedule import Feed, HasPositions
-from varaccel.nn.attention_inputs import Reading, prefix_mask
+from varaccel.hosts.causal.schedule import StepInputs
+from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
 from varaccel.nn.kv_cache import KVCache
-
-FeedIn = TypeVar("FeedIn", bound=HasPositions, contravariant=True)
-
-
-class Session(Protocol[FeedIn]):
-    """Owns what one network knows of one canvas, and answers for positions of it."""
-
-    def predict(self, canvas: Canvas, feed: FeedIn) -> Distribution: ...
 
 
 class CausalNetwork(Protocol):
@@ -36,26 +28,26 @@ class CausalNetwork(Protocol):
     def embed_condition(self, condition: Tensor) -> Tensor: ...
     def embed_tokens(self, tokens: Tensor) -> Tensor: ...
     def unconditional(self, condition: Tensor) -> Tensor: ...
-    def transform(self, x: Tensor, reading: Reading) -> Tensor: ...
+    def transform(self, x: Tensor, attention: AttentionInputs) -> Tensor: ...
     def logits(self, features: Tensor) -> Tensor: ...
     def rotary_table(self, device: torch.device | None = None) -> Tensor: ...
     def new_cache(self, batch: int, spare: int = 0) -> KVCache: ...
 
 
 @dataclass(frozen=True)
-class Guesses:
+class DraftInputs:
     """Tokens to be read although not all of them are decided.
 
     Attributes:
         tokens: [B, F] codes.
         positions: [B, F] the position that each stands for, -1 for padding.
-        scratch: [B, F] scratch slot of a guess, -1 for a decided token, which is read in its own slot.
+        draft_slots: [B, F] scratch slot of a guess, -1 for a decided token, which is read in its own slot.
         visible: [B, F, scratch] bool, the guesses that each entry sees.
     """
 
     tokens: Tensor
     positions: Tensor
-    scratch: Tensor | None = None
+    draft_slots: Tensor | None = None
     visible: Tensor | None = None
 
 
@@ -72,7 +64,7 @@ class CausalSession:
             the same mask, so it depends on the length of the caption.
         visibility: "encoded": a query sees the slots before it that hold a token. "causal": it sees all
             slots before it, empty ones with zero key and value, as published ZipAR does.
-        scratch: number of guesses that can be read in one pass, see `Memory`.
+        draft_slots: number of guesses that can be read in one pass, see `CacheSlots`.
         static_shapes: attend over all slots in every pass, so that shapes never change (for compiled
             networks); otherwise over the leading slots in use.
         transform: replaces `network.transform`, for a compiled version of it.
@@ -87,7 +79,7 @@ class CausalSession:
         guidance: Guidance | None = None,
         sampling: Sampling | None = None,
         visibility: Visibility = "encoded",
-        scratch: int = 0,
+        draft_slots: int = 0,
         static_shapes: bool = False,
         transform: Any = None,
     ) -> None:
@@ -103,11 +95,11 @@ class CausalSession:
             condition_mask = None if condition_mask is None else condition_mask.repeat(2, 1)
         self._condition = condition
         self._condition_mask = condition_mask
-        self.memory = Memory(
-            network.new_cache(condition.shape[0], spare=scratch + 1),
+        self.cache_slots = CacheSlots(
+            network.new_cache(condition.shape[0], spare=draft_slots + 1),
             network.rotary_table(network.device),
             prefix=self.prefix,
-            scratch=scratch,
+            draft_slots=draft_slots,
             condition_mask=condition_mask,
             visibility=visibility,
         )
@@ -118,12 +110,12 @@ class CausalSession:
 
     @property
     def cache(self) -> KVCache:
-        return self.memory.cache
+        return self.cache_slots.cache
 
     @property
     def rows_per_pass(self) -> int:
         """Network rows of a guided pass."""
-        return self.memory.rows
+        return self.cache_slots.rows
 
     @property
     def prefix_features(self) -> Tensor:
@@ -133,13 +125,13 @@ class CausalSession:
         return self._prefix_features
 
     @torch.inference_mode()
-    def predict(self, canvas: Canvas, feed: Feed) -> Categorical:
+    def predict(self, canvas: Canvas, inputs: StepInputs) -> Categorical:
         """The distribution of `feed.positions`, [B, P, V], after guidance and filters.
 
-        Encodes the condition and the tokens named by `feed`. Slots before the first of them must have been
+        Encodes the condition and the tokens named by `inputs`. Slots before the first of them must have been
         fed in earlier passes; otherwise they are empty and treated as `visibility` says.
         """
-        return self.distribution(self._features(canvas, feed), feed.positions)
+        return self.distribution(self._features(canvas, inputs), inputs.positions)
 
     @torch.inference_mode()
     def first_distribution(self) -> Categorical:
@@ -148,7 +140,7 @@ class CausalSession:
         return self.distribution(self.prefix_features[:, -1:], positions)
 
     @torch.inference_mode()
-    def read(self, guesses: Guesses, starts: Tensor | None = None, *, length: int | None = None) -> Tensor:
+    def read(self, drafts: DraftInputs, starts: Tensor | None = None, *, length: int | None = None) -> Tensor:
         """Read decided tokens and guesses of any shape in one pass.
 
         Args:
@@ -165,17 +157,17 @@ class CausalSession:
         if self.static_shapes:
             length = None
         elif length is None:
-            length = int(guesses.positions.max()) + 1
-        x = self.network.embed_tokens(guesses.tokens)
-        reading = self.memory.reading(
-            guesses.positions,
+            length = int(drafts.positions.max()) + 1
+        x = self.network.embed_tokens(drafts.tokens)
+        attention = self.cache_slots.attention_inputs(
+            drafts.positions,
             rows=rows,
-            scratch=guesses.scratch,
-            visible=guesses.visible,
-            length=None if length is None else self.memory.base + length,
+            draft_slots=drafts.draft_slots,
+            visible=drafts.visible,
+            length=None if length is None else self.cache_slots.base + length,
         )
         self.reads += 1
-        return self._transform(x.repeat(rows // self.batch, 1, 1), reading)
+        return self._transform(x.repeat(rows // self.batch, 1, 1), attention)
 
     def _still_guided(self, starts: Tensor | None) -> bool:
         if starts is None or self.guidance.interval < 0:
@@ -197,18 +189,18 @@ class CausalSession:
         active = positions <= self.guidance.last_position  # [P] or [B, P]
         return torch.where(active.unsqueeze(-1), guided, conditional)
 
-    def _guided(self, feed: Feed) -> bool:
-        if feed.host is None:
+    def _guided(self, inputs: StepInputs) -> bool:
+        if inputs.host is None:
             return self.guidance.enabled
-        return any(self.guidance.active_at(p) for p in feed.host.positions)
+        return any(self.guidance.active_at(p) for p in inputs.host.positions)
 
     @torch.inference_mode()
     def _prefill(self) -> Tensor:
         x = self.network.embed_condition(self._condition)
         mask = None if self._condition_mask is None else prefix_mask(self._condition_mask, self.prefix)
         slots = torch.arange(self.prefix, device=x.device)
-        reading = Reading(
-            self.memory.rotary[: self.prefix],
+        attention = AttentionInputs(
+            self.cache_slots.rotary[: self.prefix],
             mask=mask,
             causal=mask is None,
             cache=self.cache,
@@ -216,53 +208,61 @@ class CausalSession:
             length=self.prefix,
         )
         self.reads += 1
-        return self.network.transform(x, reading)
+        return self.network.transform(x, attention)
 
-    def _features(self, canvas: Canvas, feed: Feed) -> Tensor:
+    def _features(self, canvas: Canvas, inputs: StepInputs) -> Tensor:
         """Features [R, P, dim] that predict the positions, R = B or 2 B rows."""
-        rows = self.rows_per_pass if self._guided(feed) else self.batch
+        rows = self.rows_per_pass if self._guided(inputs) else self.batch
         first = self.prefix_features[:rows, -1:]
-        if feed.host is not None and feed.host.positions == (0,):
+        if inputs.host is not None and inputs.host.positions == (0,):
             return first
-        if feed.host is not None and self._is_next(feed):
-            features = self._read_next(canvas, feed, rows)
+        if inputs.host is not None and self._is_next(inputs):
+            features = self._read_next(canvas, inputs, rows)
         else:
-            features = self._read_feed(canvas, feed)
-        features = features[:, -feed.positions.shape[-1] :]
-        if feed.host is None:  # rows that stand at position 0 are predicted from the condition
-            at_start = (feed.positions == 0).repeat(rows // self.batch, 1).unsqueeze(-1)
+            features = self._read_inputs(canvas, inputs)
+        features = features[:, -inputs.positions.shape[-1] :]
+        if inputs.host is None:  # rows that stand at position 0 are predicted from the condition
+            at_start = (inputs.positions == 0).repeat(rows // self.batch, 1).unsqueeze(-1)
             features = torch.where(at_start, first, features)
         return features
 
-    def _is_next(self, feed: Feed) -> bool:
+    def _is_next(self, inputs: StepInputs) -> bool:
         """Whether one token is read and all tokens before it are encoded: raster decoding."""
-        assert feed.host is not None
-        if feed.host.refresh or feed.host.positions != (self._frontier + 1,):
+        assert inputs.host is not None
+        if inputs.host.refresh or inputs.host.positions != (self._frontier + 1,):
             return False
         self._frontier += 1
         return not self.static_shapes
 
-    def _read_next(self, canvas: Canvas, feed: Feed, rows: int) -> Tensor:
+    def _read_next(self, canvas: Canvas, inputs: StepInputs, rows: int) -> Tensor:
         """A raster step needs no mask of its own: everything encoded so far is visible."""
-        memory, last = self.memory, self._frontier - 1
-        slots = feed.slots + memory.base
-        memory.usable[:, memory.base + last] = True
-        length = memory.base + last + 1
-        mask = memory.usable[:rows, None, None, :length] if self._padded or memory.scratch else None
-        reading = Reading(
-            memory.rotary[feed.slots + self.prefix], mask=mask, cache=self.cache, slots=slots, length=length
+        cache_slots, last = self.cache_slots, self._frontier - 1
+        slots = inputs.slots + cache_slots.base
+        cache_slots.usable[:, cache_slots.base + last] = True
+        length = cache_slots.base + last + 1
+        mask = (
+            cache_slots.usable[:rows, None, None, :length]
+            if self._padded or cache_slots.draft_slots
+            else None
+        )
+        attention = AttentionInputs(
+            cache_slots.rotary[inputs.slots + self.prefix],
+            mask=mask,
+            cache=self.cache,
+            slots=slots,
+            length=length,
         )
         self.reads += 1
-        x = self.network.embed_tokens(canvas.tokens[:, feed.tokens])
-        return self._transform(x.repeat(rows // self.batch, 1, 1), reading)
+        x = self.network.embed_tokens(canvas.tokens[:, inputs.tokens])
+        return self._transform(x.repeat(rows // self.batch, 1, 1), attention)
 
-    def _read_feed(self, canvas: Canvas, feed: Feed) -> Tensor:
-        tokens, slots = feed.tokens, feed.slots
+    def _read_inputs(self, canvas: Canvas, inputs: StepInputs) -> Tensor:
+        tokens, slots = inputs.tokens, inputs.slots
         if tokens.dim() == 1:
             tokens, slots = tokens.expand(self.batch, -1), slots.expand(self.batch, -1)
-        guesses = Guesses(canvas.tokens.gather(1, tokens.clamp(min=0)), slots)
-        if feed.host is None:
-            return self.read(guesses)
+        drafts = DraftInputs(canvas.tokens.gather(1, tokens.clamp(min=0)), slots)
+        if inputs.host is None:
+            return self.read(drafts)
         # the host knows which positions are decided, so the device need not be asked for them
-        starts = torch.tensor(feed.host.positions) if self.guidance.interval >= 0 else None
-        return self.read(guesses, starts, length=feed.host.last_slot + 1)
+        starts = torch.tensor(inputs.host.positions) if self.guidance.interval >= 0 else None
+        return self.read(drafts, starts, length=inputs.host.last_slot + 1)

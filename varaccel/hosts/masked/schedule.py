@@ -17,7 +17,7 @@ from varaccel.errors import InputError
 
 
 @dataclass(frozen=True)
-class MaskedFeed:
+class MaskedInputs:
     """One iteration.
 
     Attributes:
@@ -91,19 +91,19 @@ class CosineGroups:
         """The most tokens that any iteration decides."""
         return max(before - after for before, after in pairwise(self.borders))
 
-    def feeds(self, canvas: Canvas) -> list[MaskedFeed]:
+    def step_inputs(self, canvas: Canvas) -> list[MaskedInputs]:
         borders = self.borders
         order = self.permutation.to(canvas.written.device)
-        return [self._feed(order, borders, step) for step in range(self.iterations)]
+        return [self._inputs(order, borders, step) for step in range(self.iterations)]
 
     @staticmethod
-    def _feed(order: Tensor, borders: Sequence[int], step: int) -> MaskedFeed:
+    def _inputs(order: Tensor, borders: Sequence[int], step: int) -> MaskedInputs:
         before, after = borders[step], borders[step + 1]
         # published guidance counts the token that the last iteration but one leaves
         remaining = max(1, after)
-        return MaskedFeed(order[:, after:before], order[:, before:], remaining, step)
+        return MaskedInputs(order[:, after:before], order[:, before:], remaining, step)
 
-    def ragged(self, steps: Sequence[int], device: torch.device) -> MaskedFeed:
+    def ragged(self, steps: Sequence[int], device: torch.device) -> MaskedInputs:
         """The iteration `steps[b]` of every image b; one that is past the end decides nothing.
 
         Args:
@@ -120,7 +120,7 @@ class CosineGroups:
         known_index = order.shape[1] - 1 - torch.arange(known, device=device)
         asked_index = before - 1 - torch.arange(max(1, most), device=device)
         place = order.gather(1, asked_index.clamp(min=0))
-        return MaskedFeed(
+        return MaskedInputs(
             torch.where(asked_index >= after, place, -1),
             torch.where(known_index >= before, order[:, known_index], -1),
             after.squeeze(1).clamp(min=1),

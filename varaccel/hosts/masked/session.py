@@ -12,8 +12,8 @@ from varaccel.engine.canvas import Canvas
 from varaccel.hosts.masked.denoising import HeadSampling, Loop, Process, Step, denoising_step
 from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.hosts.masked.guidance import MaskedGuidance
-from varaccel.hosts.masked.schedule import MaskedFeed
-from varaccel.nn.attention_inputs import Reading
+from varaccel.hosts.masked.schedule import MaskedInputs
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.gather import rows_of
 from varaccel.nn.kv_cache import KVCache
 
@@ -77,29 +77,29 @@ class MaskedSession:
         return 0
 
     @torch.inference_mode()
-    def predict(self, canvas: Canvas, feed: MaskedFeed) -> DiffusionDistribution:
+    def predict(self, canvas: Canvas, inputs: MaskedInputs) -> DiffusionDistribution:
         """The distribution of the tokens at `feed.positions`, [B, P]. All that is known must be on the canvas."""
-        return self.distribution(self.conditions(canvas, feed), feed)
+        return self.distribution(self.conditions(canvas, inputs), inputs)
 
-    def distribution(self, conditions: Tensor, feed: MaskedFeed) -> DiffusionDistribution:
+    def distribution(self, conditions: Tensor, inputs: MaskedInputs) -> DiffusionDistribution:
         """The distribution of tokens under the conditions [R, P, D] of the head, guided as the iteration says."""
         if not self.guidance.enabled:
             return DiffusionDistribution(self.process, conditions)
         scale = torch.as_tensor(
-            self.guidance.at(feed.share(self.network.num_tokens)),
+            self.guidance.at(inputs.share(self.network.num_tokens)),
             dtype=torch.float32,
             device=conditions.device,
         )
-        scale = scale.expand(feed.positions.shape).reshape(-1, 1)
+        scale = scale.expand(inputs.positions.shape).reshape(-1, 1)
         return DiffusionDistribution(self.process, conditions, scale)
 
-    def conditions(self, canvas: Canvas, feed: MaskedFeed) -> Tensor:
+    def conditions(self, canvas: Canvas, inputs: MaskedInputs) -> Tensor:
         """What the head is told about the positions, [R, P, D]."""
         self.reads += 1
         times = self.rows_per_pass // self.batch
-        known, asked = (index.repeat(times, 1) for index in (feed.known, feed.positions))
-        tokens = rows_of(canvas.tokens, feed.known).repeat(times, 1, 1)
-        return self._transform(self._slots, tokens, known, asked, embedded=True, padded=feed.padded)
+        known, asked = (index.repeat(times, 1) for index in (inputs.known, inputs.positions))
+        tokens = rows_of(canvas.tokens, inputs.known).repeat(times, 1, 1)
+        return self._transform(self._slots, tokens, known, asked, embedded=True, padded=inputs.padded)
 
 
 class FeatureCacheSession(MaskedSession):
@@ -157,66 +157,68 @@ class FeatureCacheSession(MaskedSession):
     def cache_bytes(self) -> int:
         return sum(cache.nbytes for cache in self._caches)
 
-    def conditions(self, canvas: Canvas, feed: MaskedFeed) -> Tensor:
+    def conditions(self, canvas: Canvas, inputs: MaskedInputs) -> Tensor:
         self.reads += 1
         if self._since < self.refresh:
             self._since += 1
-            result = self._partial(canvas, feed)
+            result = self._partial(canvas, inputs)
         else:
             self._since = 1
-            result = self._full(canvas, feed)
-        self._read = feed.known.shape[1]
+            result = self._full(canvas, inputs)
+        self._read = inputs.known.shape[1]
         return result
 
-    def _full(self, canvas: Canvas, feed: MaskedFeed) -> Tensor:
+    def _full(self, canvas: Canvas, inputs: MaskedInputs) -> Tensor:
         network, times = self.network, self.rows_per_pass // self.batch
         encoder, decoder = self._caches
-        known = feed.known.repeat(times, 1)
-        tokens = network.embed_tokens(rows_of(canvas.tokens, feed.known).repeat(times, 1, 1), known)
+        known = inputs.known.repeat(times, 1)
+        tokens = network.embed_tokens(rows_of(canvas.tokens, inputs.known).repeat(times, 1, 1), known)
         front = torch.arange(network.buffer, device=known.device).expand(len(known), -1)
         slots = torch.cat([front, known + network.buffer], 1)
         self._usable[:] = False
         self._usable.scatter_(1, slots, True)
-        x = network.encode(torch.cat([self._slots, tokens], 1), self._reading(encoder, slots, len(known)))
+        x = network.encode(
+            torch.cat([self._slots, tokens], 1), self._attention_inputs(encoder, slots, len(known))
+        )
         every = torch.arange(network.buffer + network.num_tokens, device=known.device)
         x = network.spread(x, known)
-        reading = Reading(cache=decoder, slots=every, length=len(every))
+        attention = AttentionInputs(cache=decoder, slots=every, length=len(every))
         if times == 1 or not self.keep_unconditional or self.refresh == 1:
-            asked = feed.positions.repeat(times, 1)
-            return network.conditions(network.decode(x, reading, asked + network.buffer), asked)
+            asked = inputs.positions.repeat(times, 1)
+            return network.conditions(network.decode(x, attention, asked + network.buffer), asked)
         # all positions, since later passes need the difference of the rows there
-        features = network.decode(x, reading)[:, network.buffer :]
+        features = network.decode(x, attention)[:, network.buffer :]
         conditional, unconditional = features.chunk(2)
         self._difference = unconditional - conditional
-        asked = feed.positions.repeat(times, 1)
+        asked = inputs.positions.repeat(times, 1)
         return network.conditions(rows_of(features, asked), asked)
 
-    def _partial(self, canvas: Canvas, feed: MaskedFeed) -> Tensor:
+    def _partial(self, canvas: Canvas, inputs: MaskedInputs) -> Tensor:
         """Read what was decided since the last pass, and what is asked for."""
         network = self.network
         alone = self._difference is not None
         times = 1 if alone else self.rows_per_pass // self.batch
         encoder, decoder = self._caches
         # both are ends of the image's order: the newest come first
-        fresh = feed.known[:, : feed.known.shape[1] - self._read]
-        new, asked = (index.repeat(times, 1) for index in (fresh, feed.positions))
+        fresh = inputs.known[:, : inputs.known.shape[1] - self._read]
+        new, asked = (index.repeat(times, 1) for index in (fresh, inputs.positions))
         slots = new + network.buffer
         self._usable.scatter_(1, (fresh + network.buffer).repeat(len(self._usable) // self.batch, 1), True)
         tokens = network.embed_tokens(rows_of(canvas.tokens, fresh).repeat(times, 1, 1), new)
-        encoded = network.encode(tokens, self._reading(encoder, slots, len(new)))
+        encoded = network.encode(tokens, self._attention_inputs(encoder, slots, len(new)))
         places = asked + network.buffer
         x = torch.cat([network.decoder_inputs(encoded, slots), network.decoder_inputs(None, places)], 1)
-        reading = Reading(
+        attention = AttentionInputs(
             cache=decoder,
             slots=torch.cat([slots, places], 1),
             length=network.buffer + network.num_tokens,
         )
         index = torch.arange(new.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
-        features = network.decode(x, reading, index)
+        features = network.decode(x, attention, index)
         if self._difference is not None:
-            features = torch.cat([features, features + rows_of(self._difference, feed.positions)])
+            features = torch.cat([features, features + rows_of(self._difference, inputs.positions)])
             asked = asked.repeat(2, 1)
         return network.conditions(features, asked)
 
-    def _reading(self, cache: KVCache, slots: Tensor, rows: int) -> Reading:
-        return Reading(cache=cache, slots=slots, mask=self._usable[:rows, None, None, :])
+    def _attention_inputs(self, cache: KVCache, slots: Tensor, rows: int) -> AttentionInputs:
+        return AttentionInputs(cache=cache, slots=slots, mask=self._usable[:rows, None, None, :])

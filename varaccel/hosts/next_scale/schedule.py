@@ -12,7 +12,7 @@ from varaccel.nn.scale_schedule import ScaleSchedule
 
 
 @dataclass(frozen=True)
-class ScaleFeed:
+class ScaleInputs:
     """One scale.
 
     Attributes:
@@ -30,6 +30,6 @@ class Scales:
 
     schedule: ScaleSchedule
 
-    def feeds(self, canvas: Canvas) -> list[ScaleFeed]:
+    def step_inputs(self, canvas: Canvas) -> list[ScaleInputs]:
         positions = torch.arange(canvas.num_positions, device=canvas.written.device)
-        return [ScaleFeed(positions[self.schedule.span(s)], s) for s in range(len(self.schedule))]
+        return [ScaleInputs(positions[self.schedule.span(s)], s) for s in range(len(self.schedule))]

@@ -12,8 +12,8 @@ from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
 from varaccel.hosts.next_scale.feature_map import FeatureMap
 from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
-from varaccel.hosts.next_scale.schedule import ScaleFeed
-from varaccel.nn.attention_inputs import Reading
+from varaccel.hosts.next_scale.schedule import ScaleInputs
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.kv_cache import KVCache
 
 if TYPE_CHECKING:  # models import decoding
@@ -81,12 +81,12 @@ class ScaleSession:
         return self._modulation.rows
 
     @torch.inference_mode()
-    def predict(self, canvas: Canvas, feed: ScaleFeed) -> Categorical:
+    def predict(self, canvas: Canvas, inputs: ScaleInputs) -> Categorical:
         """The distribution of a scale, [B, p * p, V], after guidance and filters. All scales before it must
         be decided."""
-        logits = self.sampling.keep(self.logits(canvas, feed.scale), feed.scale)
+        logits = self.sampling.keep(self.logits(canvas, inputs.scale), inputs.scale)
         self.features.expect(logits)
-        return self.sampling.distribution(logits, feed.scale)
+        return self.sampling.distribution(logits, inputs.scale)
 
     @torch.inference_mode()
     def logits(self, canvas: Canvas, scale: int) -> Tensor:
@@ -98,7 +98,7 @@ class ScaleSession:
         x = network.embed(modulation.start if first == 0 else None, seen, self._positions[:, span])
         asked = span.stop - self.schedule.borders[scale]
         tail = asked if asked < span.stop - span.start else None
-        x = self._transform(x, modulation.blocks, self._reading(first, scale), tail)
+        x = self._transform(x, modulation.blocks, self._attention_inputs(first, scale), tail)
         self.reads += 1
         strength = self.guidance.strength(self.schedule, scale)
         if not strength:  # the first scale is never guided
@@ -113,7 +113,7 @@ class ScaleSession:
         self.cache = None
         self._encoded = 0
 
-    def _reading(self, first: int, scale: int) -> Reading:
+    def _attention_inputs(self, first: int, scale: int) -> AttentionInputs:
         borders = self.schedule.borders
         stored, stop = borders[first], borders[scale + 1]
         device = self.features.value.device
@@ -123,13 +123,13 @@ class ScaleSession:
             mask = scales[stored:].unsqueeze(1) >= scales  # [P, K]
         if scale == self.until - 1:
             if self.cache is None:
-                return Reading(mask=mask)
-            return Reading(mask=mask, cache=self.cache, length=stored)
+                return AttentionInputs(mask=mask)
+            return AttentionInputs(mask=mask, cache=self.cache, length=stored)
         if self.cache is None:
             slots = borders[self.until - 1]
             self.cache = self.network.new_cache(self.rows_per_pass, slots, self._cache_dtype)
             self.cache_bytes = self.cache.nbytes
         self._encoded = scale + 1
-        return Reading(
+        return AttentionInputs(
             mask=mask, cache=self.cache, slots=torch.arange(stored, stop, device=device), length=stop
         )
