@@ -25,7 +25,7 @@ _HOMES = {
     "DynamicTree": "varaccel.speculation.tree",
     "Jacobi": "varaccel.accelerators.jacobi",
     "Lantern": "varaccel.accelerators.lantern",
-    "LayerSkip": "varaccel.accelerators.speculative",
+    "LayerSkip": "varaccel.speculation.drafters",
     "Speculative": "varaccel.accelerators.speculative",
     "Topology": "varaccel.speculation.tree",
     "EagleHead": "varaccel.models.eagle",
@@ -98,7 +98,7 @@ if TYPE_CHECKING:
     from varaccel.accelerators.jacobi import Jacobi
     from varaccel.accelerators.lantern import Lantern
     from varaccel.accelerators.plain import Plain
-    from varaccel.accelerators.speculative import LayerSkip, Speculative
+    from varaccel.accelerators.speculative import Speculative
     from varaccel.accelerators.zipar import ZipAR
     from varaccel.errors import CheckpointError, InputError, VaraccelError
     from varaccel.hosts.causal.guidance import Guidance
@@ -112,6 +112,7 @@ if TYPE_CHECKING:
     from varaccel.pipelines.llamagen import LlamaGenPipeline
     from varaccel.pipelines.mar import MARPipeline
     from varaccel.pipelines.var import VARPipeline
+    from varaccel.speculation.drafters import LayerSkip
     from varaccel.speculation.tree import DynamicTree, Topology
     from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
     from varaccel.tokenizers.vq import VQModel

@@ -19,7 +19,7 @@ from varaccel import CSpD, MARPipeline
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import decode
 from varaccel.engine.randomness import image_generators
-from varaccel.engine.statistics import SpeculationStats
+from varaccel.engine.counts import SpeculationStats
 from varaccel.hosts.masked import denoising
 from varaccel.hosts.masked.denoising import HeadSampling
 from varaccel.hosts.masked.guidance import MaskedGuidance

@@ -15,7 +15,8 @@ from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.loop import Step, decode
 from varaccel.engine.randomness import Randomness, image_generators
-from varaccel.engine.statistics import Stage, Statistics
+from varaccel.engine.counts import Stage
+from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.sampling import Sampling

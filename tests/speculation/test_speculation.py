@@ -26,7 +26,7 @@ from varaccel.engine.distribution import Categorical
 from varaccel.engine.job import Job
 from varaccel.engine.loop import Step, decode
 from varaccel.engine.randomness import Randomness, image_generators
-from varaccel.engine.statistics import SpeculationStats
+from varaccel.engine.counts import SpeculationStats
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.lanes import Fronts, Lanes

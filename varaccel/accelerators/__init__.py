@@ -15,6 +15,8 @@ from varaccel.accelerators import (
 from varaccel.engine.accelerator import (
     ACCELERATORS,
     Accelerator,
+    AnyAccelerator,
+    fitting,
     make_accelerator,
     register,
     resolve_accelerator,
@@ -23,11 +25,13 @@ from varaccel.engine.accelerator import (
 __all__ = [
     "ACCELERATORS",
     "Accelerator",
+    "AnyAccelerator",
     "auto",
     "code",
     "cspd",
     "feature_cache",
     "fewer_steps",
+    "fitting",
     "jacobi",
     "lantern",
     "make_accelerator",

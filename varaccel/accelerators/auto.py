@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from torch import nn
-
 from varaccel.accelerators.fewer_steps import FewerSteps
 from varaccel.accelerators.jacobi import Jacobi
 from varaccel.accelerators.plain import Plain
 from varaccel.accelerators.speculative import Speculative
 from varaccel.accelerators.zipar import ZipAR
-from varaccel.engine.accelerator import Accelerator, register
+from varaccel.engine.accelerator import Accelerator, Plan, register
 from varaccel.engine.balance import measure_balance
+from varaccel.engine.counts import Counts
 from varaccel.engine.job import Job
+from varaccel.engine.network import Network
 from varaccel.engine.options import check_choice
-from varaccel.engine.statistics import Counts
-from varaccel.hosts.masked.schedule import CosineGroups
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.hosts.masked.job import MaskedJob
 
 Quality = Literal["lossless", "approximate"]
 
@@ -28,13 +28,13 @@ DRAFTER_SHARE = 0.1
 """The largest drafter that is chosen, as a share of the model's weights."""
 
 
-def _weights(network: nn.Module) -> int:
+def _weights(network: Network) -> int:
     return sum(p.numel() for p in network.parameters() if p.dim() > 1 and p.requires_grad)
 
 
 @register
 @dataclass(frozen=True)
-class Auto(Accelerator):
+class Auto(Accelerator[Job]):
     """As many tokens per pass as the machine reads in the time of one.
 
     A pass over n rows takes about max(weights / bandwidth, 2 n weights / arithmetic rate), so a device reads
@@ -52,6 +52,8 @@ class Auto(Accelerator):
     many iterations as the call says; "approximate" is what measured best at unchanged quality (docs/bench-mar.md), an
     eighth as many iterations as tokens.
 
+    Next-scale models: plain decoding; what is faster needs a second model, which is for the user to choose.
+
     The statistics of a call name what was chosen.
 
     Attributes:
@@ -62,7 +64,7 @@ class Auto(Accelerator):
     """
 
     name: ClassVar[str] = "auto"
-    hosts: ClassVar[tuple[str, ...]] = ("llamagen", "mar")
+    job_type = Job
     summary: ClassVar[str] = "chosen by hardware and batch size"
 
     quality: Quality = "lossless"
@@ -74,12 +76,18 @@ class Auto(Accelerator):
     def lossless(self) -> bool:
         return self.quality == "lossless"
 
-    def resolve(self, job: Job) -> Accelerator:
-        if isinstance(job.schedule, CosineGroups):
-            return self._masked(job.schedule)
+    def plan(self, job: Job) -> Plan:
+        if isinstance(job, CausalJob):
+            return self._causal(job).plan(job)
+        if isinstance(job, MaskedJob) and self.quality == "approximate":
+            tokens = job.canvas.num_positions
+            return FewerSteps(iterations=min(job.schedule.iterations, max(1, tokens // 8))).plan(job)
+        return Plain().plan(job)
+
+    def _causal(self, job: CausalJob) -> Accelerator[CausalJob]:
         free = max(1, int(measure_balance(job.device, job.dtype).free_tokens / job.rows))
         if self.quality == "approximate":
-            width = job.grid_width
+            width = job.grid.width
             return ZipAR(window=max(width // 2, -(-width // free)))
         if free > 1:
             size = _weights(job.network)
@@ -89,10 +97,5 @@ class Auto(Accelerator):
                     return Speculative(drafter=name, tree=tree, verification="gumbel")
         return Jacobi(window=min(WIDEST_WINDOW, free), coupling="gumbel")
 
-    def _masked(self, order: CosineGroups) -> Accelerator:
-        if self.quality == "lossless":
-            return Plain()
-        return FewerSteps(iterations=min(order.iterations, max(1, order.permutation.shape[1] // 8)))
-
     def run(self, job: Job) -> Counts:
-        return self.resolve(job).run(job)
+        return self.plan(job).run()

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from varaccel.accelerators.companion import companion
 from varaccel.accelerators.fewer_steps import MaskedAccelerator
 from varaccel.engine.accelerator import register
-from varaccel.engine.job import Job
+from varaccel.engine.counts import SpeculationStats
+from varaccel.engine.network import check_substitute
 from varaccel.engine.options import check_choice, positive_integer
-from varaccel.engine.statistics import SpeculationStats
 from varaccel.errors import InputError
 from varaccel.hosts.masked.denoising import Sampler
-from varaccel.hosts.masked.noise import TokenNoise
+from varaccel.hosts.masked.job import MaskedJob
+from varaccel.models.mar import MARTransformer
 from varaccel.speculation.continuous_loop import Comparison, speculate_in_turn, speculate_jointly
 from varaccel.speculation.continuous_rejection import ContinuousRule, ExactRule, PaperRule, ReferenceRule
-
-if TYPE_CHECKING:  # models import decoding
-    from varaccel.models.mar import MARTransformer
 
 Mode = Literal["reference", "paper", "exact"]
 Verification = Literal["joint", "sequential"]
@@ -73,7 +70,7 @@ class CSpD(MaskedAccelerator):
     draft_length: int = 4
     prefill: float = 0.05
     verification: Verification = "joint"
-    drafter: Any = None
+    drafter: object = None
     inner_temperature: float | None = None
     tries: int | None = None
     coupling_step: int = 1
@@ -123,33 +120,46 @@ class CSpD(MaskedAccelerator):
         """k of the step whose Gaussians are compared."""
         return self.coupling_step if self.mode == "exact" else 0
 
-    def run(self, job: Job) -> SpeculationStats:
-        drafter = check_drafter(self.drafter, job)
-        options = self.session_options()
-        if self.mode != "reference" and self.compared_step == 0:
-            options["final_noise"] = True
-        target = job.open_session(**options)
-        draft = job.open_session(drafter, **options)
-        if not target.sampling.noisy:
-            raise _no_densities(target.sampling.sampler)
-        if self.compared_step >= target.sampling.steps:
+    def run(self, job: MaskedJob) -> SpeculationStats:
+        drafter = resolve_drafter(self.drafter, job)
+        needs_density = self.mode != "reference" and self.compared_step == 0
+        sampling = self.sampling(job, final_noise=True) if needs_density else self.sampling(job)
+        if not sampling.noisy:
+            raise _no_densities(sampling.sampler)
+        if self.compared_step >= sampling.steps:
             raise InputError(
-                f"coupling_step must be below the {target.sampling.steps} steps of the head, got {self.compared_step}."
+                f"coupling_step must be below the {sampling.steps} steps of the head, got {self.compared_step}."
             )
-        noise: TokenNoise = job.randomness  # type: ignore[assignment]
+        target = job.open_session(sampling=sampling)
+        draft = job.open_session(drafter, sampling=sampling)
+        noise = job.randomness
         comparison = Comparison(
             self.rule(), self.compared_step, noise, noise if self.aligned else noise.other()
         )
-        common: dict[str, Any] = {
-            "draft_length": self.draft_length,
-            "prefill": self.prefill,
-            "on_step": job.on_step,
-        }
-        order = self.order(job)
+        schedule = self.schedule(job)
         if self.verification == "joint":
-            return speculate_jointly(target, draft, job.canvas, order, comparison, **common)
-        verifier = job.open_session(contexts=self.draft_length, **options)
-        return speculate_in_turn(target, verifier, draft, job.canvas, order, comparison, **common)
+            return speculate_jointly(
+                target,
+                draft,
+                job.canvas,
+                schedule,
+                comparison,
+                draft_length=self.draft_length,
+                prefill=self.prefill,
+                on_step=job.on_step,
+            )
+        verifier = job.open_session(sampling=sampling, contexts=self.draft_length)
+        return speculate_in_turn(
+            target,
+            verifier,
+            draft,
+            job.canvas,
+            schedule,
+            comparison,
+            draft_length=self.draft_length,
+            prefill=self.prefill,
+            on_step=job.on_step,
+        )
 
 
 def _no_densities(sampler: str | None) -> InputError:
@@ -158,43 +168,19 @@ def _no_densities(sampler: str | None) -> InputError:
     )
 
 
-def check_drafter(drafter: Any, job: Job) -> MARTransformer:
+def resolve_drafter(drafter: object, job: MaskedJob) -> MARTransformer:
     """The drafter's network, if its tokens and conditions are those of the job's.
 
     Args:
         drafter: a network, a pipeline, its name, or None for what came with the model.
 
     Raises:
-        InputError: there is none, or it has other tokens, conditions or noise, or is on another device.
+        InputError: there is none, or it has another signature, or is on another device.
         CheckpointError: there is no model of that name.
     """
-    from varaccel.models.mar import MARTransformer
-
-    chosen = companion(drafter, "draft", job)
+    chosen = job.resolve_network(drafter, "draft")
     if chosen is None:
         raise InputError(
             "this model came without a smaller one to draft with; pass one, as in CSpD(drafter=small_pipe)."
         )
-    if not isinstance(chosen, MARTransformer):
-        raise InputError(
-            f"a drafter is a MARTransformer or a pipeline that has one, got {type(chosen).__name__}."
-        )
-    own: Any = job.network
-    condition = "num_classes" if own.config.condition_type == "class" else "caption_dim"
-    for name, what in (
-        ("token_channels", "tokens of {} numbers"),
-        ("grid_size", "a grid of side {}"),
-        ("noise_schedule", "a head trained on {} noise"),
-        ("condition_type", "conditions that are a {}"),
-        (condition, condition + " {}"),
-    ):
-        if chosen.config[name] != own.config[name]:
-            raise InputError(
-                f"the drafter has {what.format(chosen.config[name])} and the model {what.format(own.config[name])}; "
-                "both must be made for the same image tokenizer and the same conditions."
-            )
-    if chosen.device != job.device:
-        raise InputError(
-            f"the drafter is on {chosen.device}, the model on {job.device}; move it there with .to()."
-        )
-    return chosen
+    return check_substitute(chosen, job.network, "drafter")

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from varaccel.accelerators.fewer_steps import MaskedAccelerator
 from varaccel.engine.accelerator import register
-from varaccel.engine.job import Job
 from varaccel.engine.loop import decode
 from varaccel.engine.options import positive_integer
 from varaccel.errors import InputError
 from varaccel.hosts.masked.denoising import Sampler
+from varaccel.hosts.masked.job import MaskedJob
 
 
 @register
@@ -22,7 +22,7 @@ class FeatureCache(MaskedAccelerator):
     See `FeatureCacheSession` for what is kept and what is read. Approximate; exact with `refresh=1`.
 
     Attributes:
-        refresh: every so manieth pass reads everything; 1 is plain decoding.
+        refresh: the number of passes from one that reads everything to the next; 1 is plain decoding.
         keep_unconditional: let the other passes do without the unconditional rows of guidance.
         iterations, head_steps, head_sampler: see `MaskedAccelerator`.
 
@@ -49,8 +49,8 @@ class FeatureCache(MaskedAccelerator):
         if not isinstance(self.keep_unconditional, bool):
             raise InputError(f"keep_unconditional must be true or false, got {self.keep_unconditional!r}.")
 
-    def run(self, job: Job) -> int:
-        session = job.open_session(
-            refresh=self.refresh, keep_unconditional=self.keep_unconditional, **self.session_options()
+    def run(self, job: MaskedJob) -> int:
+        session = job.open_feature_cache_session(
+            refresh=self.refresh, keep_unconditional=self.keep_unconditional, sampling=self.sampling(job)
         )
-        return decode(session, job.canvas, self.order(job), job.randomness, job.on_step)
+        return decode(session, job.canvas, self.schedule(job), job.randomness, job.on_step)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 from varaccel.engine.accelerator import Accelerator, register
-from varaccel.engine.job import Job
 from varaccel.engine.loop import decode
 from varaccel.engine.options import check_choice, positive_integer
-from varaccel.hosts.masked.denoising import Sampler
+from varaccel.hosts.masked.denoising import HeadSampling, Sampler
+from varaccel.hosts.masked.job import MaskedJob
 from varaccel.hosts.masked.schedule import CosineGroups
 
 
-class MaskedAccelerator(Accelerator):
+class MaskedAccelerator(Accelerator[MaskedJob]):
     """What accelerators of masked models with a diffusion head share. Each has these fields among its own:
 
     Attributes:
@@ -25,7 +25,7 @@ class MaskedAccelerator(Accelerator):
         InputError: a value that nothing can be drawn with.
     """
 
-    hosts: ClassVar[tuple[str, ...]] = ("mar",)
+    job_type = MaskedJob
 
     iterations: int | None
     head_steps: int | None
@@ -38,16 +38,21 @@ class MaskedAccelerator(Accelerator):
         if self.head_sampler is not None:
             check_choice("head_sampler", self.head_sampler, get_args(Sampler))
 
-    def order(self, job: Job) -> CosineGroups:
-        """The call's order in as many groups as asked for."""
-        assert isinstance(job.schedule, CosineGroups)
+    def schedule(self, job: MaskedJob) -> CosineGroups:
+        """The call's groups, in as many iterations as asked for."""
         if self.iterations is None:
             return job.schedule
         return dataclasses.replace(job.schedule, iterations=self.iterations)
 
-    def session_options(self) -> dict[str, Any]:
-        """What sessions are opened with."""
-        return {"head_steps": self.head_steps, "head_sampler": self.head_sampler}
+    def sampling(self, job: MaskedJob, *, final_noise: bool | None = None) -> HeadSampling:
+        """The call's sampling of the head, with what was asked for in its place."""
+        own = job.sampling
+        return dataclasses.replace(
+            own,
+            steps=own.steps if self.head_steps is None else self.head_steps,
+            sampler=own.sampler if self.head_sampler is None else self.head_sampler,
+            final_noise=own.final_noise if final_noise is None else final_noise,
+        )
 
 
 @register
@@ -73,6 +78,6 @@ class FewerSteps(MaskedAccelerator):
     def lossless(self) -> bool:
         return False
 
-    def run(self, job: Job) -> int:
-        session = job.open_session(**self.session_options())
-        return decode(session, job.canvas, self.order(job), job.randomness, job.on_step)
+    def run(self, job: MaskedJob) -> int:
+        session = job.open_session(sampling=self.sampling(job))
+        return decode(session, job.canvas, self.schedule(job), job.randomness, job.on_step)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 from torch import Tensor
 
-from varaccel.accelerators.speculative import check_drafting, open_proposer, resolve_drafter, resolve_shape
 from varaccel.engine.accelerator import Accelerator, register
+from varaccel.engine.counts import SpeculationStats
 from varaccel.engine.distribution import Categorical
-from varaccel.engine.job import Job
 from varaccel.engine.options import check_choice, check_row_window
-from varaccel.engine.statistics import SpeculationStats
 from varaccel.errors import InputError
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.speculation.drafters import Tree, check_drafting, open_proposer, resolve_drafter, resolve_shape
 from varaccel.speculation.loop import Draws, Verifier, speculate, verify_by
 from varaccel.speculation.rejection import Relaxed, RelaxedGreedy, Residual, VerificationResult
-from varaccel.speculation.tree import DraftTree, DynamicTree, Topology
+from varaccel.speculation.tree import DraftTree, DynamicTree
 
 
 @register
 @dataclass(frozen=True)
-class Lantern(Accelerator):
+class Lantern(Accelerator[CausalJob]):
     """Accept a guess for the sake of its neighbours in the codebook (Jang et al. 2024, arXiv 2410.03355).
 
     Approximate: before a guess is judged, it is given the mass of its nearest codes, up to a bound. With
@@ -48,15 +47,15 @@ class Lantern(Accelerator):
     """
 
     name: ClassVar[str] = "lantern"
-    hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
+    job_type = CausalJob
     summary: ClassVar[str] = "a drafter guesses, nearby codes may stand for each other"
 
     k: int = 10
     delta: float | None = None
     multiplier: float | None = None
-    tree: int | str | Topology | DynamicTree | Sequence[Sequence[int]] = 4
+    tree: Tree = 4
     residual: Residual = "paper"
-    drafter: Any = "auto"
+    drafter: object = "auto"
     normalise: bool = True
     adaptive: bool = False
     row_window: int | None = None
@@ -94,10 +93,12 @@ class Lantern(Accelerator):
     def _delta(self) -> float | None:
         return 0.1 if self.delta is None and self.multiplier is None else self.delta
 
-    def run(self, job: Job) -> SpeculationStats:
+    def run(self, job: CausalJob) -> SpeculationStats:
         shape = resolve_shape(self.tree)
-        if self.k >= job.codes:
-            raise InputError(f"LANTERN's k must be smaller than the vocabulary of {job.codes}, got {self.k}.")
+        if self.k >= job.vocab_size:
+            raise InputError(
+                f"LANTERN's k must be smaller than the vocabulary of {job.vocab_size}, got {self.k}."
+            )
         if job.neighbours is None:
             raise InputError("this model has no codebook of vectors, which LANTERN needs; use Speculative.")
         table = job.neighbours(self.k, self.normalise).to(job.device)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from varaccel.engine.accelerator import Accelerator, register
-from varaccel.engine.job import Job
 from varaccel.engine.loop import decode
 from varaccel.engine.options import check_choice, positive_integer
+from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.schedule import StaggeredRows
 
 Mode = Literal["masked", "published"]
@@ -16,7 +16,7 @@ Mode = Literal["masked", "published"]
 
 @register
 @dataclass(frozen=True)
-class ZipAR(Accelerator):
+class ZipAR(Accelerator[CausalJob]):
     """Decode several rows at once, each a window behind the row above (He et al. 2024, arXiv 2412.04062).
 
     Training-free and approximate: a token does not see the right part of the rows above it that is not there
@@ -33,7 +33,7 @@ class ZipAR(Accelerator):
     """
 
     name: ClassVar[str] = "zipar"
-    hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
+    job_type = CausalJob
     summary: ClassVar[str] = "rows in parallel, each a window behind the row above"
 
     window: int = 8
@@ -47,8 +47,12 @@ class ZipAR(Accelerator):
         positive_integer("ZipAR window", self.window)
         check_choice("ZipAR mode", self.mode, get_args(Mode))
 
-    def run(self, job: Job) -> int:
+    def run(self, job: CausalJob) -> int:
         published = self.mode == "published"
-        order = StaggeredRows(job.grid_width, self.window, first_row_alone=published)
+        grid = job.grid
+        ends = grid.end_of_line is not None
+        schedule = StaggeredRows(grid.width, self.window, first_row_alone=published, end_of_line=ends)
+        if ends:  # known ahead: read where they stand, never decided
+            job.canvas.show_fixed()
         session = job.open_session(visibility="causal" if published else "encoded")
-        return decode(session, job.canvas, order, job.randomness, job.on_step)
+        return decode(session, job.canvas, schedule, job.randomness, job.on_step)

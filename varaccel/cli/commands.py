@@ -320,7 +320,7 @@ def models() -> None:
     console.print(table)
     table = Table("accelerator", "options", "distribution", "what it does", title="Accelerators")
     for name, cls in ACCELERATORS.items():
-        options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+        options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls))
         table.add_row(name, options or "-", "lossless" if cls().lossless else "approximate", cls.summary)
     console.print(table)
 

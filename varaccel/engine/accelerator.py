@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Generic, Never, TypeVar, cast
 
+from varaccel.engine.counts import Counts
 from varaccel.engine.job import Job
-from varaccel.engine.statistics import Counts
 from varaccel.errors import InputError, unknown_name
 
+JobT = TypeVar("JobT", bound=Job, contravariant=True)
 
-class Accelerator(ABC):
+
+@dataclass(frozen=True)
+class Plan:
+    """What an accelerator will do with one call.
+
+    Attributes:
+        accelerator: what runs, as statistics name it.
+        run: fills the canvas; see `Accelerator.run`.
+    """
+
+    accelerator: AnyAccelerator
+    run: Callable[[], Counts]
+
+
+@dataclass(frozen=True)
+class Accelerator(ABC, Generic[JobT]):
     """Base of all accelerators; subclasses are frozen dataclasses registered with `register`.
 
     Class attributes:
         name: what the user types.
-        hosts: model families it works on.
+        job_type: the kind of job that it can do: `CausalJob`, `ScaleJob`, `MaskedJob`, or `Job` for all.
         summary: one line for lists and help texts.
     """
 
     name: ClassVar[str]
-    hosts: ClassVar[tuple[str, ...]]
+    job_type: ClassVar[type[Job]]
     summary: ClassVar[str]
 
     @property
@@ -30,18 +48,18 @@ class Accelerator(ABC):
     def lossless(self) -> bool:
         """Whether the images follow exactly the distribution of plain decoding, with these options."""
 
-    def resolve(self, job: Job) -> Accelerator:
-        """The accelerator that runs; another one than this if it chooses by the call."""
-        return self
+    def plan(self, job: JobT) -> Plan:
+        """What runs; another accelerator than this if it chooses by the call."""
+        return Plan(self, partial(self.run, job))
 
     @abstractmethod
-    def run(self, job: Job) -> Counts:
+    def run(self, job: JobT) -> Counts:
         """Fill `job.canvas`; return the number of forward passes of the host model, or more about them."""
 
     def options(self) -> dict[str, Any]:
         """The options as plain values; objects by what they are called."""
         plain = {}
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+        for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Accelerator):
                 value = {"name": value.name, **value.options()}
@@ -53,10 +71,16 @@ class Accelerator(ABC):
         return plain
 
 
-ACCELERATORS: dict[str, type[Accelerator]] = {}
+AnyAccelerator = Accelerator[Never]
+"""An accelerator of jobs that are not known yet: it can be asked about itself, not run."""
+
+ACCELERATORS: dict[str, type[AnyAccelerator]] = {}
 
 
-def register(cls: type[Accelerator]) -> type[Accelerator]:
+AcceleratorT = TypeVar("AcceleratorT", bound=type[AnyAccelerator])
+
+
+def register(cls: AcceleratorT) -> AcceleratorT:
     """Make an accelerator available by its name. The test suite runs over everything registered."""
     if cls.name in ACCELERATORS:
         raise ValueError(f"an accelerator called {cls.name!r} is registered already")
@@ -64,7 +88,12 @@ def register(cls: type[Accelerator]) -> type[Accelerator]:
     return cls
 
 
-def make_accelerator(name: str, options: Mapping[str, Any] | None = None) -> Accelerator:
+def fitting(job_type: type[Job]) -> list[str]:
+    """Names of the registered accelerators that can do jobs of this kind."""
+    return [name for name, cls in ACCELERATORS.items() if issubclass(job_type, cls.job_type)]
+
+
+def make_accelerator(name: str, options: Mapping[str, object] | None = None) -> AnyAccelerator:
     """An accelerator by registered name, with its options.
 
     Raises:
@@ -73,18 +102,39 @@ def make_accelerator(name: str, options: Mapping[str, Any] | None = None) -> Acc
     if name not in ACCELERATORS:
         raise unknown_name("accelerator", name, ACCELERATORS)
     cls = ACCELERATORS[name]
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = [f.name for f in dataclasses.fields(cls)]
     for option in options or {}:
         if option not in known:
             raise unknown_name(f"option of accelerator {name!r}", option, known)
     return cls(**(options or {}))
 
 
-def resolve_accelerator(accelerator: Accelerator | str | None, host: str) -> Accelerator:
-    """What the `accelerator=` argument of a pipeline means on a host family; None is plain decoding.
+def plan_call(accelerator: AnyAccelerator, job: Job) -> Plan:
+    """What an accelerator will do with a job.
 
     Raises:
-        InputError: unknown, of the wrong type, or not made for this family.
+        InputError: a job of a kind that it cannot do.
+    """
+    if not isinstance(job, accelerator.job_type):
+        raise InputError(
+            f"{accelerator.name!r} cannot do a {type(job).__name__}; what can: {', '.join(fitting(type(job)))}."
+        )
+    return cast("Accelerator[Job]", accelerator).plan(
+        job
+    )  # the one place where the kind is checked, not known
+
+
+def resolve_accelerator(
+    accelerator: AnyAccelerator | str | None, job_type: type[Job], model: str = "this model"
+) -> AnyAccelerator:
+    """What the `accelerator=` argument of a pipeline means for a kind of job; None is plain decoding.
+
+    Args:
+        job_type: the kind of job that the pipeline makes.
+        model: what the pipeline is called in messages.
+
+    Raises:
+        InputError: unknown, of the wrong type, or not made for this kind of job.
     """
     if accelerator is None:
         accelerator = "plain"
@@ -94,8 +144,8 @@ def resolve_accelerator(accelerator: Accelerator | str | None, host: str) -> Acc
         raise InputError(
             f"accelerator must be an Accelerator, its name or None, got {type(accelerator).__name__}."
         )
-    if host not in accelerator.hosts:
+    if not issubclass(job_type, accelerator.job_type):
         raise InputError(
-            f"{accelerator.name!r} does not work on {host} models, only on {', '.join(accelerator.hosts)}."
+            f"{accelerator.name!r} does not work on {model}; what does: {', '.join(fitting(job_type))}."
         )
     return accelerator

@@ -1,53 +1,43 @@
-"""One call as an accelerator sees it."""
+"""One call as an accelerator sees it. The kinds of jobs, one per paradigm, are in `varaccel.hosts`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import OnStep
-from varaccel.engine.randomness import Randomness
-from varaccel.engine.schedule import Schedule
-from varaccel.hosts.causal.lanes import Lanes
+from varaccel.engine.network import Network
+from varaccel.engine.session import SessionCost
+
+LoadNetwork = Callable[[str, torch.device, torch.dtype], object]
+"""Finds the network of a model by the model's name, and puts it on a device."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One call as an accelerator sees it.
+@dataclass(frozen=True, kw_only=True)
+class Job(ABC):
+    """What all kinds of jobs have. A kind adds how the family decides, and opens its sessions.
 
     Attributes:
-        open_session: makes a session for this call, of the host model or of another `network` of the same
-            conditions and codes; takes the session's options. What it makes depends on the family: a
-            `CausalSession` for networks that decide one token after the other.
         network: the host model.
-        grid_width: columns of the token grid.
-        codes: size of the vocabulary, 0 where tokens are continuous.
         canvas: to be filled.
         rows: rows that a pass reads per token: images, times two while guided.
-        randomness: the draws of each image and position. A family may offer another source of draws; then only
-            its `sample` can be relied on.
-        schedule: in which the family decides its positions without acceleration.
         on_step: observer of every pass.
-        neighbours: gives the codebook's table of nearest neighbours, (k, normalise) -> [V, k + 1] int.
-        drafters: the drafters that came with the model, by name.
+        drafters: the further networks that came with the model, by name.
+        load_network: for networks that are given by name; None if the call cannot load any.
+        sessions: all that were opened, the host model's first unless the accelerator has another idea.
     """
 
-    open_session: Callable[..., Any]
-    network: nn.Module
-    grid_width: int
-    codes: int
+    network: Network
     canvas: Canvas
     rows: int
-    randomness: Randomness
-    schedule: Schedule[Any]
     on_step: OnStep | None = None
-    neighbours: Callable[[int, bool], Tensor] | None = None
-    drafters: Mapping[str, nn.Module] = field(default_factory=dict)
+    drafters: Mapping[str, Network] = field(default_factory=dict)
+    load_network: LoadNetwork | None = None
+    sessions: list[SessionCost] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -58,8 +48,29 @@ class Job:
         """Number type of the host model's weights."""
         return next(self.network.parameters()).dtype
 
-    def lanes(self, row_window: int | None) -> Lanes:
-        """Lanes of a `row_window` option: rows that lag so many tokens behind each other; None for raster order."""
-        if row_window is None:
-            return Lanes.raster(self.canvas.num_positions)
-        return Lanes.rows(self.grid_width, self.canvas.num_positions, row_window)
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the caches that exist at a time."""
+        return sum(session.cache_bytes for session in self.sessions)
+
+    @abstractmethod
+    def decode(self) -> int:
+        """Fill the canvas with the host model in the family's own schedule. Returns the number of passes."""
+
+    def resolve_network(self, chosen: object, name: str) -> object:
+        """The network that an option of an accelerator means; not checked for fitting.
+
+        Args:
+            chosen: a network, a pipeline that has a `transformer`, the name of such a pipeline, or None for the
+                drafter called `name` that came with the model.
+
+        Returns:
+            the network, None if there is none.
+
+        Raises:
+            CheckpointError: there is no model of that name.
+        """
+        found = self.drafters.get(name) if chosen is None else chosen
+        if isinstance(found, str) and self.load_network is not None:
+            found = self.load_network(found, self.device, self.dtype)
+        return getattr(found, "transformer", found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,22 +42,24 @@ OnStep = Callable[[Step], None]
 """The one observation point; it may raise to end the call."""
 
 AnyInputs = TypeVar("AnyInputs", bound=HasPositions)
+AnyDistribution = TypeVar("AnyDistribution")
+DistributionIn = TypeVar("DistributionIn", contravariant=True)
 
 
-class DrawsTokens(Protocol):
+class DrawsTokens(Protocol[DistributionIn]):
     """A source of randomness as the loop sees it: `Randomness`, or another stream."""
 
-    def sample(self, distribution: Any, positions: Tensor) -> Tensor:
+    def sample(self, distribution: DistributionIn, positions: Tensor) -> Tensor:
         """Values [B, P] (or [B, P, C]) of `positions` ([P] or [B, P]) drawn from their distribution."""
         ...
 
 
 @torch.inference_mode()
 def decode(
-    session: Session[AnyInputs],
+    session: Session[AnyInputs, AnyDistribution],
     canvas: Canvas,
     schedule: Schedule[AnyInputs],
-    randomness: DrawsTokens,
+    randomness: DrawsTokens[AnyDistribution],
     on_step: OnStep | None = None,
 ) -> int:
     """Fill the canvas step by step, each group from one prediction. Returns the number of passes.

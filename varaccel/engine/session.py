@@ -5,15 +5,29 @@ from __future__ import annotations
 from typing import Protocol, TypeVar
 
 from varaccel.engine.canvas import Canvas
-from varaccel.engine.distribution import Distribution
 from varaccel.engine.schedule import HasPositions
 
 InputsIn = TypeVar("InputsIn", bound=HasPositions, contravariant=True)
+DistributionOut = TypeVar("DistributionOut", covariant=True)
 
 
-class Session(Protocol[InputsIn]):
+class Session(Protocol[InputsIn, DistributionOut]):
     """Owns what one network knows of one canvas, and answers for positions of it."""
 
-    def predict(self, canvas: Canvas, inputs: InputsIn) -> Distribution:
+    def predict(self, canvas: Canvas, inputs: InputsIn) -> DistributionOut:
         """The distribution of `inputs.positions`, after guidance and filters."""
+        ...
+
+
+class SessionCost(Protocol):
+    """What a session tells of its cost."""
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Network rows of a pass; two per image while guided."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of its key-value caches."""
         ...

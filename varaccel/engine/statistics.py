@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+from varaccel.engine.accelerator import ACCELERATORS
+from varaccel.engine.counts import Stage
 
 
 def telling(accelerator: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that say what was done: the first one if it has a value, and those that are not the default."""
-    from varaccel.engine.accelerator import ACCELERATORS
-
     usual: dict[str, Any] = {}
     if accelerator in ACCELERATORS:
-        fields = dataclasses.fields(ACCELERATORS[accelerator])  # type: ignore[arg-type]
+        fields = dataclasses.fields(ACCELERATORS[accelerator])
         usual = {f.name: f.default for f in fields if f is not fields[0] or f.default is None}
     return {k: v for k, v in options.items() if k not in usual or usual[k] != v}
 
@@ -26,70 +24,6 @@ def call_label(accelerator: str, options: Mapping[str, Any]) -> str:
     """An accelerator with its telling options, as a call of it is written."""
     told = (f"{name}={value}" for name, value in telling(accelerator, options).items())
     return f"{accelerator}({', '.join(told)})"
-
-
-@dataclass
-class SpeculationStats:
-    """Counts of a call whose images advance at their own pace.
-
-    Attributes:
-        passes: [B] passes of the host model until the image was finished, the prefill included.
-        attempts: [B] chains or trees of guesses that were judged.
-        accepted: [B] tokens decided beyond the one that every judgement yields: the guesses that paid off.
-        draft_passes: forward passes of the drafter, shared by all images.
-        verified: [B] guesses that were judged, where a rule keeps or replaces each; None where trees are walked down.
-    """
-
-    passes: Tensor
-    attempts: Tensor
-    accepted: Tensor
-    draft_passes: int = 0
-    verified: Tensor | None = None
-
-    @classmethod
-    def start(cls, batch: int, device: torch.device) -> SpeculationStats:
-        """Before the first pass, in which nothing is guessed."""
-        zero = torch.zeros(batch, dtype=torch.int64, device=device)
-        return cls(zero, zero.clone(), zero.clone())
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One network's share of a call in which several take turns.
-
-    Attributes:
-        name: what it is called.
-        seconds: wall-clock time.
-        passes: its forward passes.
-        tokens: tokens per image that it decided.
-        cache_bytes: size of its key-value cache.
-    """
-
-    name: str
-    seconds: float
-    passes: int
-    tokens: int
-    cache_bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.tokens} tokens in {self.passes} passes, {self.seconds:.2f} s"
-
-
-@dataclass(frozen=True)
-class StageStats:
-    """Counts of a call in which several networks took turns.
-
-    Attributes:
-        passes: forward passes of all of them.
-        stages: what each of them did, in order.
-    """
-
-    passes: int
-    stages: tuple[Stage, ...]
-
-
-Counts = int | SpeculationStats | StageStats
-"""What an accelerator tells of a call: passes, or more if images have their own pace or networks take turns."""
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ class EagleAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, P, D]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        assert attention.rotary is not None
-        q, k = rotate(q, attention.rotary), rotate(k, attention.rotary)
+        assert attention.positional is not None
+        q, k = rotate(q, attention.positional), rotate(k, attention.positional)
         if attention.cache is not None:
             assert attention.slots is not None
             k, v = attention.cache.update(0, attention.slots, k, v, attention.length)
@@ -183,15 +183,19 @@ class EagleHead(ModelMixin, ConfigMixin):
 
     # -- its target ------------------------------------------------------------------------------------
 
-    def check_fits(self, target: LlamaGenTransformer) -> None:
+    def check_fits(self, target: object) -> None:
         """Make sure that this drafter was made for models of the target's sizes.
 
         Raises:
-            InputError: another codebook, width, grid or prefix.
+            InputError: no `LlamaGenTransformer`, or one of another codebook, width, grid or prefix.
         """
+        if not isinstance(target, LlamaGenTransformer):
+            raise InputError(
+                f"an EagleHead drafts for a LlamaGenTransformer, not for a {type(target).__name__}."
+            )
         ours, theirs = self.config, target.config
         facts = {
-            "codes": (ours.vocab_size, theirs.vocab_size),
+            "token ids": (ours.vocab_size, theirs.vocab_size),
             "feature channels": (ours.dim, theirs.dim),
             "tokens per row": (ours.grid_size, theirs.grid_size),
             "condition slots": (ours.prefix_length, target.prefix_length),

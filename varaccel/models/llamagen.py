@@ -23,8 +23,11 @@ from torch.nn import functional as F
 from varaccel.errors import CheckpointError, InputError, unknown_name
 from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
 from varaccel.nn.checkpoints import load_strict, read_published_weights
+from varaccel.nn.grid import Grid
 from varaccel.nn.kv_cache import KVCache
+from varaccel.nn.prefix import PrefixConditioned
 from varaccel.nn.rotary import rotary_table, rotate
+from varaccel.nn.signature import Signature
 
 PRESETS: dict[str, dict[str, int]] = {
     "B": {"dim": 768, "num_layers": 12, "num_heads": 12},
@@ -63,8 +66,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, attention: AttentionInputs, layer: int) -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 Hkv, P, D]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        assert attention.rotary is not None
-        q, k = rotate(q, attention.rotary), rotate(k, attention.rotary)
+        assert attention.positional is not None
+        q, k = rotate(q, attention.positional), rotate(k, attention.positional)
         if attention.cache is not None:
             assert attention.slots is not None
             k, v = attention.cache.update(layer, attention.slots, k, v, attention.length)
@@ -145,7 +148,7 @@ def feed_forward_width(dim: int, multiple_of: int) -> int:
     return multiple_of * math.ceil(int(8 * dim / 3) / multiple_of)
 
 
-class LlamaGenTransformer(ModelMixin, ConfigMixin):
+class LlamaGenTransformer(ModelMixin, ConfigMixin, PrefixConditioned):
     """LlamaGen, class-conditional (`c2i`) or text-conditional (`t2i`).
 
     Args:
@@ -225,23 +228,38 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
     def head_dim(self) -> int:
         return self.config.dim // self.config.num_heads
 
-    def rotary_table(self, device: torch.device | None = None) -> Tensor:
-        """[prefix_length + num_tokens, head_dim / 2, 2]; built on demand, since it is no weight."""
+    def rotary_table(self, device: torch.device | None = None, prefix: int | None = None) -> Tensor:
+        """[prefix + num_tokens, head_dim / 2, 2], `prefix_length` slots if None; no weight, so made on demand."""
         return rotary_table(
             self.config.grid_size,
             self.head_dim,
-            self.prefix_length,
+            self.prefix_length if prefix is None else prefix,
             base=self.config.rope_base,
             device=device or self.device,
         )
 
-    def new_cache(self, batch: int, spare: int = 0, layers: int | None = None) -> KVCache:
-        """An empty cache for `batch` rows, the prefix and one image, and `spare` slots beyond."""
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+    def signature(self) -> Signature:
+        """What the network reads and predicts; `condition_slots` is told of captions only."""
+        config, caption = self.config, self.config.model_type == "t2i"
+        return Signature(
+            condition="caption" if caption else "class",
+            condition_size=config.caption_dim if caption else config.num_classes,
+            condition_slots=self.prefix_length if caption else None,
+            vocab_size=config.vocab_size,
+            layout=(config.grid_size,),
+        )
+
+    def new_cache(self, rows: int, slots: int, layers: int | None = None) -> KVCache:
+        """An empty cache, for all layers or as many as are run."""
         return KVCache(
             layers=self.config.num_layers if layers is None else layers,
-            batch=batch,
+            batch=rows,
             heads=self.config.num_kv_heads or self.config.num_heads,
-            slots=self.prefix_length + self.num_tokens + spare,
+            slots=slots,
             head_dim=self.head_dim,
             dtype=self.dtype,
             device=self.device,
@@ -249,19 +267,23 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
 
     # -- the network -----------------------------------------------------------------------------------
 
-    def embed_condition(self, condition: Tensor) -> Tensor:
+    def embed_condition(self, values: Tensor) -> Tensor:
         """Prefix inputs: class labels [B] or text features [B, T, caption_dim] -> [B, T, dim]."""
-        return self.cls_embedding(condition)
+        return self.cls_embedding(values)
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Image tokens [B, P] -> [B, P, dim]."""
+    def embed_tokens(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Image tokens [B, P] -> [B, P, dim]; their places are told by the rotary table alone."""
         return self.tok_embeddings(tokens)
 
-    def unconditional(self, condition: Tensor) -> Tensor:
-        """The condition that means "none", in the shape of `condition`."""
+    def unconditional(self, values: Tensor) -> Tensor:
+        """The condition that means "none", in the shape of `values`."""
         if isinstance(self.cls_embedding, CaptionEmbedding):
-            return self.cls_embedding.uncond_embedding.expand_as(condition).to(condition.dtype)
-        return torch.full_like(condition, self.config.num_classes)
+            return self.cls_embedding.uncond_embedding.expand_as(values).to(values.dtype)
+        return torch.full_like(values, self.config.num_classes)
+
+    def positional(self, prefix: int, grids: Sequence[Grid]) -> Tensor:
+        """The rotary table [1, prefix + grid_size ** 2, head_dim / 2, 2]."""
+        return self.rotary_table(prefix=prefix).unsqueeze(0)
 
     def transform(self, x: Tensor, attention: AttentionInputs, layers: Sequence[int] | None = None) -> Tensor:
         """Run the blocks and the final norm on embedded inputs [B, P, dim] -> features [B, P, dim].

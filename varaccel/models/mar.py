@@ -27,6 +27,7 @@ from varaccel.nn.checkpoints import load_strict, read_published_weights
 from varaccel.nn.gather import rows_of
 from varaccel.nn.kv_cache import KVCache
 from varaccel.nn.noise_schedule import NoiseSchedule
+from varaccel.nn.signature import Signature
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "base": {
@@ -231,6 +232,17 @@ class MARTransformer(ModelMixin, ConfigMixin):
     def head(self) -> DiffusionHead:
         """The diffusion head."""
         return self.diffloss.net
+
+    def signature(self) -> Signature:
+        """What the network reads and predicts."""
+        config = self.config
+        return Signature(
+            condition=config.condition_type,
+            condition_size=config.num_classes if config.condition_type == "class" else config.caption_dim,
+            token_channels=config.token_channels,
+            layout=(config.grid_size,),
+            noise_schedule=config.noise_schedule,
+        )
 
     def new_caches(self, rows: int) -> tuple[KVCache, KVCache]:
         """Empty caches of encoder and decoder for `rows` rows: a slot per condition slot and token, one spare."""

@@ -25,6 +25,7 @@ from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.checkpoints import load_strict, read_published_weights
 from varaccel.nn.kv_cache import KVCache
 from varaccel.nn.scale_schedule import SCALES_256, SCALES_512, ScaleSchedule
+from varaccel.nn.signature import Signature
 
 PRESETS: dict[str, dict[str, Any]] = {
     "d16": {"depth": 16},
@@ -260,6 +261,17 @@ class VARTransformer(ModelMixin, ConfigMixin):
     def num_tokens(self) -> int:
         """Number L of tokens of one image, over all scales."""
         return self.schedule.num_tokens
+
+    def signature(self) -> Signature:
+        """What the network reads and predicts."""
+        config = self.config
+        return Signature(
+            condition=config.condition_type,
+            condition_size=config.num_classes if config.condition_type == "class" else config.caption_dim,
+            vocab_size=config.vocab_size,
+            token_channels=config.codebook_dim,
+            layout=self.schedule.sides,
+        )
 
     def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of `slots` tokens, in the weights' number type by default."""

@@ -15,8 +15,10 @@ class AttentionInputs:
     """What one forward pass reads and where it writes: everything about it that is not a weight.
 
     Attributes:
-        rotary: [P, D / 2, 2] or [B, P, D / 2, 2], rows of the rotary table for the inputs; None for networks
-            that have none.
+        positional: [P, ...], or [R, P, ...] with R = 1 or one list per row: what the network is told of the places of
+            the inputs, rows of the table that it made itself (a rotary table, position ids of several axes, ...).
+            None for networks that are told nothing.
+        modulation: [R, 1, C] or [R, P, C]: what adaptive norms read; None for networks that have none.
         mask: bool, broadcastable to [B, H, P, K], True where a query may look; None means everything.
         causal: mask to be the lower triangle instead (a full pass without padding).
         cache: where keys and values are kept; None for a pass that needs no past.
@@ -25,7 +27,8 @@ class AttentionInputs:
         length: number of leading cache slots to attend over, None for all.
     """
 
-    rotary: Tensor | None = None
+    positional: Tensor | None = None
+    modulation: Tensor | None = None
     mask: Tensor | None = None
     causal: bool = False
     cache: KVCache | None = None

@@ -12,18 +12,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from varaccel.accelerators import Accelerator, resolve_accelerator
+from varaccel.accelerators import AnyAccelerator, resolve_accelerator
+from varaccel.engine.accelerator import plan_call
 from varaccel.engine.canvas import Canvas
+from varaccel.engine.counts import Counts, SpeculationStats, StageStats
 from varaccel.engine.job import Job
 from varaccel.engine.loop import OnStep, Step
-from varaccel.engine.randomness import Randomness, image_generators
-from varaccel.engine.statistics import Counts, SpeculationStats, StageStats, Statistics
+from varaccel.engine.randomness import image_generators
+from varaccel.engine.statistics import Statistics
 from varaccel.engine.stopwatch import Stopwatch
 from varaccel.errors import InputError, unknown_name
+from varaccel.nn.condition import Condition
+from varaccel.nn.signature import Signature
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.memory import memory_errors
 from varaccel.pipelines.output import ImageOutput
-from varaccel.pipelines.pixels import OUTPUT_TYPES
+from varaccel.pipelines.pixels import OUTPUT_TYPES, to_output
 from varaccel.tokenizers.text import TextFeatures, encode_prompts
 
 logger = logging.getLogger(__name__)
@@ -52,7 +56,7 @@ class Call:
     prompts: list[str | int]
     num_images_per_prompt: int
     generators: list[torch.Generator]
-    accelerator: Accelerator
+    accelerator: AnyAccelerator
     output_type: str
     return_dict: bool
     callback: StepCallback | None
@@ -70,37 +74,34 @@ class Run:
     Attributes:
         call: its arguments.
         settings: what else the family needs to know, such as guidance and sampling.
-        condition: of each image: labels [B], or text features [B, T, C].
-        mask: [B, T], true where a caption position is valid; None for labels.
+        condition: of each image; None for no condition.
         device: where it runs.
         canvas: what is decided so far; set by `_new_canvas`.
-        sessions: all that were opened, the host model's first unless the accelerator has another idea.
-        state: what a family keeps for the call beside the canvas, shared by its hooks.
+        job: the call as accelerators see it; set by `_job`.
     """
 
     call: Call
     settings: Any
-    condition: Tensor
-    mask: Tensor | None
+    condition: Condition | None
     device: torch.device
     canvas: Canvas = field(init=False)
-    sessions: list[Any] = field(default_factory=list)
-    state: Any = None
+    job: Job = field(init=False)
 
 
 class TokenPipeline(LoadablePipeline):
     """Base of all pipelines whose images are tokens on a canvas.
 
-    A subclass registers its components, checks the arguments of its own in `__call__` and implements
-    `_condition`, `_open_session`, `_make_job` and `_images`; the other hooks have defaults. Hooks run in this
-    order: `_condition`, `_new_canvas`, `_randomness`, `_make_job`, then per session `_open_session`, per pass with
-    a callback that asks for images `_preview`, and at the end `_images`, `_written` and `_cost`.
+    A subclass registers its components, checks the arguments of its own in `__call__` and implements `_job`,
+    `_latents` and `_pixels`; the other hooks have defaults. Hooks run in this order: `_condition`, `_new_canvas`,
+    `_job`, and at the end, and per pass with a callback that asks for it, `_latents` or `_pixels`, and `_written`.
 
     Class attributes:
-        family: the name by which accelerators know the model family, see `Accelerator.hosts`.
+        family: what people call the kind of model.
+        job_type: the kind of job that the pipeline makes; accelerators say which kinds they can do.
     """
 
     family: ClassVar[str]
+    job_type: ClassVar[type[Job]]
 
     transformer: Any
     text_encoder: Any
@@ -114,46 +115,43 @@ class TokenPipeline(LoadablePipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
+    @property
+    def drafters(self) -> dict[str, Any]:
+        """The further networks that came with the model, by the names that accelerators know them by."""
+        return {}
+
     # -- what a family brings --------------------------------------------------------------------------
 
     @abstractmethod
-    def _condition(self, prompts: list[str | int]) -> tuple[Tensor, Tensor | None]:
-        """What the network is told about each prompt: labels [B] and None, or text features and their mask."""
-
-    @abstractmethod
-    def _open_session(self, run: Run, *args: Any, **options: Any) -> Any:
-        """A session of the host model, or of another `network` (the first of `args`).
-
-        Takes the options that accelerators of the family pass.
-        """
-
-    @abstractmethod
-    def _make_job(self, run: Run, open_session: Callable[..., Any], randomness: Any, on_step: OnStep) -> Job:
+    def _job(self, run: Run, on_step: OnStep) -> Job:
         """The call as accelerators see it."""
 
     @abstractmethod
-    def _images(self, run: Run) -> Any:
-        """The finished canvas as `run.call.output_type` says; empty places of a stopped one hold code 0."""
+    def _latents(self, run: Run) -> Any:
+        """The canvas for `output_type="latent"`; empty places of a stopped call hold token 0."""
+
+    @abstractmethod
+    def _pixels(self, run: Run) -> Tensor:
+        """What the canvas shows so far, decoded: [B, 3, H, W] in about [-1, 1]."""
+
+    def _condition(self, prompts: list[str | int]) -> Condition | None:
+        """What the networks are told about each prompt: labels, or text features and their mask."""
+        if self.transformer.signature().condition == "class":
+            return Condition(self._labels(prompts))
+        text = self._text(prompts, self._caption_length())
+        return Condition(text.features, text.mask)
+
+    def _caption_length(self) -> int:
+        """Caption positions T."""
+        return int(self.text_encoder.config.max_length)
 
     def _new_canvas(self, run: Run) -> Canvas:
         """Where the call starts: an empty canvas, or one with given tokens."""
         return Canvas.empty(run.call.images, self.transformer.num_tokens, device=run.device)
 
-    def _randomness(self, run: Run) -> Any:
-        """The source of draws for `run.canvas`."""
-        return Randomness.draw(run.call.generators, run.canvas.num_positions, run.device)
-
-    def _preview(self, run: Run, step: Step) -> Any:
-        """What there is after a pass as images of the call's output type; arrays if that is "latent"."""
-        return self._images(run)
-
     def _written(self, run: Run) -> Tensor:
         """The pass that decided each token, [B, h, w], or [B, N] if the tokens are not one grid."""
         return run.canvas.written
-
-    def _cost(self, run: Run) -> tuple[int, int]:
-        """Network rows per pass and bytes of the caches."""
-        return run.sessions[0].rows_per_pass, sum(s.cache.nbytes for s in run.sessions)
 
     # -- the course of a call --------------------------------------------------------------------------
 
@@ -164,7 +162,7 @@ class TokenPipeline(LoadablePipeline):
         num_images_per_prompt: int,
         seed: int | None,
         generator: torch.Generator | Sequence[torch.Generator] | None,
-        accelerator: Accelerator | str | None,
+        accelerator: AnyAccelerator | str | None,
         output_type: str,
         return_dict: bool,
         callback: StepCallback | None,
@@ -185,7 +183,7 @@ class TokenPipeline(LoadablePipeline):
             prompts,
             num_images_per_prompt,
             image_generators(len(prompts) * num_images_per_prompt, seed, generator),
-            resolve_accelerator(accelerator, self.family),
+            resolve_accelerator(accelerator, self.job_type, f"{self.family} models"),
             output_type,
             return_dict,
             callback,
@@ -207,21 +205,21 @@ class TokenPipeline(LoadablePipeline):
     def _run(self, call: Call, settings: Any) -> ImageOutput | tuple[Any, Statistics]:
         device = self._execution_device
         clock = Stopwatch(device)
-        condition, mask = self._condition(call.prompts)
-        condition = condition.repeat_interleave(call.num_images_per_prompt, dim=0)
-        mask = None if mask is None else mask.repeat_interleave(call.num_images_per_prompt, dim=0)
+        condition = self._condition(call.prompts)
+        if condition is not None:
+            condition = condition.repeat_interleave(call.num_images_per_prompt)
         clock.lap("text")
 
-        run = Run(call, settings, condition, mask, device)
+        run = Run(call, settings, condition, device)
         first = Stopwatch(device)
         run.canvas = self._new_canvas(run)
         accelerator, passes, counts = self._decode(run, first)
         clock.lap("tokens")
 
-        images = self._images(run)
+        latent = call.output_type == "latent"
+        images = self._latents(run) if latent else self._shown(run)
         clock.lap("decode")
         self.maybe_free_model_hooks()
-        rows, cache_bytes = self._cost(run)
         stats = Statistics(
             accelerator=accelerator.name,
             options=accelerator.options(),
@@ -229,8 +227,8 @@ class TokenPipeline(LoadablePipeline):
             images=call.images,
             tokens=run.canvas.num_positions,
             passes=passes,
-            rows=rows,
-            cache_bytes=cache_bytes,
+            rows=run.job.sessions[0].rows_per_pass,
+            cache_bytes=run.job.cache_bytes,
             seconds=clock.laps,
             first_pass_seconds=first.laps.get("pass", 0.0),
             **_of_counts(counts),
@@ -241,7 +239,7 @@ class TokenPipeline(LoadablePipeline):
             return images, stats
         return ImageOutput(images=images, stats=stats, written=self._written(run))
 
-    def _decode(self, run: Run, first: Stopwatch) -> tuple[Accelerator, int, Counts | None]:
+    def _decode(self, run: Run, first: Stopwatch) -> tuple[AnyAccelerator, int, Counts | None]:
         """Fill `run.canvas`; what did it, in how many passes, and what it tells, None if it was stopped.
 
         `first` gets a lap called "pass" after the first one.
@@ -249,10 +247,6 @@ class TokenPipeline(LoadablePipeline):
         self._interrupt = False
         passes = 0
         counts: Counts | None = None
-
-        def open_session(network: Any = None, **options: Any) -> Any:
-            run.sessions.append(self._open_session(run, network, **options))
-            return run.sessions[-1]
 
         with self.progress_bar(total=100) as bar:
 
@@ -265,18 +259,32 @@ class TokenPipeline(LoadablePipeline):
                 if run.call.callback is not None:
                     shown = {
                         "canvas": step.canvas,
-                        "preview": lambda: self._preview(run, step),
+                        "preview": lambda: self._shown(run),
                         "written": lambda: self._written(run),
                     }
                     run.call.callback(self, step.number - 1, step.decided, shown)
                 if self._interrupt:
                     raise Interrupted
 
-            job = self._make_job(run, open_session, self._randomness(run), on_step)
-            accelerator = run.call.accelerator.resolve(job)
+            run.job = self._job(run, on_step)
+            plan = plan_call(run.call.accelerator, run.job)
             with contextlib.suppress(Interrupted):
-                counts = accelerator.run(job)
-        return accelerator, counts.passes if isinstance(counts, StageStats) else passes, counts
+                counts = plan.run()
+        return plan.accelerator, counts.passes if isinstance(counts, StageStats) else passes, counts
+
+    def _shown(self, run: Run) -> Any:
+        """What there is as images of the call's output type; arrays if that is "latent"."""
+        return to_output(self._pixels(run), run.call.output_type)
+
+    @staticmethod
+    def _check_text(signature: Signature, text_encoder: Any, tokenizer: Any) -> None:
+        """Refuse a text-conditional network without what reads texts.
+
+        Raises:
+            InputError: text encoder or tokenizer is missing.
+        """
+        if signature.condition == "caption" and (text_encoder is None or tokenizer is None):
+            raise InputError("a text-conditional transformer needs a text_encoder and a tokenizer.")
 
     # -- conditions ------------------------------------------------------------------------------------
 

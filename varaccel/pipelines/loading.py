@@ -24,6 +24,9 @@ from varaccel.shipped import shipped_models
 BORROWED = "borrowed.json"
 """File of a model folder that says which components lie in the folder of another model beside it."""
 
+PIPELINES: dict[str, type[LoadablePipeline]] = {}
+"""Pipeline classes by the name that a model folder records."""
+
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -155,7 +158,14 @@ def _load_component(folder: Path, name: str, entry: Any, path: Path, options: Ma
 
 
 class LoadablePipeline(DiffusionPipeline):
-    """diffusers' pipeline with the library's names for models and whole-or-nothing saving."""
+    """diffusers' pipeline with the library's names for models and whole-or-nothing saving.
+
+    Every subclass is known by its name, so that `AutoPipeline` loads folders that it saved.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        PIPELINES[cls.__name__] = cls
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:
@@ -204,3 +214,16 @@ class LoadablePipeline(DiffusionPipeline):
                 entry.rename(target / entry.name)
             if (target / BORROWED).exists():  # everything is here now
                 (target / BORROWED).rename(replaced / BORROWED)
+
+
+def load_folder(name: str | os.PathLike[str], **options: Any) -> LoadablePipeline:
+    """The pipeline of a shipped model, a folder or a hub repository, by the class that it records.
+
+    Raises:
+        CheckpointError: nothing there, or nothing that this library can load.
+    """
+    folder = resolve_model(name, **hub_options(options))
+    class_name = pipeline_class_name(folder)
+    if class_name not in PIPELINES:
+        raise CheckpointError(str(unknown_name("pipeline class", class_name, PIPELINES)))
+    return PIPELINES[class_name].from_pretrained(folder, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -11,25 +10,24 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.job import Job
 from varaccel.engine.loop import OnStep
-from varaccel.engine.loop import Step as Pass
 from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
 from varaccel.hosts.masked.cuda_graph import GraphedLoop
 from varaccel.hosts.masked.denoising import HeadSampling, Loop, Sampler, Step, denoising_step
 from varaccel.hosts.masked.guidance import GuidanceSchedule, MaskedGuidance
+from varaccel.hosts.masked.job import MaskedJob
 from varaccel.hosts.masked.noise import TokenNoise
 from varaccel.hosts.masked.schedule import CosineGroups, cosine_borders
-from varaccel.hosts.masked.session import FeatureCacheSession, MaskedSession
 from varaccel.models.mar import MARTransformer
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
 from varaccel.pipelines.output import ImageOutput
-from varaccel.pipelines.pixels import to_output
+from varaccel.pipelines.published import load_network
 from varaccel.tokenizers.kl import load_kl, unpatchify
 
 
@@ -64,6 +62,7 @@ class MARPipeline(TokenPipeline):
     """
 
     family: ClassVar[str] = "mar"
+    job_type: ClassVar[type[Job]] = MaskedJob
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["text_encoder", "tokenizer", "draft_transformer"]  # noqa: RUF012
 
@@ -89,8 +88,7 @@ class MARPipeline(TokenPipeline):
         super().__init__()
         for network in filter(None, (transformer, draft_transformer)):
             patch_size(network, vae)
-        if transformer.config.condition_type == "caption" and (text_encoder is None or tokenizer is None):
-            raise InputError("a text-conditional transformer needs a text_encoder and a tokenizer.")
+        self._check_text(transformer.signature(), text_encoder, tokenizer)
         self.register_modules(
             transformer=transformer,
             vae=vae,
@@ -118,8 +116,7 @@ class MARPipeline(TokenPipeline):
         return self.transformer.config.grid_size * patch_size(self.transformer, self.vae) * 2 ** (levels - 1)
 
     @property
-    def drafters(self) -> dict[str, nn.Module]:
-        """Further networks that came with the model, by the names that accelerators know them by."""
+    def drafters(self) -> dict[str, Any]:
         return {} if self.draft_transformer is None else {"draft": self.draft_transformer}
 
     @classmethod
@@ -194,7 +191,7 @@ class MARPipeline(TokenPipeline):
         final_noise: bool = False,
         seed: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        accelerator: Accelerator | str | None = None,
+        accelerator: AnyAccelerator | str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -255,103 +252,45 @@ class MARPipeline(TokenPipeline):
 
     # -- what the base asks for ------------------------------------------------------------------------
 
-    def _condition(self, prompts: list[str | int]) -> tuple[Tensor, Tensor | None]:
-        if self.transformer.config.condition_type == "class":
-            return self._labels(prompts), None
-        text = self._text(prompts, self.transformer.buffer)
-        return text.features, text.mask
+    def _caption_length(self) -> int:
+        return int(self.transformer.buffer)
 
     def _new_canvas(self, run: Run) -> Canvas:
         network = self.transformer
         return Canvas.empty(run.call.images, network.num_tokens, channels=network.channels, device=run.device)
 
-    def _randomness(self, run: Run) -> TokenNoise:
-        network = self.transformer
-        return TokenNoise.draw(run.call.generators, network.num_tokens, network.channels, run.device)
-
-    def _make_job(self, run: Run, open_session: Callable[..., Any], randomness: Any, on_step: OnStep) -> Job:
-        return Job(
-            open_session,
-            self.transformer,
-            self.transformer.config.grid_size,
-            0,
-            run.canvas,
-            run.canvas.batch * (2 if run.settings.guidance.enabled else 1),
-            randomness,
-            CosineGroups(randomness.permutation, run.settings.iterations),
-            on_step,
+    def _job(self, run: Run, on_step: OnStep) -> MaskedJob:
+        assert run.condition is not None
+        network, settings = self.transformer, run.settings
+        noise = TokenNoise.draw(run.call.generators, network.num_tokens, network.channels, run.device)
+        return MaskedJob(
+            network=network,
+            canvas=run.canvas,
+            rows=run.canvas.batch * (2 if settings.guidance.enabled else 1),
+            on_step=on_step,
             drafters=self.drafters,
+            load_network=load_network,
+            condition=run.condition,
+            guidance=settings.guidance,
+            sampling=settings.sampling,
+            randomness=noise,
+            schedule=CosineGroups(noise.permutation, settings.iterations),
+            step=self._step,
+            loop=self._loop,
+            transforms=self._transforms,
         )
 
-    def _open_session(
-        self,
-        run: Run,
-        network: MARTransformer | None = None,
-        *,
-        head_steps: int | None = None,
-        head_sampler: Sampler | None = None,
-        final_noise: bool | None = None,
-        refresh: int | None = None,
-        keep_unconditional: bool = True,
-        contexts: int = 1,
-    ) -> MaskedSession:
-        """A session of the host or another network.
-
-        Args:
-            head_steps, head_sampler, final_noise: instead of the call's.
-            refresh, keep_unconditional: of a `FeatureCacheSession`.
-            contexts: canvases per image that are read side by side.
-        """
-        changes = {
-            name: value
-            for name, value in (
-                ("steps", head_steps),
-                ("sampler", head_sampler),
-                ("final_noise", final_noise),
-            )
-            if value is not None
-        }
-        sampling = dataclasses.replace(run.settings.sampling, **changes)
-        condition, mask = run.condition, run.mask
-        if contexts > 1:
-            condition = condition.repeat_interleave(contexts, 0)
-            mask = None if mask is None else mask.repeat_interleave(contexts, 0)
-        chosen = self.transformer if network is None else network
-        common: dict[str, Any] = {
-            "batch": run.canvas.batch * contexts,
-            "guidance": run.settings.guidance,
-            "sampling": sampling,
-            "step": self._step,
-            "loop": self._loop,
-        }
-        if refresh is not None:
-            return FeatureCacheSession(
-                chosen, condition, mask, refresh=refresh, keep_unconditional=keep_unconditional, **common
-            )
-        return MaskedSession(chosen, condition, mask, transform=self._transforms.get(id(chosen)), **common)
-
-    def _images(self, run: Run) -> Any:
-        if run.call.output_type == "latent":
-            return self._latents(run.canvas)
-        return self._decoded(run)
-
-    def _latents(self, canvas: Canvas) -> Tensor:
+    def _latents(self, run: Run) -> Tensor:
         patch = patch_size(self.transformer, self.vae)
-        return unpatchify(canvas.tokens, patch, self.transformer.config.grid_size * patch)
+        return unpatchify(run.canvas.tokens, patch, self.transformer.config.grid_size * patch)
 
-    def _preview(self, run: Run, step: Pass) -> Any:
-        return self._decoded(run)
-
-    def _decoded(self, run: Run) -> Any:
-        latents = self._latents(run.canvas).to(self.vae.dtype) / self.vae.config.scaling_factor
-        return to_output(self.vae.decode(latents).sample, run.call.output_type)
+    def _pixels(self, run: Run) -> Tensor:
+        latents = self._latents(run).to(self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(latents).sample
 
     def _written(self, run: Run) -> Tensor:
         side = self.transformer.config.grid_size
         return run.canvas.written.unflatten(1, (side, side))
-
-    def _cost(self, run: Run) -> tuple[int, int]:
-        return run.sessions[0].rows_per_pass, sum(s.cache_bytes for s in run.sessions)
 
 
 def patch_size(network: MARTransformer, vae: AutoencoderKL) -> int:

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.job import Job
-from varaccel.engine.loop import OnStep, Step
+from varaccel.engine.loop import OnStep
 from varaccel.engine.options import positive_integer
+from varaccel.engine.randomness import Randomness
 from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
 from varaccel.hosts.next_scale.feature_map import FeatureMap
+from varaccel.hosts.next_scale.job import ScaleJob
 from varaccel.hosts.next_scale.published_rng import PublishedDraws
 from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
 from varaccel.hosts.next_scale.schedule import Scales
-from varaccel.hosts.next_scale.session import ScaleSession
 from varaccel.models.var import VARTransformer
+from varaccel.nn.condition import Condition
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
 from varaccel.pipelines.inpainting import image_tensor, kept_tokens, mask_tensor, placed
 from varaccel.pipelines.output import ImageOutput
-from varaccel.pipelines.pixels import to_output
+from varaccel.pipelines.published import load_network
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 
 NO_CONDITION = "\0no condition"
@@ -57,8 +58,6 @@ class VARSettings:
 class VARPipeline(TokenPipeline):
     """Class- or text-conditional generation with a VAR transformer and any accelerator for it.
 
-    The state of a call is the `FeatureMap` that its sessions share.
-
     Args:
         transformer: the next-scale model.
         vq_model: the multi-scale image tokenizer whose codes it predicts.
@@ -72,6 +71,7 @@ class VARPipeline(TokenPipeline):
     """
 
     family: ClassVar[str] = "var"
+    job_type: ClassVar[type[Job]] = ScaleJob
     model_cpu_offload_seq = "text_encoder->transformer->vq_model"
     _optional_components = ["text_encoder", "tokenizer", "refiner"]  # noqa: RUF012
 
@@ -95,8 +95,7 @@ class VARPipeline(TokenPipeline):
         super().__init__()
         for network in filter(None, (transformer, refiner)):
             check_tokenizer(network, vq_model)
-        if transformer.config.condition_type == "caption" and (text_encoder is None or tokenizer is None):
-            raise InputError("a text-conditional transformer needs a text_encoder and a tokenizer.")
+        self._check_text(transformer.signature(), text_encoder, tokenizer)
         self.register_modules(
             transformer=transformer,
             vq_model=vq_model,
@@ -119,8 +118,7 @@ class VARPipeline(TokenPipeline):
         return self.vq_model.image_size
 
     @property
-    def drafters(self) -> dict[str, nn.Module]:
-        """Further networks that came with the model, by the names that accelerators know them by."""
+    def drafters(self) -> dict[str, Any]:
         return {} if self.refiner is None else {"refiner": self.refiner}
 
     @classmethod
@@ -193,7 +191,7 @@ class VARPipeline(TokenPipeline):
         smooth: bool = False,
         published_rng: bool = False,
         cache_dtype: torch.dtype | None = None,
-        accelerator: Accelerator | str | None = None,
+        accelerator: AnyAccelerator | str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -258,7 +256,7 @@ class VARPipeline(TokenPipeline):
         top_k: int | Sequence[int] | None = None,
         top_p: float | None = None,
         smooth: bool = False,
-        accelerator: Accelerator | str | None = None,
+        accelerator: AnyAccelerator | str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -336,13 +334,8 @@ class VARPipeline(TokenPipeline):
 
     # -- what the base asks for ------------------------------------------------------------------------
 
-    def _condition(self, prompts: list[str | int]) -> tuple[Tensor, Tensor | None]:
-        if prompts[0] is NO_CONDITION:
-            return torch.zeros(1, 0, device=self._execution_device), None
-        if self.transformer.config.condition_type == "class":
-            return self._labels(prompts), None
-        text = self._text(prompts, self.text_encoder.config.max_length)
-        return text.features, text.mask
+    def _condition(self, prompts: list[str | int]) -> Condition | None:
+        return None if prompts[0] is NO_CONDITION else super()._condition(prompts)
 
     def _new_canvas(self, run: Run) -> Canvas:
         source = run.settings.source
@@ -351,75 +344,45 @@ class VARPipeline(TokenPipeline):
         codes, kept = source
         return Canvas.given(codes.expand(run.call.images, -1), kept.expand(run.call.images, -1))
 
-    def _randomness(self, run: Run) -> Any:
+    def _randomness(self, run: Run) -> Randomness | PublishedDraws:
+        """The source of draws for the canvas."""
         seed = run.settings.published_seed
         if seed is None:
-            return super()._randomness(run)
+            return Randomness.draw(run.call.generators, run.canvas.num_positions, run.device)
         return PublishedDraws(torch.Generator(run.device).manual_seed(seed))
 
-    def _make_job(self, run: Run, open_session: Callable[..., Any], randomness: Any, on_step: OnStep) -> Job:
-        codes = self.vq_model.codebook_size
-        noise = randomness.gumbel(codes) if run.settings.smooth else None
-        run.state = FeatureMap(self.vq_model.quantize, run.canvas.batch, noise)
-        return Job(
-            open_session,
-            self.transformer,
-            self.transformer.schedule.last_side,
-            codes,
-            run.canvas,
-            run.canvas.batch * (2 if run.settings.guidance.enabled else 1),
-            randomness,
-            Scales(self.transformer.schedule),
-            on_step,
+    def _job(self, run: Run, on_step: OnStep) -> ScaleJob:
+        randomness, settings = self._randomness(run), run.settings
+        noise = randomness.gumbel(self.vq_model.codebook_size) if settings.smooth else None
+        return ScaleJob(
+            network=self.transformer,
+            canvas=run.canvas,
+            rows=run.canvas.batch * (2 if settings.guidance.enabled else 1),
+            on_step=on_step,
             drafters=self.drafters,
+            load_network=load_network,
+            condition=run.condition,
+            features=FeatureMap(self.vq_model.quantize, run.canvas.batch, noise),
+            guidance=settings.guidance,
+            sampling=settings.sampling,
+            randomness=randomness,
+            schedule=Scales(self.transformer.schedule),
+            cache_dtype=settings.cache_dtype,
+            transform=self._compiled,
         )
 
-    def _open_session(
-        self,
-        run: Run,
-        network: VARTransformer | None = None,
-        *,
-        guidance: ScaleGuidance | None = None,
-        sampling_changes: Mapping[str, Any] | None = None,
-        until: int | None = None,
-    ) -> ScaleSession:
-        sampling = run.settings.sampling
-        if sampling_changes:
-            sampling = dataclasses.replace(sampling, **sampling_changes)
-            sampling.check(self.transformer.schedule, self.vq_model.codebook_size)
-        own = network is None or network is self.transformer
-        return ScaleSession(
-            self.transformer if network is None else network,
-            run.state,
-            run.condition if run.condition.numel() else None,
-            run.mask,
-            guidance=guidance or run.settings.guidance,
-            sampling=sampling,
-            until=until,
-            cache_dtype=run.settings.cache_dtype,
-            transform=self._compiled if own else None,
-        )
+    def _latents(self, run: Run) -> Tensor:
+        return run.canvas.tokens
 
-    def _images(self, run: Run) -> Any:
-        if run.call.output_type == "latent":
-            return run.canvas.tokens
-        return self._decoded(run, self._finished_scales(run.canvas))
-
-    def _preview(self, run: Run, step: Step) -> Any:
-        return self._decoded(run, step.number)
-
-    def _decoded(self, run: Run, scales: int) -> Any:
-        features = run.state
-        features.follow(run.canvas, scales)
-        return to_output(self.vq_model.decode(features.value), run.call.output_type)
+    def _pixels(self, run: Run) -> Tensor:
+        assert isinstance(run.job, ScaleJob)
+        features = run.job.features
+        features.follow(run.canvas, self._finished_scales(run.canvas))
+        return self.vq_model.decode(features.value)
 
     def _finished_scales(self, canvas: Canvas) -> int:
         ends = torch.tensor(self.transformer.schedule.borders[1:], device=canvas.written.device) - 1
         return int((canvas.written[0, ends] > 0).sum())
-
-    def _cost(self, run: Run) -> tuple[int, int]:
-        # sessions follow each other, and each frees its cache before the next makes its own
-        return run.sessions[0].rows_per_pass, max(s.cache_bytes for s in run.sessions)
 
 
 def check_tokenizer(network: VARTransformer, vq_model: MultiScaleVQModel) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from varaccel.engine.canvas import Canvas
+from varaccel.engine.counts import SpeculationStats
 from varaccel.engine.loop import OnStep, Step
-from varaccel.engine.statistics import SpeculationStats
 from varaccel.hosts.masked.denoising import Denoised
 from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.hosts.masked.noise import TokenNoise

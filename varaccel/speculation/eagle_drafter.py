@@ -12,7 +12,6 @@ from varaccel.engine.distribution import Categorical
 from varaccel.hosts.causal.cache_slots import CacheSlots, lane_draft_slots, spread
 from varaccel.hosts.causal.lanes import Fronts
 from varaccel.hosts.causal.session import CausalSession
-from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.speculation.loop import StepResult
 from varaccel.speculation.network_drafter import draft_positions
 from varaccel.speculation.proposers import Branch
@@ -46,8 +45,8 @@ class EagleReader:
         rows = session.rows_per_pass
         self.cache_slots = CacheSlots(
             head.new_cache(rows, spare=lanes * draft_slots + 1),
-            head.rotary_table(head.device),
             prefix=head.prefix_pairs,
+            positional=head.rotary_table(head.device).unsqueeze(0),
             draft_slots=lanes * draft_slots,
         )
         self.passes = 0
@@ -108,15 +107,9 @@ class EagleReader:
         features, pairs = self.session.prefix_features, self.head.prefix_pairs
         if pairs:
             tokens = torch.zeros(features.shape[0], pairs, dtype=torch.int64, device=features.device)
-            slots = torch.arange(pairs, device=features.device)
-            attention = AttentionInputs(
-                self.cache_slots.rotary[:pairs],
-                causal=True,
-                cache=self.cache_slots.cache,
-                slots=slots,
-                length=pairs,
+            self.head.transform(
+                self.head.fuse(tokens, features[:, :-1]), self.cache_slots.prefill_inputs(None)
             )
-            self.head.transform(self.head.fuse(tokens, features[:, :-1]), attention)
         first = torch.zeros(self.canvas.batch, 1, dtype=torch.int64, device=features.device)
         self._pairs = (self.canvas.tokens[:, :1], first, features[:, -1:])
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
+from varaccel.engine.counts import SpeculationStats
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.loop import OnStep, Step
 from varaccel.engine.randomness import GumbelNoise, Randomness, Stream
-from varaccel.engine.statistics import SpeculationStats
 from varaccel.hosts.causal.cache_slots import lane_draft_slots, spread
 from varaccel.hosts.causal.lanes import Fronts, Lanes
 from varaccel.hosts.causal.session import CausalSession, DraftInputs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from varaccel.engine.distribution import Categorical
 from varaccel.errors import InputError
 from varaccel.hosts.causal.cache_slots import lane_draft_slots, spread
 from varaccel.hosts.causal.lanes import Fronts
+from varaccel.hosts.causal.network import LayeredNetwork
 from varaccel.hosts.causal.session import CausalSession, DraftInputs
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.kv_cache import KVCache
@@ -19,52 +18,39 @@ from varaccel.speculation.loop import StepResult
 from varaccel.speculation.proposers import Branch
 
 
-def check_same_codes(drafter: Any, target: Any) -> None:
-    """Refuse a draft model that does not speak about the same codes at the same places under the same conditions.
-
-    Raises:
-        InputError: another vocabulary, grid, kind or width of condition.
-    """
-    facts = {
-        "vocabulary": "vocab_size",
-        "grid": "grid_size",
-        "kind of condition": "model_type",
-        "number of condition slots": "prefix_length",
-        "width of text features": "caption_dim",
-        "number of classes": "num_classes",
-    }
-    skipped = {"num_classes"} if target.config.model_type == "t2i" else {"caption_dim", "prefix_length"}
-    for what, name in facts.items():
-        ours, theirs = getattr(target.config, name), getattr(drafter.config, name)
-        if name not in skipped and ours != theirs:
-            raise InputError(
-                f"the draft model has another {what} ({theirs}) than the model it drafts for ({ours}); "
-                "use one that was trained on the same image tokenizer and conditions."
-            )
-
-
 class LayerSubset:
     """Some layers of a network as a network of its own, on the same weights.
 
     Args:
-        network: a `LlamaGenTransformer`.
+        network: that can be run with some of its layers.
         layers: numbers of the layers that are run, in order.
+
+    Raises:
+        InputError: layers that the network does not have, none, or one named twice.
     """
 
-    def __init__(self, network: Any, layers: tuple[int, ...]) -> None:
-        depth = network.config.num_layers
+    def __init__(self, network: LayeredNetwork, layers: tuple[int, ...]) -> None:
+        depth = network.num_layers
         if not layers or any(not 0 <= i < depth for i in layers) or len(set(layers)) < len(layers):
             raise InputError(f"layers must be different numbers from 0 to {depth - 1}, got {list(layers)}.")
         self.network, self.layers = network, layers
+        self.signature, self.parameters = network.signature, network.parameters
+        self.encode_condition, self.embed_tokens = network.encode_condition, network.embed_tokens
+        self.logits, self.possible_tokens = network.logits, network.possible_tokens
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.network, name)
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
 
     def transform(self, x: Tensor, attention: AttentionInputs) -> Tensor:
         return self.network.transform(x, attention, self.layers)
 
-    def new_cache(self, batch: int, spare: int = 0) -> KVCache:
-        return self.network.new_cache(batch, spare, len(self.layers))
+    def new_cache(self, rows: int, slots: int) -> KVCache:
+        return self.network.new_cache(rows, slots, len(self.layers))
 
 
 class NetworkReader:

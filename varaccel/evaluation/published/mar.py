@@ -134,11 +134,12 @@ def our_shares(
     """
     from varaccel.engine.canvas import Canvas
     from varaccel.hosts.masked.session import MaskedSession
+    from varaccel.nn.condition import Condition
 
     batch, count, channels = noise.start.shape
     canvas = Canvas.empty(batch, count, channels=channels, device=noise.start.device)
     chosen: dict[str, object] = {"guidance": guidance, "sampling": sampling, **(options or {})}
-    session = MaskedSession(model, condition, condition_mask, batch=batch, **chosen)  # type: ignore[arg-type]
+    session = MaskedSession(model, Condition(condition, condition_mask), batch=batch, **chosen)  # type: ignore[arg-type]
     seconds = {"transformer": 0.0, "head": 0.0}
     for number, inputs in enumerate(CosineGroups(noise.permutation, iterations).step_inputs(canvas), 1):
         clock = Stopwatch(canvas.tokens.device)

@@ -14,45 +14,74 @@ Visibility = Literal["encoded", "causal"]
 
 
 class CacheSlots:
-    """A cache with one slot per condition entry and per position, and scratch slots for guesses.
+    """A cache with one slot per condition entry and per position, and draft slots for draft tokens.
 
-    Slots are laid out as [prefix | scratch | positions | spare]. Guesses of several branches can stand for
-    the same position, so they are read in scratch slots; those that are kept are moved to the slot of their
-    position. The spare slot takes what padded entries write, and nothing looks at it.
+    Slots are laid out as [prefix | draft slots | positions | spare]. Draft tokens of several branches can stand for
+    the same position, so they are read in draft slots; those that are kept are moved to the slot of their position.
+    The spare slot takes what padded entries write, and nothing looks at it.
 
     Args:
-        cache: an empty cache with `prefix + scratch + positions + 1` slots.
-        rotary: [prefix + positions, D / 2, 2], the rotary rows of condition and positions.
-        prefix: number of condition slots.
-        draft_slots: number of scratch slots.
-        condition_mask: [R, prefix], nonzero where a condition slot is used; None if all are.
+        cache: an empty cache of R rows with `prefix + draft_slots + positions + 1` slots.
+        prefix: number of condition slots T.
+        positional, modulation: of prefix and positions, see `Prefix`; None where the network has none.
+        draft_slots: number of draft slots.
+        mask: [R, T], nonzero where a condition slot is used; None if all are.
+        branches_differ: whether the rows of the two branches of guidance have masks of their own. If not, masks are
+            made once and repeated.
         visibility: see `CausalSession`.
     """
 
     def __init__(
         self,
         cache: KVCache,
-        rotary: Tensor,
         *,
         prefix: int,
+        positional: Tensor | None = None,
+        modulation: Tensor | None = None,
         draft_slots: int = 0,
-        condition_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        branches_differ: bool = False,
         visibility: Visibility = "encoded",
     ) -> None:
         self.cache = cache
         self.prefix, self.draft_slots = prefix, draft_slots
         self.base = prefix + draft_slots  # slot of position 0
-        self.visibility = visibility
-        self.rotary = torch.cat([rotary, torch.zeros_like(rotary[:1])])
+        self.visibility, self.branches_differ = visibility, branches_differ
+        # one row more, of zeros, for padding; whatever stands there is never used
+        self._positional = _with_padding(positional)
+        self._modulation = _with_padding(modulation)
         rows, slots = cache.keys.shape[1], cache.keys.shape[3]
+        device = cache.keys.device
         self.spare = slots - 1
-        self.usable = torch.zeros(rows, slots, dtype=torch.bool, device=rotary.device)
-        self.usable[:, :prefix] = True if condition_mask is None else condition_mask.bool()
-        self._slots = torch.arange(slots, device=rotary.device)
+        self.usable = torch.zeros(rows, slots, dtype=torch.bool, device=device)
+        self.usable[:, :prefix] = True if mask is None else mask.bool()
+        self._slots = torch.arange(slots, device=device)
 
     @property
     def rows(self) -> int:
         return self.usable.shape[0]
+
+    def places(self, index: Tensor | slice, rows: int) -> tuple[Tensor | None, Tensor | None]:
+        """Positional rows and modulation of shared places `index` ([P], or a slice), counted from the first slot of
+        the prefix, for the first `rows` rows; see `AttentionInputs`."""
+        positional = None if self._positional is None else self._positional[:rows, index]
+        modulation = self._modulation
+        if modulation is None:
+            return positional, None
+        return positional, modulation[:rows] if modulation.shape[1] == 1 else modulation[:rows, index]
+
+    def prefill_inputs(self, mask: Tensor | None) -> AttentionInputs:
+        """The attention inputs of a pass over the prefix slots, under `mask` ([R, 1, T, T], None for causal)."""
+        positional, modulation = self.places(slice(0, self.prefix), self.rows)
+        return AttentionInputs(
+            positional,
+            modulation,
+            mask=mask,
+            causal=mask is None,
+            cache=self.cache,
+            slots=self._slots[: self.prefix],
+            length=self.prefix,
+        )
 
     def attention_inputs(
         self,
@@ -63,28 +92,32 @@ class CacheSlots:
         visible: Tensor | None = None,
         length: int | None = None,
     ) -> AttentionInputs:
-        """The reading of entries that stand at `positions`, and a record that they are encoded.
+        """The attention inputs of entries that stand at `positions`, and a record that they are encoded.
 
-        An entry in the slot of its position sees the encoded slots up to its own. A guess in a scratch slot
-        sees the encoded slots before its position, and those guesses that `visible` names.
+        An entry in the slot of its position sees the encoded slots up to its own. A draft token in a draft slot
+        sees the encoded slots before its position, and those draft tokens that `visible` names.
 
         Args:
             positions: [B, F], -1 for padding. B divides `rows`: both branches of a guided call read alike.
-            rows: rows of the pass, at most those of the memory.
-            draft_slots: [B, F] scratch slot of each entry, -1 for the slot of its position; None for all -1.
-            visible: [B, F, scratch] bool, which scratch slots each entry sees.
+            rows: rows of the pass, at most those of the cache.
+            draft_slots: [B, F] draft slot of each entry, -1 for the slot of its position; None for all -1.
+            visible: [B, F, draft_slots] bool, which draft slots each entry sees.
             length: number of leading slots to attend over, None for all.
         """
+        if self.branches_differ and (repeats := rows // positions.shape[0]) > 1:
+            positions = positions.repeat(repeats, 1)
+            draft_slots = None if draft_slots is None else draft_slots.repeat(repeats, 1)
+            visible = None if visible is None else visible.repeat(repeats, 1, 1)
         batch = positions.shape[0]
         used = positions >= 0
         own = torch.where(used, positions + self.base, self.spare)  # [B, F]
         permanent = own
         slots = own
         if draft_slots is not None:
-            draft_token = (draft_slots >= 0) & used
-            slots = torch.where(draft_token, draft_slots + self.prefix, own)
-            permanent = torch.where(draft_token, self.spare, own)
-            own = torch.where(draft_token, own - 1, own)  # a guess does not see what stands for it so far
+            drafted = (draft_slots >= 0) & used
+            slots = torch.where(drafted, draft_slots + self.prefix, own)
+            permanent = torch.where(drafted, self.spare, own)
+            own = torch.where(drafted, own - 1, own)  # a draft token does not see what stands for it so far
         self.usable.scatter_(1, permanent.repeat(self.rows // batch, 1), True)
         self.usable[:, self.spare] = False
         usable = self.usable[:batch, :length]
@@ -99,16 +132,21 @@ class CacheSlots:
             mask |= keys == slots.unsqueeze(-1)
         # a padded entry would see nothing, and softmax over nothing is not a number
         mask |= (keys == 0) & ~used.unsqueeze(-1)
-        # the rotary row of padding is never used; the last row is zero
-        rotary = self.rotary[torch.where(used, positions + self.prefix, self.rotary.shape[0] - 1)]
         repeats = rows // batch
         if repeats > 1:
-            mask, rotary, slots = (
-                mask.repeat(repeats, 1, 1),
-                rotary.repeat(repeats, 1, 1, 1),
-                slots.repeat(repeats, 1),
-            )
-        return AttentionInputs(rotary, mask=mask.unsqueeze(1), cache=self.cache, slots=slots, length=length)
+            mask, slots = mask.repeat(repeats, 1, 1), slots.repeat(repeats, 1)
+        places = torch.where(used, positions + self.prefix, -1)  # the last row is that of padding
+        modulation = self._modulation
+        if modulation is not None:
+            modulation = modulation[:rows] if modulation.shape[1] == 1 else _at(modulation, places, rows)
+        return AttentionInputs(
+            None if self._positional is None else _at(self._positional, places, rows),
+            modulation,
+            mask=mask.unsqueeze(1),
+            cache=self.cache,
+            slots=slots,
+            length=length,
+        )
 
     def keep(self, draft_slots: Tensor, positions: Tensor) -> None:
         """Move guesses from scratch slots to the slots of their positions.
@@ -124,6 +162,23 @@ class CacheSlots:
         self.cache.move(source, target)
         self.usable.scatter_(1, target, True)
         self.usable[:, self.spare] = False
+
+
+def _with_padding(table: Tensor | None) -> Tensor | None:
+    """A table [R, S, ...] with a row of zeros behind each list; one that all places share needs none."""
+    if table is None or table.shape[1] == 1:
+        return table
+    return torch.cat([table, torch.zeros_like(table[:, :1])], dim=1)
+
+
+def _at(table: Tensor, places: Tensor, rows: int) -> Tensor:
+    """Entries of a table ([1, S, ...] shared, or [R, S, ...]) at `places` [B, F], for `rows` rows: [rows, F, ...]."""
+    repeats = rows // places.shape[0]
+    if table.shape[0] == 1:
+        found = table[0, places]
+        return found if repeats == 1 else found.repeat(repeats, *[1] * (found.dim() - 1))
+    every = torch.arange(rows, device=places.device).unsqueeze(1)
+    return table[every, places.repeat(repeats, 1)]
 
 
 def lane_draft_slots(lanes: int, per_lane: int, entries: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from varaccel.errors import InputError
@@ -45,6 +46,15 @@ class Guidance:
         """Whether the prediction of this image token is guided."""
         return self.enabled and position <= self.last_position
 
-    def combine(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        """uncond + scale * (cond - uncond), on raw float32 logits."""
-        return unconditional + self.scale * (conditional - unconditional)
+    def combine(self, conditional: Tensor, unconditional: Tensor, positions: Tensor) -> Tensor:
+        """uncond + scale * (cond - uncond), on raw float32 logits.
+
+        Args:
+            conditional, unconditional: [B, P, V].
+            positions: [P] or [B, P], of the tokens that they predict; those beyond the interval are not guided.
+        """
+        guided = unconditional + self.scale * (conditional - unconditional)
+        if self.interval < 0:
+            return guided
+        active = positions <= self.last_position
+        return torch.where(active.unsqueeze(-1), guided, conditional)

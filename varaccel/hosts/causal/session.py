@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,26 +12,13 @@ from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
 from varaccel.hosts.causal.cache_slots import CacheSlots, Visibility
 from varaccel.hosts.causal.guidance import Guidance
+from varaccel.hosts.causal.network import CausalNetwork
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.hosts.causal.schedule import StepInputs
 from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
+from varaccel.nn.condition import Condition
+from varaccel.nn.grid import Grid
 from varaccel.nn.kv_cache import KVCache
-
-
-class CausalNetwork(Protocol):
-    """What a prefix-conditioned causal token network offers (LlamaGen and its kin)."""
-
-    prefix_length: int
-    num_tokens: int
-    device: torch.device
-
-    def embed_condition(self, condition: Tensor) -> Tensor: ...
-    def embed_tokens(self, tokens: Tensor) -> Tensor: ...
-    def unconditional(self, condition: Tensor) -> Tensor: ...
-    def transform(self, x: Tensor, attention: AttentionInputs) -> Tensor: ...
-    def logits(self, features: Tensor) -> Tensor: ...
-    def rotary_table(self, device: torch.device | None = None) -> Tensor: ...
-    def new_cache(self, batch: int, spare: int = 0) -> KVCache: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +38,10 @@ class DraftInputs:
     visible: Tensor | None = None
 
 
+Transform = Callable[[Tensor, AttentionInputs], Tensor]
+"""`CausalNetwork.transform`, or a compiled version of it."""
+
+
 class CausalSession:
     """A causal token network, its cache and guidance for one call.
 
@@ -59,12 +50,12 @@ class CausalSession:
 
     Args:
         network: the model, in eval mode; it is not changed.
-        condition: class labels [B], or left-padded text features [B, T, C].
-        condition_mask: [B, T], 1 where a caption slot is used. As published, the unconditional branch uses
-            the same mask, so it depends on the length of the caption.
+        condition: of the B images.
+        grids: that the image tokens stand in, one after the other.
         visibility: "encoded": a query sees the slots before it that hold a token. "causal": it sees all
             slots before it, empty ones with zero key and value, as published ZipAR does.
-        draft_slots: number of guesses that can be read in one pass, see `CacheSlots`.
+        draft_slots: number of draft tokens that can be read in one pass, see `CacheSlots`.
+        given: canvas whose fixed tokens are the only ones possible at their positions; None if none are given.
         static_shapes: attend over all slots in every pass, so that shapes never change (for compiled
             networks); otherwise over the leading slots in use.
         transform: replaces `network.transform`, for a compiled version of it.
@@ -73,37 +64,40 @@ class CausalSession:
     def __init__(
         self,
         network: CausalNetwork,
-        condition: Tensor,
-        condition_mask: Tensor | None = None,
+        condition: Condition,
+        grids: Sequence[Grid],
         *,
         guidance: Guidance | None = None,
         sampling: Sampling | None = None,
         visibility: Visibility = "encoded",
         draft_slots: int = 0,
+        given: Canvas | None = None,
         static_shapes: bool = False,
-        transform: Any = None,
+        transform: Transform | None = None,
     ) -> None:
-        self.network = network
+        self.network, self.grids = network, tuple(grids)
         self.guidance = guidance or Guidance()
         self.sampling = sampling or Sampling()
         self.static_shapes = static_shapes
         self._transform = transform or network.transform
-        self.batch = condition.shape[0]
-        self.prefix = network.prefix_length
-        if self.guidance.enabled:
-            condition = torch.cat([condition, network.unconditional(condition)])
-            condition_mask = None if condition_mask is None else condition_mask.repeat(2, 1)
-        self._condition = condition
-        self._condition_mask = condition_mask
+        self.batch = condition.batch
+        self._given = given if given is not None and given.fixed is not None else None
+        with torch.inference_mode():
+            prefix = network.encode_condition(condition, grids, guided=self.guidance.enabled)
+        rows, self.prefix = prefix.embeddings.shape[:2]
+        positions = sum(grid.num_positions for grid in grids)
+        self._inputs: Tensor | None = prefix.embeddings  # until they are read
+        self._mask = prefix.mask
         self.cache_slots = CacheSlots(
-            network.new_cache(condition.shape[0], spare=draft_slots + 1),
-            network.rotary_table(network.device),
+            network.new_cache(rows, self.prefix + positions + draft_slots + 1),
             prefix=self.prefix,
+            positional=prefix.positional,
+            modulation=prefix.modulation,
             draft_slots=draft_slots,
-            condition_mask=condition_mask,
+            mask=prefix.mask,
+            branches_differ=self.guidance.enabled and condition.negative is not None,
             visibility=visibility,
         )
-        self._padded = condition_mask is not None
         self._frontier = 0  # positions before it are all encoded, in every row
         self._prefix_features: Tensor | None = None
         self.reads = 0  # forward passes of the network, the prefill included
@@ -116,6 +110,10 @@ class CausalSession:
     def rows_per_pass(self) -> int:
         """Network rows of a guided pass."""
         return self.cache_slots.rows
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.cache.nbytes
 
     @property
     def prefix_features(self) -> Tensor:
@@ -158,7 +156,7 @@ class CausalSession:
             length = None
         elif length is None:
             length = int(drafts.positions.max()) + 1
-        x = self.network.embed_tokens(drafts.tokens)
+        x = self.network.embed_tokens(drafts.tokens, drafts.positions)
         attention = self.cache_slots.attention_inputs(
             drafts.positions,
             rows=rows,
@@ -179,15 +177,26 @@ class CausalSession:
         logits = self.network.logits(features)
         if features.shape[0] > self.batch:
             conditional, unconditional = logits.split(self.batch)
-            logits = self._guide(conditional, unconditional, positions)
+            logits = self.guidance.combine(conditional, unconditional, positions)
+        logits = self._possible(logits, positions)
         return Categorical(self.sampling.filter(logits), greedy=self.sampling.greedy)
 
-    def _guide(self, conditional: Tensor, unconditional: Tensor, positions: Tensor) -> Tensor:
-        guided = self.guidance.combine(conditional, unconditional)
-        if self.guidance.interval < 0:
-            return guided
-        active = positions <= self.guidance.last_position  # [P] or [B, P]
-        return torch.where(active.unsqueeze(-1), guided, conditional)
+    def _possible(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Logits [B, P, V] with -inf at tokens that cannot stand at `positions`; places outside are not looked at."""
+        last = self.cache_slots.spare - self.cache_slots.base - 1
+        places = positions.clamp(0, last)
+        possible = self.network.possible_tokens(places, self.grids)
+        if possible is not None:
+            logits = logits.masked_fill(~possible, -torch.inf)
+        if self._given is None:
+            return logits
+        assert self._given.fixed is not None
+        index = places.expand(self.batch, -1)
+        tokens, fixed = self._given.tokens.gather(1, index), self._given.fixed.gather(1, index)
+        others = torch.arange(logits.shape[-1], device=logits.device) != tokens.unsqueeze(-1)
+        # 0 and not what the network says: a given token may be one that it finds impossible
+        only = torch.zeros_like(logits).masked_fill(others, -torch.inf)
+        return torch.where(fixed.unsqueeze(-1), only, logits)
 
     def _guided(self, inputs: StepInputs) -> bool:
         if inputs.host is None:
@@ -196,19 +205,11 @@ class CausalSession:
 
     @torch.inference_mode()
     def _prefill(self) -> Tensor:
-        x = self.network.embed_condition(self._condition)
-        mask = None if self._condition_mask is None else prefix_mask(self._condition_mask, self.prefix)
-        slots = torch.arange(self.prefix, device=x.device)
-        attention = AttentionInputs(
-            self.cache_slots.rotary[: self.prefix],
-            mask=mask,
-            causal=mask is None,
-            cache=self.cache,
-            slots=slots,
-            length=self.prefix,
-        )
+        assert self._inputs is not None
+        x, self._inputs = self._inputs, None
+        mask = None if self._mask is None else prefix_mask(self._mask, self.prefix)
         self.reads += 1
-        return self.network.transform(x, attention)
+        return self.network.transform(x, self.cache_slots.prefill_inputs(mask))
 
     def _features(self, canvas: Canvas, inputs: StepInputs) -> Tensor:
         """Features [R, P, dim] that predict the positions, R = B or 2 B rows."""
@@ -242,18 +243,18 @@ class CausalSession:
         length = cache_slots.base + last + 1
         mask = (
             cache_slots.usable[:rows, None, None, :length]
-            if self._padded or cache_slots.draft_slots
+            if self._mask is not None or cache_slots.draft_slots
             else None
         )
         attention = AttentionInputs(
-            cache_slots.rotary[inputs.slots + self.prefix],
+            *cache_slots.places(inputs.slots + self.prefix, rows),
             mask=mask,
             cache=self.cache,
             slots=slots,
             length=length,
         )
         self.reads += 1
-        x = self.network.embed_tokens(canvas.tokens[:, inputs.tokens])
+        x = self.network.embed_tokens(canvas.tokens[:, inputs.tokens], inputs.slots.expand(self.batch, -1))
         return self._transform(x.repeat(rows // self.batch, 1, 1), attention)
 
     def _read_inputs(self, canvas: Canvas, inputs: StepInputs) -> Tensor:

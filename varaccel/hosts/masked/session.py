@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,12 +12,14 @@ from varaccel.hosts.masked.denoising import HeadSampling, Loop, Process, Step, d
 from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.hosts.masked.guidance import MaskedGuidance
 from varaccel.hosts.masked.schedule import MaskedInputs
+from varaccel.models.mar import MARTransformer
 from varaccel.nn.attention_inputs import AttentionInputs
+from varaccel.nn.condition import Condition
 from varaccel.nn.gather import rows_of
 from varaccel.nn.kv_cache import KVCache
 
-if TYPE_CHECKING:  # models import decoding
-    from varaccel.models.mar import MARTransformer
+Transform = Callable[..., Tensor]
+"""`MARTransformer.forward`, or a compiled version of it."""
 
 
 class MaskedSession:
@@ -31,7 +32,7 @@ class MaskedSession:
 
     Args:
         network: the model, in eval mode; it is not changed.
-        condition: class labels [B], or text features [B, T, C] with `condition_mask` [B, T]; None for no condition.
+        condition: of the B images; None for no condition.
         batch: B.
         transform: replaces `network.forward`, for a compiled version of it.
         step, loop: replace `denoising_step`, likewise, and the loop around it.
@@ -40,13 +41,12 @@ class MaskedSession:
     def __init__(
         self,
         network: MARTransformer,
-        condition: Tensor | None,
-        condition_mask: Tensor | None = None,
+        condition: Condition | None,
         *,
         batch: int,
         guidance: MaskedGuidance | None = None,
         sampling: HeadSampling | None = None,
-        transform: Callable[..., Tensor] | None = None,
+        transform: Transform | None = None,
         step: Step = denoising_step,
         loop: Loop | None = None,
     ) -> None:
@@ -61,7 +61,7 @@ class MaskedSession:
             if condition is None:
                 self._slots = null
             else:
-                self._slots = network.embed_slots(network.embed_condition(condition, condition_mask))
+                self._slots = network.embed_slots(network.embed_condition(condition.values, condition.mask))
                 if self.guidance.enabled:
                     self._slots = torch.cat([self._slots, null])
             self.process = Process.of(network.head, network.config.noise_schedule, self.sampling, step, loop)
@@ -116,14 +116,13 @@ class FeatureCacheSession(MaskedSession):
     Args:
         refresh: every so manieth pass is full; 1 reads everything always.
         keep_unconditional: leave the unconditional rows out of the other passes.
-        network, condition, condition_mask, batch, guidance, sampling, step, loop: as in `MaskedSession`.
+        network, condition, batch, guidance, sampling, step, loop: as in `MaskedSession`.
     """
 
     def __init__(
         self,
         network: MARTransformer,
-        condition: Tensor | None,
-        condition_mask: Tensor | None = None,
+        condition: Condition | None,
         *,
         batch: int,
         refresh: int = 4,
@@ -136,7 +135,6 @@ class FeatureCacheSession(MaskedSession):
         super().__init__(
             network,
             condition,
-            condition_mask,
             batch=batch,
             guidance=guidance,
             sampling=sampling,

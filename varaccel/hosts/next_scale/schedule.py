@@ -28,8 +28,8 @@ class ScaleInputs:
 class Scales:
     """Scale after scale, coarse to fine (VAR, arXiv 2404.02905, section 3.2)."""
 
-    schedule: ScaleSchedule
+    scales: ScaleSchedule
 
     def step_inputs(self, canvas: Canvas) -> list[ScaleInputs]:
         positions = torch.arange(canvas.num_positions, device=canvas.written.device)
-        return [ScaleInputs(positions[self.schedule.span(s)], s) for s in range(len(self.schedule))]
+        return [ScaleInputs(positions[self.scales.span(s)], s) for s in range(len(self.scales))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +12,13 @@ from varaccel.engine.distribution import Categorical
 from varaccel.hosts.next_scale.feature_map import FeatureMap
 from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
 from varaccel.hosts.next_scale.schedule import ScaleInputs
+from varaccel.models.var import VARTransformer
 from varaccel.nn.attention_inputs import AttentionInputs
+from varaccel.nn.condition import Condition
 from varaccel.nn.kv_cache import KVCache
 
-if TYPE_CHECKING:  # models import decoding
-    from varaccel.models.var import VARTransformer
+Transform = Callable[..., Tensor]
+"""`VARTransformer.transform`, or a compiled version of it."""
 
 
 class ScaleSession:
@@ -32,7 +33,7 @@ class ScaleSession:
     Args:
         network: the model, in eval mode; it is not changed.
         features: what the decided scales add up to, shared by all sessions of a call.
-        condition: class labels [B], or text features [B, T, C] with `condition_mask` [B, T]; None for no condition.
+        condition: of the B images; None for no condition.
         until: number of scales that will be asked for; nothing is kept for those beyond. All if None.
         cache_dtype: number type of stored keys and values, the network's own if None.
         transform: replaces `network.transform`, for a compiled version of it.
@@ -42,14 +43,13 @@ class ScaleSession:
         self,
         network: VARTransformer,
         features: FeatureMap,
-        condition: Tensor | None,
-        condition_mask: Tensor | None = None,
+        condition: Condition | None,
         *,
         guidance: ScaleGuidance | None = None,
         sampling: ScaleSampling | None = None,
         until: int | None = None,
         cache_dtype: torch.dtype | None = None,
-        transform: Callable[..., Tensor] | None = None,
+        transform: Transform | None = None,
     ) -> None:
         self.network, self.features = network, features
         self.guidance = (guidance or ScaleGuidance()) if condition is not None else ScaleGuidance()
@@ -71,7 +71,7 @@ class ScaleSession:
             if condition is None:
                 self._modulation = null.expand(self.batch)
             else:
-                self._modulation = network.modulate(network.embed_condition(condition, condition_mask))
+                self._modulation = network.modulate(network.embed_condition(condition.values, condition.mask))
                 if self.guidance.enabled:
                     self._modulation = self._modulation.beside(null.expand(self.batch))
 

@@ -1,0 +1,72 @@
+"""What an accelerator tells of a call: passes, draft tokens, and the shares of networks that took turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class SpeculationStats:
+    """Counts of a call whose images advance at their own pace.
+
+    Attributes:
+        passes: [B] passes of the host model until the image was finished, the prefill included.
+        attempts: [B] chains or trees of guesses that were judged.
+        accepted: [B] tokens decided beyond the one that every judgement yields: the guesses that paid off.
+        draft_passes: forward passes of the drafter, shared by all images.
+        verified: [B] guesses that were judged, where a rule keeps or replaces each; None where trees are walked down.
+    """
+
+    passes: Tensor
+    attempts: Tensor
+    accepted: Tensor
+    draft_passes: int = 0
+    verified: Tensor | None = None
+
+    @classmethod
+    def start(cls, batch: int, device: torch.device) -> SpeculationStats:
+        """Before the first pass, in which nothing is guessed."""
+        zero = torch.zeros(batch, dtype=torch.int64, device=device)
+        return cls(zero, zero.clone(), zero.clone())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One network's share of a call in which several take turns.
+
+    Attributes:
+        name: what it is called.
+        seconds: wall-clock time.
+        passes: its forward passes.
+        tokens: tokens per image that it decided.
+        cache_bytes: size of its key-value cache.
+    """
+
+    name: str
+    seconds: float
+    passes: int
+    tokens: int
+    cache_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.tokens} tokens in {self.passes} passes, {self.seconds:.2f} s"
+
+
+@dataclass(frozen=True)
+class StageStats:
+    """Counts of a call in which several networks took turns.
+
+    Attributes:
+        passes: forward passes of all of them.
+        stages: what each of them did, in order.
+    """
+
+    passes: int
+    stages: tuple[Stage, ...]
+
+
+Counts = int | SpeculationStats | StageStats
+"""What an accelerator tells of a call: passes, or more if images have their own pace or networks take turns."""

@@ -1,0 +1,124 @@
+"""A condition as a causal network reads it: what stands before the first image token."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from varaccel.nn.condition import Condition
+from varaccel.nn.grid import Grid, possible_tokens
+from varaccel.nn.signature import Signature
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """An encoded condition of R rows, T slots, for an image of N positions.
+
+    Rows of a guided call are [conditional; unconditional]; the branches may have prompts, and masks, of their own.
+
+    Attributes:
+        embeddings: [R, T, D] inputs of the slots.
+        mask: [R, T], nonzero at slots that are used; None if all are.
+        positional: [1, T + N, ...] shared by the rows, or [R, T + N, ...]: what the network is told of the place of
+            each slot and position, such as rows of a rotary table or position ids of several axes. None for
+            networks that are told nothing.
+        modulation: [R, 1, C], or [R, T + N, C] if it differs from place to place: what adaptive norms read; None
+            for networks that have none.
+    """
+
+    embeddings: Tensor
+    mask: Tensor | None = None
+    positional: Tensor | None = None
+    modulation: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of slots T."""
+        return self.embeddings.shape[1]
+
+
+def stack_branches(
+    conditional: tuple[Tensor, Tensor | None], unconditional: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings [B, T, D] and masks [B, T] of two branches as one, the shorter padded on the left.
+
+    Returns:
+        embeddings [2 B, T, D] and mask [2 B, T]; None as mask if every slot of both is used.
+    """
+    length = max(conditional[0].shape[1], unconditional[0].shape[1])
+    parts = [_left_padded(embeddings, mask, length) for embeddings, mask in (conditional, unconditional)]
+    embeddings = torch.cat([part[0] for part in parts])
+    if all(mask is None for _, mask in parts):
+        return embeddings, None
+    masks = [
+        torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if m is None else m.bool()
+        for x, m in parts
+    ]
+    return embeddings, torch.cat(masks)
+
+
+def _left_padded(embeddings: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor | None]:
+    missing = length - embeddings.shape[1]
+    if missing == 0:
+        return embeddings, mask
+    used = torch.ones(embeddings.shape[:2], device=embeddings.device) if mask is None else mask
+    return F.pad(embeddings, (0, 0, missing, 0)), F.pad(used, (missing, 0))
+
+
+class PrefixConditioned:
+    """A causal network that reads its condition as embeddings in front of the image tokens.
+
+    A base class beside `nn.Module`: it makes the `Prefix` of a call from what a network says in `embed_condition`,
+    `unconditional`, `positional` and `modulation`.
+    """
+
+    @abstractmethod
+    def signature(self) -> Signature:
+        """What the network reads and predicts."""
+
+    @abstractmethod
+    def embed_condition(self, values: Tensor) -> Tensor:
+        """Inputs of the prefix slots [R, T, D] for `Condition.values`."""
+
+    @abstractmethod
+    def unconditional(self, values: Tensor) -> Tensor:
+        """The condition that means "none", in the shape of `values`."""
+
+    def positional(self, prefix: int, grids: Sequence[Grid]) -> Tensor | None:
+        """See `Prefix.positional`, for `prefix` slots and the positions of `grids`."""
+        return None
+
+    def modulation(self, values: Tensor) -> Tensor | None:
+        """See `Prefix.modulation`, for the rows of `values`."""
+        return None
+
+    def encode_condition(self, condition: Condition, grids: Sequence[Grid], *, guided: bool) -> Prefix:
+        """The condition of B images as R = B rows, or R = 2 B while guided: conditional rows, then unconditional ones.
+
+        Without a negative condition the unconditional rows have the shape and the mask of the conditional ones.
+        """
+        values, mask, negative = condition.values, condition.mask, condition.negative
+        if guided and negative is not None:
+            embeddings, mask = stack_branches(
+                (self.embed_condition(values), mask), (self.embed_condition(negative.values), negative.mask)
+            )
+            parts = [self.modulation(values), self.modulation(negative.values)]
+            modulation = None if parts[0] is None else torch.cat([part for part in parts if part is not None])
+        else:
+            if guided:
+                values = torch.cat([values, self.unconditional(values)])
+                mask = None if mask is None else mask.repeat(2, 1)
+            embeddings, modulation = self.embed_condition(values), self.modulation(values)
+        return Prefix(embeddings, mask, self.positional(embeddings.shape[1], grids), modulation)
+
+    def possible_tokens(self, positions: Tensor, grids: Sequence[Grid]) -> Tensor | None:
+        """Which tokens may stand at `positions` ([P] or [B, P]): bool [..., V]; None if all may everywhere."""
+        if all(grid.end_of_line is None for grid in grids):
+            return None
+        vocab_size = self.signature().vocab_size
+        return None if vocab_size is None else possible_tokens(positions, tuple(grids), vocab_size)

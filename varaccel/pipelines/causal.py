@@ -1,0 +1,248 @@
+"""Images from prompts or classes with any model that decides one token after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from varaccel.accelerators import AnyAccelerator
+from varaccel.engine.canvas import Canvas
+from varaccel.engine.job import Job
+from varaccel.engine.loop import OnStep
+from varaccel.engine.network import check_substitute
+from varaccel.engine.randomness import Randomness
+from varaccel.engine.statistics import Statistics
+from varaccel.errors import InputError
+from varaccel.hosts.causal.guidance import Guidance
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.hosts.causal.sampling import Sampling
+from varaccel.nn.grid import Grid
+from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
+from varaccel.pipelines.output import ImageOutput
+from varaccel.pipelines.published import load_network
+from varaccel.tokenizers.neighbours import neighbour_table
+
+
+@dataclass(frozen=True)
+class CausalSettings:
+    """What a call says about the distributions of tokens."""
+
+    guidance: Guidance
+    sampling: Sampling
+
+
+class CausalPipeline(TokenPipeline):
+    """Text- or class-conditional generation with a causal network and any accelerator for it.
+
+    A family of its own is a subclass with a `family` and, where they differ, `_condition` and `_grids`.
+
+    Args:
+        transformer: the autoregressive model, a `CausalNetwork`.
+        vq_model: the image tokenizer whose token ids it predicts: `decode_codes` and `downsample_factor`, and
+            `quantize.embedding` if its codebook has vectors.
+        text_encoder, tokenizer: for text-conditional models, see `varaccel.tokenizers.text`.
+        class_names: for class-conditional models, names that can be used instead of labels.
+        guidance_scale, top_k, temperature: defaults of a call.
+        eagle_head, draft_transformer: drafters for speculative accelerators, trained for this transformer; see
+            `varaccel train drafter`. A draft transformer is any network of the transformer's signature.
+
+    Raises:
+        InputError: components that do not fit each other.
+    """
+
+    job_type: ClassVar[type[Job]] = CausalJob
+    model_cpu_offload_seq = "text_encoder->transformer->vq_model"
+    _optional_components = ["text_encoder", "tokenizer", "eagle_head", "draft_transformer"]  # noqa: RUF012
+
+    vq_model: Any
+    eagle_head: Any
+    draft_transformer: Any
+
+    def __init__(
+        self,
+        transformer: Any,
+        vq_model: Any,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        class_names: Sequence[str] | None = None,
+        guidance_scale: float = 4.0,
+        top_k: int = 0,
+        temperature: float = 1.0,
+        eagle_head: Any = None,
+        draft_transformer: Any = None,
+    ) -> None:
+        super().__init__()
+        signature = transformer.signature()
+        if signature.vocab_size != vq_model.codebook_size:
+            raise InputError(
+                f"the transformer predicts {signature.vocab_size} token ids but the image tokenizer has "
+                f"{vq_model.codebook_size}; use the tokenizer that the transformer was trained with."
+            )
+        self._check_text(signature, text_encoder, tokenizer)
+        if eagle_head is not None:
+            eagle_head.check_fits(transformer)
+        if draft_transformer is not None:
+            check_substitute(draft_transformer, transformer, "drafter")
+        self.register_modules(
+            transformer=transformer,
+            vq_model=vq_model,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            eagle_head=eagle_head,
+            draft_transformer=draft_transformer,
+        )
+        self.register_to_config(
+            class_names=None if class_names is None else list(class_names),
+            guidance_scale=guidance_scale,
+            top_k=top_k,
+            temperature=temperature,
+        )
+        self._tables: dict[bool, Tensor] = {}
+        self._compiled: Callable[..., Tensor] | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in pixels."""
+        return int(self.transformer.signature().layout[0] * self.vq_model.downsample_factor)
+
+    @property
+    def drafters(self) -> dict[str, Any]:
+        found = {"eagle": self.eagle_head, "small": self.draft_transformer}
+        return {name: drafter for name, drafter in found.items() if drafter is not None}
+
+    def _neighbours(self, k: int, normalise: bool) -> Tensor:
+        """Nearest neighbours in the codebook, int32 [V, k + 1]; kept for the next call."""
+        table = self._tables.get(normalise)
+        if table is None or table.shape[1] < min(k + 1, self.vq_model.codebook_size - 1):
+            weight = self.vq_model.quantize.embedding.weight.detach().float()
+            table = neighbour_table(weight, k, normalise=normalise)
+            self._tables[normalise] = table
+        return table
+
+    def compile(self, **options: Any) -> None:
+        """Compile the network for fixed shapes: the first call after it takes a minute, later ones less.
+
+        Args:
+            options: of `torch.compile`; "reduce-overhead" mode (CUDA graphs) by default on a GPU.
+        """
+        if not options and self.transformer.device.type == "cuda":
+            options = {"mode": "reduce-overhead"}
+        self._compiled = torch.compile(self.transformer.transform, fullgraph=True, **options)
+
+    # -- the call --------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | int | Sequence[str | int],
+        *,
+        guidance_scale: float | None = None,
+        guidance_interval: int = -1,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        accelerator: AnyAccelerator | str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> ImageOutput | tuple[Any, Statistics]:
+        """Make images.
+
+        Args:
+            prompt: one description or several; for class-conditional models a label or class name.
+            guidance_scale: how strictly to follow the prompt; 1 switches guidance off and halves the work.
+                The model's own default if None.
+            guidance_interval: see `Guidance`.
+            num_images_per_prompt: images of each prompt, at least 1.
+            seed: image i uses seed + i and can be made again alone with it.
+            generator: instead of a seed: one generator, or one per image.
+            temperature, top_k, top_p: see `Sampling`; the model's own defaults if None.
+            accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
+            output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token codes.
+            return_dict: False for a plain tuple (images, stats).
+            callback_on_step_end: called after every pass as (pipe, step from 0, tokens decided per image in
+                this pass, {"canvas": canvas, "preview": function, "written": function}); `preview()` decodes what
+                there is to images of `output_type` (arrays if that is "latent"), `written()` is
+                `ImageOutput.written` so far. Set `pipe._interrupt = True` in it to stop. Empty places hold code 0.
+
+        Raises:
+            InputError: any argument that cannot be used.
+            OutOfMemory: the device is too small for the call.
+        """
+        settings = CausalSettings(
+            Guidance(
+                self.config.guidance_scale if guidance_scale is None else guidance_scale, guidance_interval
+            ),
+            Sampling(
+                self.config.temperature if temperature is None else temperature,
+                self.config.top_k if top_k is None else top_k,
+                top_p,
+            ),
+        )
+        call = self._checked_call(
+            prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            generator=generator,
+            accelerator=accelerator,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback=callback_on_step_end,
+        )
+        return self._generate(call, settings)
+
+    # -- what the base asks for ------------------------------------------------------------------------
+
+    def _caption_length(self) -> int:
+        slots = self.transformer.signature().condition_slots
+        return super()._caption_length() if slots is None else int(slots)
+
+    def _grids(self, run: Run) -> tuple[Grid, ...]:
+        """The grids of an image, one after the other."""
+        side = self.transformer.signature().layout[0]
+        return (Grid(side, side),)
+
+    def _new_canvas(self, run: Run) -> Canvas:
+        positions = sum(grid.num_positions for grid in self._grids(run))
+        return Canvas.empty(run.call.images, positions, device=run.device)
+
+    def _job(self, run: Run, on_step: OnStep) -> CausalJob:
+        assert run.condition is not None
+        guidance = run.settings.guidance
+        return CausalJob(
+            network=self.transformer,
+            canvas=run.canvas,
+            rows=run.canvas.batch * (2 if guidance.enabled else 1),
+            on_step=on_step,
+            drafters=self.drafters,
+            load_network=load_network,
+            condition=run.condition,
+            grids=self._grids(run),
+            guidance=guidance,
+            sampling=run.settings.sampling,
+            randomness=Randomness.draw(run.call.generators, run.canvas.num_positions, run.device),
+            # an image tokenizer of the user's own may know no nearness of codebook entries
+            neighbours=self._neighbours if hasattr(self.vq_model, "quantize") else None,
+            transform=self._compiled,
+        )
+
+    def _latents(self, run: Run) -> Tensor:
+        return self._as_grid(run, run.canvas.tokens)
+
+    def _pixels(self, run: Run) -> Tensor:
+        return self.vq_model.decode_codes(self._as_grid(run, run.canvas.tokens))
+
+    def _written(self, run: Run) -> Tensor:
+        return self._as_grid(run, run.canvas.written)
+
+    def _as_grid(self, run: Run, values: Tensor) -> Tensor:
+        """The last grid of the image without ends of line, [B, N] -> [B, h, w]."""
+        grid = self._grids(run)[-1]
+        return values[:, -grid.num_positions :].unflatten(1, (grid.height, grid.pitch))[..., : grid.width]
