@@ -59,7 +59,8 @@ def main() -> int:
             pipe: Any = AutoPipeline.from_pretrained(options.model).to(device)
             model = pipe.transformer
             with torch.inference_mode():
-                condition, mask = pipe._condition(["a red sphere"] * options.batch)
+                given = pipe._condition(["a red sphere"] * options.batch)
+                condition, mask = given.values, given.mask
         noise = TokenNoise.draw(image_generators(options.batch, 0), model.num_tokens, model.channels, device)
         common: dict[str, Any] = {
             "guidance": MaskedGuidance(options.guidance_scale),

@@ -59,7 +59,8 @@ def main() -> int:
         pipe.set_progress_bar_config(disable=True)
         top_k = min(options.top_k, pipe.vq_model.codebook_size)
         with torch.inference_mode():
-            vectors = pipe.transformer.embed_condition(*pipe._condition(prompts))
+            given = pipe._condition(prompts)
+            vectors = pipe.transformer.embed_condition(given.values, given.mask)
 
         def ours() -> float:
             return pipe(

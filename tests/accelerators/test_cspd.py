@@ -17,9 +17,9 @@ from tests.pipelines.test_mar_pipeline import TOKENS, assert_same, drawn, latent
 from tests.tiny import PROMPTS, kl_vae, mar_transformer, pipeline, sizes_of
 from varaccel import CSpD, MARPipeline
 from varaccel.engine.canvas import Canvas
+from varaccel.engine.counts import SpeculationStats
 from varaccel.engine.loop import decode
 from varaccel.engine.randomness import image_generators
-from varaccel.engine.counts import SpeculationStats
 from varaccel.hosts.masked import denoising
 from varaccel.hosts.masked.denoising import HeadSampling
 from varaccel.hosts.masked.guidance import MaskedGuidance
@@ -28,6 +28,7 @@ from varaccel.hosts.masked.schedule import CosineGroups, MaskedInputs
 from varaccel.hosts.masked.session import MaskedSession
 from varaccel.models.mar import MARTransformer
 from varaccel.nn import noise_schedule as diffusion_schedule
+from varaccel.nn.condition import Condition
 from varaccel.speculation.continuous_loop import Comparison, speculate_in_turn, speculate_jointly
 from varaccel.speculation.continuous_rejection import (
     Aligned,
@@ -111,7 +112,7 @@ def speculate(
     def session(network: MARTransformer, contexts: int = 1) -> MaskedSession:
         return MaskedSession(
             network,
-            vectors.repeat_interleave(contexts),
+            Condition(vectors.repeat_interleave(contexts)),
             batch=len(labels) * contexts,
             guidance=guidance or MaskedGuidance(3.0),
             sampling=sampling or HeadSampling(6),
@@ -151,7 +152,7 @@ def plain(
     numbers = noise(network, len(labels), seed)
     session = MaskedSession(
         network,
-        torch.tensor(labels),
+        Condition(torch.tensor(labels)),
         batch=len(labels),
         guidance=guidance or MaskedGuidance(3.0),
         sampling=sampling or HeadSampling(6),

@@ -88,7 +88,8 @@ def exact_distribution(setting: Setting) -> Tensor:
     model = setting.pipe.transformer
     guidance = Guidance(setting.guidance, setting.interval)
     images = torch.cartesian_prod(*[torch.arange(CODES)] * PLACES)
-    condition, mask = setting.pipe._condition([NAMES[setting.host]])
+    given = setting.pipe._condition([NAMES[setting.host]])
+    condition, mask = given.values, given.mask
     total = torch.zeros(len(images), dtype=torch.float64)
     with torch.inference_mode():
         for part, out in zip(images.split(4096), total.split(4096), strict=True):

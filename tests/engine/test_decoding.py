@@ -12,16 +12,18 @@ from hypothesis import strategies as st
 
 from tests.tiny import GRID, transformer
 from varaccel.engine.canvas import Canvas
+from varaccel.engine.counts import Stage
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.loop import Step, decode
 from varaccel.engine.randomness import Randomness, image_generators
-from varaccel.engine.counts import Stage
 from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.hosts.causal.schedule import Raster, StaggeredRows, StepInputs
 from varaccel.hosts.causal.session import CausalSession
+from varaccel.nn.condition import Condition
+from varaccel.nn.grid import Grid
 from varaccel.nn.kv_cache import KVCache
 
 
@@ -244,15 +246,20 @@ def test_cache_rows_at_different_slots() -> None:
     assert shared.keys[0, :, :, [0, 2]].abs().sum() == 0
 
 
+GRIDS = (Grid(GRID, GRID),)
+
+
 def session(model_type: str, batch: int, guidance: float = 1.0, **options: object) -> CausalSession:
     model = transformer(model_type)
     generator = torch.Generator().manual_seed(3)
     if model_type == "c2i":
-        return CausalSession(model, torch.arange(batch), guidance=Guidance(guidance), **options)
+        return CausalSession(
+            model, Condition(torch.arange(batch)), GRIDS, guidance=Guidance(guidance), **options
+        )
     features = torch.randn(batch, 8, 16, generator=generator)
     mask = torch.arange(8) >= torch.tensor([[5], [2], [0]])[:batch]
     features = features * mask.unsqueeze(-1)
-    return CausalSession(model, features, mask, guidance=Guidance(guidance), **options)
+    return CausalSession(model, Condition(features, mask), GRIDS, guidance=Guidance(guidance), **options)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

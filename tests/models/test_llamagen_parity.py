@@ -10,15 +10,23 @@ from tests.golden_cases import llamagen_cases, llamagen_condition, llamagen_mode
 from varaccel.accelerators import Accelerator
 from varaccel.accelerators.plain import Plain
 from varaccel.accelerators.zipar import ZipAR
+from varaccel.engine.accelerator import plan_call
 from varaccel.engine.canvas import Canvas
-from varaccel.engine.job import Job
 from varaccel.engine.randomness import Randomness, image_generators
 from varaccel.hosts.causal.guidance import Guidance
+from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.hosts.causal.schedule import Raster, StaggeredRows
 from varaccel.hosts.causal.session import CausalSession
+from varaccel.models.llamagen import LlamaGenTransformer
+from varaccel.nn.condition import Condition
+from varaccel.nn.grid import Grid
 
 LOGITS = {"atol": 2e-4, "rtol": 1e-4}
+
+
+def grids(model: LlamaGenTransformer) -> tuple[Grid, ...]:
+    return (Grid(model.config.grid_size, model.config.grid_size),)
 
 
 def greedy(
@@ -28,30 +36,18 @@ def greedy(
     condition, mask = llamagen_condition(model_type)
     canvas = Canvas.empty(condition.shape[0], model.num_tokens)
 
-    def open_session(**options: object) -> CausalSession:
-        return CausalSession(
-            model,
-            condition,
-            mask,
-            guidance=guidance,
-            sampling=Sampling(temperature=0),
-            static_shapes=static_shapes,
-            **options,
-        )
-
-    randomness = Randomness.draw(image_generators(canvas.batch, seed=0), canvas.num_positions)
-    passes = accelerator.run(
-        Job(
-            open_session,
-            model,
-            model.config.grid_size,
-            model.config.vocab_size,
-            canvas,
-            canvas.batch,
-            randomness,
-            Raster(),
-        )
+    job = CausalJob(
+        network=model,
+        canvas=canvas,
+        rows=canvas.batch,
+        condition=Condition(condition, mask),
+        grids=grids(model),
+        guidance=guidance,
+        sampling=Sampling(temperature=0),
+        randomness=Randomness.draw(image_generators(canvas.batch, seed=0), canvas.num_positions),
+        transform=model.transform if static_shapes else None,
     )
+    passes = plan_call(accelerator, job).run()
     assert canvas.is_full
     return canvas.tokens, passes
 
@@ -100,7 +96,9 @@ def test_cached_steps(model_type: str, scale: float, static_shapes: bool) -> Non
     else:
         condition, mask, tokens = golden["caption_emb"], golden["caption_mask"], golden["tokens"]
     canvas = Canvas.empty(tokens.shape[0], model.num_tokens)
-    session = CausalSession(model, condition, mask, guidance=Guidance(scale), static_shapes=static_shapes)
+    session = CausalSession(
+        model, Condition(condition, mask), grids(model), guidance=Guidance(scale), static_shapes=static_shapes
+    )
     steps = []
     for number, inputs in enumerate(Raster().step_inputs(canvas), start=1):
         steps.append(session.predict(canvas, inputs).logits)

@@ -26,6 +26,7 @@ from varaccel.hosts.masked.session import FeatureCacheSession, MaskedSession
 from varaccel.models.diffusion_head import time_frequencies
 from varaccel.models.mar import PRESETS, MARTransformer, rows_of
 from varaccel.nn.attention_inputs import AttentionInputs
+from varaccel.nn.condition import Condition
 from varaccel.nn.noise_schedule import DiffusionSchedule
 from varaccel.speculation import continuous_loop as group_speculation
 from varaccel.speculation.continuous_loop import Comparison, speculate_jointly
@@ -255,6 +256,10 @@ class Recorded:
             "sampling": HeadSampling(self.steps, options["temperature"]),
         }
 
+    @property
+    def condition(self) -> Condition | None:
+        return None if self.labels is None else Condition(self.labels)
+
     def canvas(self) -> Canvas:
         return Canvas.empty(self.batch, TOKENS, channels=CHANNELS)
 
@@ -282,7 +287,7 @@ def in_raster_order(conditions: Tensor, positions: Tensor) -> Tensor:
 def test_generation(name: str) -> None:
     options, golden = GENERATIONS[name], tensors(f"generate_{name}")
     run = Recorded(options, golden)
-    session = Watched(network(), run.labels, **run.session_options)
+    session = Watched(network(), run.condition, **run.session_options)
     canvas = run.canvas()
     assert decode(session, canvas, run.order, run.noise) == options["num_iter"]
     assert canvas.is_full
@@ -311,7 +316,11 @@ def test_generation_with_caches_that_are_always_fresh(name: str, keep_unconditio
     options, golden = GENERATIONS[name], tensors(f"generate_{name}")
     run = Recorded(options, golden)
     session = FeatureCacheSession(
-        network(), run.labels, refresh=1, keep_unconditional=keep_unconditional, **run.session_options
+        network(),
+        run.condition,
+        refresh=1,
+        keep_unconditional=keep_unconditional,
+        **run.session_options,
     )
     canvas = run.canvas()
     decode(session, canvas, run.order, run.noise)
@@ -400,9 +409,11 @@ class CheckedComparison(Comparison):
 def test_continuous_speculative_decoding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, golden = CSPD_RUNS[name], tensors(f"cspd_run_{name}")
     # a recorded run has no seeds, and brings its numbers itself
-    monkeypatch.setattr(group_speculation, "_proposals", lambda *_: None)
+    monkeypatch.setattr(group_speculation, "_resample_noise", lambda *_: None)
     run, rule = Recorded(options, golden), CheckedRule(golden, options["inner_temperature"])
-    target, draft = (MaskedSession(network(n), run.labels, **run.session_options) for n in NETWORKS)
+    target, draft = (
+        MaskedSession(network(n), run.condition, **run.session_options) for n in NETWORKS
+    )
     canvas = run.canvas()
     stats = speculate_jointly(
         target,

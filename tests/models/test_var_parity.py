@@ -22,6 +22,7 @@ from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
 from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.hosts.next_scale.session import ScaleSession
 from varaccel.models.var import LEFTOVERS, VARTransformer
+from varaccel.nn.condition import Condition
 from varaccel.nn.scale_schedule import SCALES_256, ScaleSchedule, shared_convolution_table
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 
@@ -209,7 +210,7 @@ class Run:
             "sampling": ScaleSampling(options.get("temperature", 1.0), options["top_k"], options["top_p"]),
         }
         canvas = Canvas.empty(len(labels), first.num_tokens)
-        session = ScaleSession(first, features, torch.tensor(labels), until=handover, **settings)
+        session = ScaleSession(first, features, Condition(torch.tensor(labels)), until=handover, **settings)
         logits = []
         for inputs in Scales(first.schedule).step_inputs(canvas):
             if inputs.scale == handover:
@@ -217,7 +218,9 @@ class Run:
                 self.handoff_map = features.value
                 self.handoff_tokens = features.seen(canvas, 1, handover)
                 session.close()
-                session = ScaleSession(network(names[1]), features, torch.tensor(labels), **settings)
+                session = ScaleSession(
+                    network(names[1]), features, Condition(torch.tensor(labels)), **settings
+                )
             # what `predict` does, with a look at the logits before the filters
             logits.append(session.logits(canvas, inputs.scale))
             kept = session.sampling.keep(logits[-1], inputs.scale)

@@ -29,38 +29,40 @@ from tests.tiny import (
     vq_model,
 )
 from varaccel import Auto, AutoPipeline, DynamicTree, Jacobi, LlamaGenPipeline, Plain, Speculative, ZipAR
-from varaccel.accelerators import ACCELERATORS, make_accelerator
+from varaccel.accelerators import ACCELERATORS, fitting, make_accelerator
 from varaccel.engine.balance import Balance, measure_balance
+from varaccel.engine.job import Job
 from varaccel.errors import CheckpointError, InputError
-from varaccel.pipelines.auto import PIPELINES
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.hosts.masked.job import MaskedJob
+from varaccel.hosts.next_scale.job import ScaleJob
+from varaccel.pipelines.auto import PIPELINE_CLASSES
 from varaccel.pipelines.memory import OutOfMemory
 from varaccel.tokenizers.text import WordTokenizer
 
 HOSTS = ("c2i", "t2i")
-FAMILIES = {"llamagen": HOSTS, "var": ("var-class", "var-caption"), "mar": ("mar-class", "mar-caption")}
-"""Hosts of each model family."""
+PARADIGMS: dict[type[Job], tuple[str, ...]] = {
+    CausalJob: HOSTS,
+    ScaleJob: ("var-class", "var-caption"),
+    MaskedJob: ("mar-class", "mar-caption"),
+}
+"""Hosts that make each kind of job."""
 
 CANVASES = {
-    **dict.fromkeys(FAMILIES["llamagen"], (GRID, GRID)),
-    **dict.fromkeys(FAMILIES["var"], (sum(side**2 for side in SCALES),)),
-    **dict.fromkeys(FAMILIES["mar"], (4, GRID, GRID)),
+    **dict.fromkeys(PARADIGMS[CausalJob], (GRID, GRID)),
+    **dict.fromkeys(PARADIGMS[ScaleJob], (sum(side**2 for side in SCALES),)),
+    **dict.fromkeys(PARADIGMS[MaskedJob], (4, GRID, GRID)),
 }
 """Shape of one image's tokens, or of its latents."""
 
 
-def on(*families: str) -> pytest.MarkDecorator:
-    """Every accelerator on every host of those families that it works on."""
-    pairs = [
-        (host, name)
-        for family in families
-        for host in FAMILIES[family]
-        for name, accelerator in ACCELERATORS.items()
-        if family in accelerator.hosts
-    ]
+def on(*job_types: type[Job]) -> pytest.MarkDecorator:
+    """Every accelerator that can do those kinds of jobs, on every host that makes them."""
+    pairs = [(host, name) for kind in job_types for host in PARADIGMS[kind] for name in fitting(kind)]
     return pytest.mark.parametrize(("host", "name"), pairs)
 
 
-every = on(*FAMILIES)
+every = on(*PARADIGMS)
 
 
 def codes(host: str, prompts: Any, **options: Any) -> torch.Tensor:
@@ -75,14 +77,13 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 # -- what every accelerator owes on every host ---------------------------------------------------------
 
 
-def test_no_family_is_forgotten() -> None:
+def test_no_kind_of_job_is_forgotten() -> None:
     """What the tests below do not know they would leave out in silence."""
     for name, accelerator in ACCELERATORS.items():
-        assert accelerator.hosts, name
-        assert set(accelerator.hosts) <= FAMILIES.keys(), name
-    assert {pipe.family for pipe in PIPELINES.values()} == FAMILIES.keys()
-    for family, hosts in FAMILIES.items():
-        assert all(pipeline(host).family == family for host in hosts)
+        assert any(issubclass(kind, accelerator.job_type) for kind in PARADIGMS), name
+    assert {pipe.job_type for pipe in PIPELINE_CLASSES} == PARADIGMS.keys()
+    for kind, hosts in PARADIGMS.items():
+        assert all(pipeline(host).job_type is kind for host in hosts)
 
 
 @every
@@ -130,7 +131,7 @@ def test_leaves_networks_and_global_randomness_alone(host: str, name: str) -> No
         assert all(torch.equal(old[k], tensor) for k, tensor in network.state_dict().items())
 
 
-@on("llamagen")
+@on(CausalJob)
 def test_static_shapes_equal_dynamic_ones(host: str, name: str) -> None:
     """What a compiled network is given (fixed shapes, all slots) yields the same tokens as the eager path."""
     pipe = new_pipeline(host)

@@ -113,7 +113,8 @@ def test_cached_decoding_equals_a_full_pass() -> None:
     """The shipped network at full length: every distribution of 256 cached steps against one teacher-forced pass."""
     pipe = shipped()
     codes = pipe("a blue cube", seed=0, guidance_scale=1.0, output_type="latent").images.flatten(1)
-    condition, mask = pipe._condition(["a blue cube"])
+    given = pipe._condition(["a blue cube"])
+    condition, mask = given.values, given.mask
     with torch.no_grad():
         logits = pipe.transformer(condition, codes[:, :-1], mask)[:, pipe.transformer.prefix_length - 1 :]
     chosen = logits.log_softmax(-1).gather(-1, codes.unsqueeze(-1))
@@ -179,7 +180,8 @@ def test_small_models_can_be_named_as_refiners() -> None:
 def test_published_loop_draws_what_the_engine_draws() -> None:
     """The shipped weights at full length, against the published loop without any of our savings."""
     pipe = shipped_var()
-    features, mask = pipe._condition(["a red sphere", "a green cone"])
+    given = pipe._condition(["a red sphere", "a green cone"])
+    features, mask = given.values, given.mask
     with torch.no_grad():
         vectors = pipe.transformer.embed_condition(features, mask)
     theirs, _ = published_loop(pipe.transformer, pipe.vq_model.quantize, vectors, cfg=1.5, top_k=1)

@@ -20,10 +20,11 @@ from tests.models.test_var_parity import network as golden_network
 from tests.models.test_var_parity import tokenizer as golden_tokenizer
 from tests.tiny import CLASSES, CODES, PROMPTS, SCALES, multiscale_vq, new_pipeline, pipeline, var_transformer
 from varaccel import AutoPipeline, CoDe, VARPipeline
-from varaccel.accelerators import ACCELERATORS, Accelerator
+from varaccel.accelerators import ACCELERATORS, Accelerator, fitting
 from varaccel.accelerators.plain import Plain
 from varaccel.errors import CheckpointError, InputError
-from varaccel.hosts.next_scale.schedule import Scales
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.hosts.next_scale.job import ScaleJob
 from varaccel.nn.scale_schedule import SCALES_256, ScaleSchedule
 from varaccel.pipelines.inpainting import image_tensor, kept_tokens, mask_tensor, placed
 
@@ -183,9 +184,9 @@ def test_cost_of_a_collaboration(host: str, draft_scales: int) -> None:
     ("scales", "drafted"), [(SCALES_256, 8), ((1, 2, 3, 4, 6), 4), (SCALES, 2), ((1, 2), 1), ((1,), 1)]
 )
 def test_four_fifths_of_the_scales_are_drafted(scales: tuple[int, ...], drafted: int) -> None:
-    job: Any = SimpleNamespace(order=Scales(ScaleSchedule(scales)))
+    job: Any = SimpleNamespace(num_scales=len(scales))
     expected = Plain() if drafted == len(scales) else CoDe(draft_scales=drafted)
-    assert CoDe().resolve(job) == expected
+    assert CoDe().plan(job).accelerator == expected
 
 
 def test_what_was_chosen_is_told() -> None:
@@ -444,15 +445,15 @@ def test_bad_draft_scales(draft_scales: Any) -> None:
         CoDe(draft_scales=draft_scales)
 
 
-@pytest.mark.parametrize("name", [n for n, a in ACCELERATORS.items() if "var" not in a.hosts])
+@pytest.mark.parametrize("name", [n for n in ACCELERATORS if n not in fitting(ScaleJob)])
 def test_accelerators_of_other_families(name: str) -> None:
     with refused("does not work on var models"):
         pipeline("var-class")(0, accelerator=name)
 
 
-@pytest.mark.parametrize("name", [n for n, a in ACCELERATORS.items() if "llamagen" not in a.hosts])
+@pytest.mark.parametrize("name", [n for n in ACCELERATORS if n not in fitting(CausalJob)])
 def test_other_families(name: str) -> None:
-    with refused("does not work on llamagen models, only on (var|mar)"):
+    with refused("does not work on llamagen models; what does: .*jacobi"):
         pipeline("c2i")(0, accelerator=name)
 
 
@@ -599,7 +600,8 @@ def test_inpainting_without_a_prompt_is_unconditional(host: str) -> None:
     out = pipe.inpaint(source_image(), right_half(), guidance_scale=9.0, **options)
     assert out.stats.rows == 1
     with torch.no_grad():
-        condition, mask = pipe._condition(PROMPTS[host][:1])
+        given = pipe._condition(PROMPTS[host][:1])
+        condition, mask = given.values, given.mask
         inputs = pipe.vq_model.quantize.inputs(out.images)
         logits = pipe.transformer(condition, inputs, mask, dropped=torch.ones(1, dtype=torch.bool))
     assert torch.equal(logits.argmax(-1)[:, ~KEPT], out.images[:, ~KEPT])

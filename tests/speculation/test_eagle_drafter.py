@@ -225,7 +225,8 @@ def test_what_the_head_has_read(host: str, guidance: float, monkeypatch: pytest.
     (reader,) = readers
     assert reader.passes == out.stats.draft_passes > 0
     head, model = reader.head, pipe.transformer
-    condition, mask = pipe._condition(prompts)
+    given = pipe._condition(prompts)
+    condition, mask = given.values, given.mask
     tokens = out.images.flatten(1)
     if guidance > 1:
         condition, tokens = torch.cat([condition, model.unconditional(condition)]), tokens.repeat(2, 1)

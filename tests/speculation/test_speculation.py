@@ -22,11 +22,11 @@ from varaccel.accelerators.jacobi import Jacobi
 from varaccel.accelerators.lantern import Lantern
 from varaccel.accelerators.speculative import LayerSkip, Speculative
 from varaccel.engine.canvas import Canvas
+from varaccel.engine.counts import SpeculationStats
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.job import Job
 from varaccel.engine.loop import Step, decode
 from varaccel.engine.randomness import Randomness, image_generators
-from varaccel.engine.counts import SpeculationStats
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.lanes import Fronts, Lanes
@@ -34,6 +34,8 @@ from varaccel.hosts.causal.sampling import Sampling
 from varaccel.hosts.causal.schedule import StaggeredRows
 from varaccel.hosts.causal.session import CausalSession, DraftInputs
 from varaccel.nn.attention_inputs import AttentionInputs
+from varaccel.nn.condition import Condition
+from varaccel.nn.grid import Grid
 from varaccel.pipelines.acceptance_map import pass_colors
 from varaccel.speculation import loop as speculation
 from varaccel.speculation import proposers as drafting
@@ -231,7 +233,8 @@ def true_distributions(
 ) -> Tensor:
     """[B, N, V] log-probabilities of every position by one pass without a cache."""
     model = pipe.transformer
-    condition, mask = pipe._condition(prompts)
+    given = pipe._condition(prompts)
+    condition, mask = given.values, given.mask
     with torch.inference_mode():
         logits = model(condition, tokens[:, :-1], mask)[:, model.prefix_length - 1 :]
         if guidance.enabled:
@@ -276,10 +279,10 @@ def test_distributions_in_order_are_those_without_scratch(
     accepted guesses of one lane after the other, the lowest first, so that none sees guesses of another.
     """
     pipe = drafting_pipeline("t2i")
-    out = draw("t2i", ORDERED[name](order), "a red sphere", guidance_scale=guidance)
+    out = draw("t2i", ORDERED[name](row_window), "a red sphere", guidance_scale=guidance)
     tokens = out.images.flatten(1)
-    condition, mask = pipe._condition(["a red sphere"])
-    again = CausalSession(pipe.transformer, condition, mask, guidance=Guidance(guidance))
+    given = pipe._condition(["a red sphere"])
+    again = CausalSession(pipe.transformer, given, (Grid(GRID, GRID),), guidance=Guidance(guidance))
     compared = 0
     for outcome in outcomes:
         fronts = outcome.fronts
@@ -315,10 +318,10 @@ def read(session: CausalSession, tokens: Tensor, positions: list[int]) -> Tensor
 @ordered
 @pytest.mark.parametrize("row_window", [1, 2, 3])
 def test_images_in_order_do_not_depend_on_their_batch(host: str, name: str, row_window: int) -> None:
-    accelerator, distribution = ORDERED[name](order), DISTRIBUTIONS[order - 1]
+    accelerator, distribution = ORDERED[name](row_window), DISTRIBUTIONS[row_window - 1]
     together = draw(host, accelerator, **distribution)
     assert not together.stats.lossless
-    ideal = GRID + (GRID - 1) * order
+    ideal = GRID + (GRID - 1) * row_window
     assert together.stats.passes <= ideal, "never slower than without guesses"
     for index, prompt in enumerate(PROMPTS[host]):
         alone = draw(host, accelerator, prompt, seed=5 + index, **distribution)
@@ -330,7 +333,7 @@ def test_images_in_order_do_not_depend_on_their_batch(host: str, name: str, row_
 @ordered
 @pytest.mark.parametrize("row_window", [GRID, GRID + 3])
 def test_a_wide_order_is_raster_order(host: str, name: str, row_window: int) -> None:
-    wide, raster = draw(host, ORDERED[name](order)), draw(host, ORDERED[name]("raster"))  # type: ignore[arg-type]
+    wide, raster = draw(host, ORDERED[name](row_window)), draw(host, ORDERED[name](None))  # type: ignore[arg-type]
     assert torch.equal(wide.images, raster.images)
     assert torch.equal(wide.written, raster.written)
 
@@ -351,15 +354,15 @@ def test_without_luck_the_order_is_that_of_zipar(
         hopeless = Speculative(everything, tree=tree, row_window=row_window, verification="matching")
         # with a filter, the worst tokens are impossible
         for options in ({"temperature": 0.0}, {"top_k": 12}, {"top_k": 12, "guidance_scale": 1.0}):
-            zipar = draw(host, ZipAR(order), **options)
+            zipar = draw(host, ZipAR(row_window), **options)
             out = draw(host, hopeless, **options)
-            assert out.stats.passes == zipar.stats.passes == GRID + (GRID - 1) * order
+            assert out.stats.passes == zipar.stats.passes == GRID + (GRID - 1) * row_window
             assert out.stats.mean_accepted == 0
             assert torch.equal(out.images, zipar.images)
             assert torch.equal(out.written, zipar.written)
     alone = draw(host, Jacobi(1, row_window=row_window), temperature=0.0)
-    assert torch.equal(alone.images, draw(host, ZipAR(order), temperature=0.0).images)
-    assert alone.stats.passes == GRID + (GRID - 1) * order
+    assert torch.equal(alone.images, draw(host, ZipAR(row_window), temperature=0.0).images)
+    assert alone.stats.passes == GRID + (GRID - 1) * row_window
 
 
 @settings(deadline=None, max_examples=60)
@@ -461,7 +464,7 @@ def test_rows_with_an_end_of_line(width: int, height: int, window: int) -> None:
     canvas.write(ends, torch.full((2, height), END), 1)
     before = canvas.written[:, ends].clone()
     order = StaggeredRows(width, window, end_of_line=True)
-    session = CausalSession(model, torch.tensor([0, 3]))
+    session = CausalSession(model, Condition(torch.tensor([0, 3])), (Grid(height, width, END),))
 
     distributions: dict[int, Tensor] = {}
     original = session.predict
@@ -661,7 +664,7 @@ def test_dynamic_trees_reach_as_far_as_can_be_decided(row_window: Any, outcomes:
         reached = depths.max(-1).values.view(fronts.start.shape)
         assert (reached <= fronts.limit.clamp(min=1)).all()
         assert ((depths >= 0).sum(-1) <= DYNAMIC.total).all()
-    if order == "raster":
+    if row_window is None:
         assert max(outcome.tree.max_depth for outcome in outcomes) == DYNAMIC.depth + 1
 
 

@@ -12,8 +12,9 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from tests.tiny import GRID, transformer, vq_model
 from varaccel import AutoPipeline, LlamaGenPipeline, ZipAR
-from varaccel.accelerators import ACCELERATORS
+from varaccel.accelerators import fitting
 from varaccel.errors import CheckpointError, InputError
+from varaccel.hosts.causal.job import CausalJob
 
 PREFIX = 8
 WORDS = ("a", "red", "blue", "sphere", "cube", "left", "of", "!")
@@ -42,7 +43,7 @@ def codes(pipe: LlamaGenPipeline, prompt: str | Sequence[str], **options: object
     return pipe(prompt, **{"output_type": "latent", "seed": 3, **options}).images
 
 
-@pytest.mark.parametrize("name", [n for n, a in ACCELERATORS.items() if "llamagen" in a.hosts])
+@pytest.mark.parametrize("name", fitting(CausalJob))
 def test_draws_with_every_accelerator(pipe: LlamaGenPipeline, name: str) -> None:
     out = pipe(PROMPTS, seed=0, accelerator=name)
     assert [image.size for image in out.images] == [(2 * GRID, 2 * GRID)] * 3
@@ -66,7 +67,8 @@ def test_prompts_are_cleaned(pipe: LlamaGenPipeline) -> None:
 
 
 def test_features_are_left_padded(pipe: LlamaGenPipeline) -> None:
-    features, mask = pipe._condition(list(PROMPTS))
+    given = pipe._condition(list(PROMPTS))
+    features, mask = given.values, given.mask
     assert features.shape == (3, PREFIX, 16)
     assert mask is not None
     for row, length in enumerate((5, 3, PREFIX)):  # tokens of each prompt, </s> included

@@ -10,7 +10,7 @@ from varaccel.pipelines import llamagen, mar, var
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.published import load_named
 
-FAMILIES = (llamagen.LlamaGenPipeline, var.VARPipeline, mar.MARPipeline)
+PIPELINE_CLASSES = (llamagen.LlamaGenPipeline, var.VARPipeline, mar.MARPipeline)
 """The library's own pipeline classes."""
 
 

@@ -28,6 +28,7 @@ from varaccel.hosts.masked.noise import TokenNoise
 from varaccel.hosts.masked.schedule import CosineGroups, MaskedInputs, cosine_borders
 from varaccel.hosts.masked.session import FeatureCacheSession, MaskedSession
 from varaccel.models.mar import MARTransformer, rows_of
+from varaccel.nn.condition import Condition
 from varaccel.nn.noise_schedule import DiffusionSchedule
 
 TOKENS, CHANNELS, BUFFER, BATCH = 16, 4, 8, 3
@@ -551,7 +552,7 @@ KINDS = pytest.mark.parametrize("kind", ["class", "caption"])
 
 
 def session(kind: str = "class", cls: type[MaskedSession] = MaskedSession, **options: Any) -> MaskedSession:
-    return cls(network(kind), *condition(kind), batch=BATCH, **{"sampling": SAMPLING, **options})
+    return cls(network(kind), Condition(*condition(kind)), batch=BATCH, **{"sampling": SAMPLING, **options})
 
 
 @KINDS

@@ -24,6 +24,7 @@ from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
 from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.hosts.next_scale.session import ScaleSession
 from varaccel.models.var import VARTransformer
+from varaccel.nn.condition import Condition as Given
 from varaccel.nn.scale_schedule import ScaleSchedule
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 
@@ -117,6 +118,10 @@ def condition(kind: str) -> Condition:
     return features, torch.arange(6) < torch.tensor([[6], [1], [4]])
 
 
+def given_of(values: Tensor | None, mask: Tensor | None) -> Given | None:
+    return None if values is None else Given(values, mask)
+
+
 class Run:
     """Images made scale by scale, and what was seen on the way.
 
@@ -143,13 +148,13 @@ class Run:
         self.canvas = canvas or Canvas.empty(batch, TOKENS)
         randomness = Randomness.draw(image_generators(batch, seed=seed), TOKENS)
         options |= {"guidance": ScaleGuidance(guidance), "sampling": sampling}
-        session = ScaleSession(network, features, *condition, until=handover, **options)
+        session = ScaleSession(network, features, given_of(*condition), until=handover, **options)
         self.sessions = [session]
         self.logits: list[Tensor] = []
         for inputs in Scales(SCHEDULE).step_inputs(self.canvas):
             if inputs.scale == handover:
                 session.close()
-                session = ScaleSession(successor or network, features, *condition, **options)
+                session = ScaleSession(successor or network, features, given_of(*condition), **options)
                 self.sessions.append(session)
             # what `predict` does, with a look at the logits before the filters
             logits = session.logits(self.canvas, inputs.scale)
@@ -233,7 +238,7 @@ def test_prediction() -> None:
     network, given = transformer(), condition("class")
     run = Run(network, given)
     features = FeatureMap(tokenizer().quantize, 3)
-    session = ScaleSession(network, features, *given, guidance=ScaleGuidance(3.0), sampling=DRAWN)
+    session = ScaleSession(network, features, given_of(*given), guidance=ScaleGuidance(3.0), sampling=DRAWN)
     for inputs in Scales(SCHEDULE).step_inputs(run.canvas):
         distribution = session.predict(run.canvas, inputs)
         kept = DRAWN.keep(run.logits[inputs.scale], inputs.scale)
@@ -271,7 +276,11 @@ def test_skipping_scales() -> None:
     network, given = transformer(), condition("class")
     run = Run(network, given)
     session = ScaleSession(
-        network, FeatureMap(tokenizer().quantize, 3), *given, guidance=ScaleGuidance(3.0), sampling=DRAWN
+        network,
+        FeatureMap(tokenizer().quantize, 3),
+        given_of(*given),
+        guidance=ScaleGuidance(3.0),
+        sampling=DRAWN,
     )
     assert_same([session.logits(run.canvas, 1)], run.logits[1:2])
     assert_same([session.logits(run.canvas, 3)], run.logits[3:])
@@ -285,7 +294,11 @@ def test_cache_holds_what_will_be_looked_at(until: int, guidance: float) -> None
     network, given = transformer(), condition("class")
     run = Run(network, given, guidance=guidance)
     session = ScaleSession(
-        network, FeatureMap(tokenizer().quantize, 3), *given, guidance=ScaleGuidance(guidance), until=until
+        network,
+        FeatureMap(tokenizer().quantize, 3),
+        given_of(*given),
+        guidance=ScaleGuidance(guidance),
+        until=until,
     )
     for scale in range(until):
         assert_same([session.logits(run.canvas, scale)], run.logits[scale : scale + 1])
@@ -316,7 +329,7 @@ def test_half_precision_cache() -> None:
     network, given = transformer(), condition("class")
     exact = Run(network, given)
     options = {"guidance": ScaleGuidance(3.0), "cache_dtype": torch.bfloat16}
-    session = ScaleSession(network, FeatureMap(tokenizer().quantize, 3), *given, **options)
+    session = ScaleSession(network, FeatureMap(tokenizer().quantize, 3), given_of(*given), **options)
     logits = [session.logits(exact.canvas, scale) for scale in range(SCALES)]
     assert all(part.dtype == torch.float32 for part in logits)
     assert session.cache is not None
@@ -432,7 +445,9 @@ def test_feature_map_is_replaced_not_changed() -> None:
 def smooth_run(canvas: Canvas, smooth: bool = True) -> FeatureMap:
     draws = PublishedDraws(torch.Generator().manual_seed(3))
     features = FeatureMap(tokenizer().quantize, 3, smooth=draws.gumbel(CODES) if smooth else None)
-    session = ScaleSession(transformer(), features, *condition("class"), guidance=ScaleGuidance(3.0))
+    session = ScaleSession(
+        transformer(), features, given_of(*condition("class")), guidance=ScaleGuidance(3.0)
+    )
     for inputs in Scales(SCHEDULE).step_inputs(canvas):
         distribution = session.predict(canvas, inputs)
         canvas.write(inputs.positions, draws.sample(distribution, inputs.positions), inputs.scale + 1)
@@ -454,7 +469,9 @@ def test_smooth_vectors_stay_codes_where_fixed() -> None:
 
     draws = PublishedDraws(torch.Generator().manual_seed(3))
     features = Spy(quantizer, 3, smooth=draws.gumbel(CODES))
-    session = ScaleSession(transformer(), features, *condition("class"), guidance=ScaleGuidance(3.0))
+    session = ScaleSession(
+        transformer(), features, given_of(*condition("class")), guidance=ScaleGuidance(3.0)
+    )
     canvas = Canvas.given(given, fixed)
     for inputs in Scales(SCHEDULE).step_inputs(canvas):
         distribution = session.predict(canvas, inputs)
@@ -823,7 +840,10 @@ def test_half_precision_transformer(dtype: torch.dtype, bound: float) -> None:
     """A whole network in half precision decodes; its distributions are close where it reads the same codes."""
     exact, network = Run(transformer(), condition("class"), guidance=1.0), new_transformer().to(dtype)
     session = ScaleSession(
-        network, FeatureMap(tokenizer().quantize, 3), *condition("class"), guidance=ScaleGuidance(1.0)
+        network,
+        FeatureMap(tokenizer().quantize, 3),
+        given_of(*condition("class")),
+        guidance=ScaleGuidance(1.0),
     )
     logits = [session.logits(exact.canvas, scale) for scale in range(SCALES)]
     assert session.cache is not None

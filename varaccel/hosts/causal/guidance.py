@@ -46,15 +46,18 @@ class Guidance:
         """Whether the prediction of this image token is guided."""
         return self.enabled and position <= self.last_position
 
-    def combine(self, conditional: Tensor, unconditional: Tensor, positions: Tensor) -> Tensor:
+    def combine(
+        self, conditional: Tensor, unconditional: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
         """uncond + scale * (cond - uncond), on raw float32 logits.
 
         Args:
             conditional, unconditional: [B, P, V].
-            positions: [P] or [B, P], of the tokens that they predict; those beyond the interval are not guided.
+            positions: [P] or [B, P], of the tokens that they predict; those beyond the interval are not guided. All
+                are if None.
         """
         guided = unconditional + self.scale * (conditional - unconditional)
-        if self.interval < 0:
+        if positions is None or self.interval < 0:
             return guided
         active = positions <= self.last_position
         return torch.where(active.unsqueeze(-1), guided, conditional)
