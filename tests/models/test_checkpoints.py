@@ -203,7 +203,8 @@ def test_grouped_query_attention_equals_repeated_heads() -> None:
 
 def test_published_model_is_downloaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub is asked for the right files; what it gives is loaded. The files are made here."""
-    from varaccel.pipelines import auto
+    from varaccel import AutoPipeline
+    from varaccel.pipelines import published
 
     asked = []
     torch.save({"model": transformer("c2i", num_classes=1000).state_dict()}, tmp_path / "gpt.pt")
@@ -219,9 +220,9 @@ def test_published_model_is_downloaded_by_name(tmp_path: Path, monkeypatch: pyte
         LlamaGenTransformer.from_original(path, num_heads=4, grid_size=components["grid_size"])
         return new_pipeline("c2i")
 
-    monkeypatch.setattr(auto, "hf_hub_download", download)
+    monkeypatch.setattr(published, "hf_hub_download", download)
     monkeypatch.setattr(LlamaGenPipeline, "from_single_file", staticmethod(single_file))
-    auto.AutoPipeline.from_pretrained("llamagen-c2i-xl-384", cache_dir="there")
+    AutoPipeline.from_pretrained("llamagen-c2i-xl-384", cache_dir="there")
     assert asked == [
         ("FoundationVision/LlamaGen", "c2i_XL_384.pt", {"cache_dir": "there"}),
         ("FoundationVision/LlamaGen", "vq_ds16_c2i.pt", {"cache_dir": "there"}),
@@ -232,11 +233,12 @@ def test_published_model_is_downloaded_by_name(tmp_path: Path, monkeypatch: pyte
 
 
 def test_failed_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from varaccel.pipelines import auto
+    from varaccel import AutoPipeline
+    from varaccel.pipelines import published
 
     def refuse(*_: Any, **__: Any) -> str:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(auto, "hf_hub_download", refuse)
+    monkeypatch.setattr(published, "hf_hub_download", refuse)
     with pytest.raises(CheckpointError, match="could not be downloaded from FoundationVision/LlamaGen"):
-        auto.AutoPipeline.from_pretrained("llamagen-c2i-b-256")
+        AutoPipeline.from_pretrained("llamagen-c2i-b-256")

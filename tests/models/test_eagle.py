@@ -224,7 +224,7 @@ def test_published_file_must_fit(tmp_path: Path) -> None:
 
 def test_other_targets_are_refused() -> None:
     head = EagleHead.for_target(transformer("t2i"))
-    with pytest.raises(InputError, match="24 instead of 30 codes"):
+    with pytest.raises(InputError, match="24 instead of 30 token ids"):
         head.check_fits(transformer("t2i", vocab_size=30))
     with pytest.raises(InputError, match="32 instead of 64 feature channels"):
         head.check_fits(transformer("t2i", dim=64))

@@ -30,7 +30,7 @@ class Hub:
         self.folder = folder
         self.asked: list[tuple[str, str, dict[str, Any]]] = []
         self.tokenizers: list[str] = []
-        monkeypatch.setattr("varaccel.pipelines.auto.hf_hub_download", self.download)
+        monkeypatch.setattr("varaccel.pipelines.published.hf_hub_download", self.download)
         monkeypatch.setattr("varaccel.pipelines.mar.load_kl", self.load_kl)
         # a published width, which tells the number of heads
         sizes = {"dim": 768, "num_heads": 12, "decoder_depth": 1, "mlp_ratio": 0.25, "num_classes": 1000}
@@ -111,7 +111,7 @@ def test_failed_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> str:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("varaccel.pipelines.auto.hf_hub_download", fail)
+    monkeypatch.setattr("varaccel.pipelines.published.hf_hub_download", fail)
     with pytest.raises(
         CheckpointError, match=r"could not be downloaded from jadechoghari/mar.*MARPipeline\.from"
     ) as caught:

@@ -358,11 +358,11 @@ def test_no_drafter() -> None:
 @pytest.mark.parametrize(
     ("condition", "changes", "message"),
     [
-        ("class", {"token_channels": 8}, "tokens of 8 numbers"),
-        ("class", {"grid_size": 5}, "grid of side 5"),
-        ("class", {"noise_schedule": "cosine"}, "cosine noise"),
-        ("class", {"num_classes": 6}, "num_classes 6"),
-        ("caption", {}, "conditions that are a caption"),
+        ("class", {"token_channels": 8}, "numbers per token 8 instead of 4"),
+        ("class", {"grid_size": 5}, r"sides of grids or scales \(5,\)"),
+        ("class", {"noise_schedule": "cosine"}, "noise schedule cosine instead of linear"),
+        ("class", {"num_classes": 6}, "number of classes or width of text features 6"),
+        ("caption", {}, "kind of condition caption instead of class"),
     ],
     ids=str,
 )
@@ -373,9 +373,9 @@ def test_drafters_that_do_not_fit(condition: str, changes: dict[str, Any], messa
 
 
 def test_drafters_of_other_captions_and_families() -> None:
-    with refused("caption_dim 8"):
+    with refused("width of text features 8 instead of 16"):
         pipeline("mar-caption")("a cube", accelerator=CSpD(drafter=mar_transformer("caption", caption_dim=8)))
-    with refused("got LlamaGenTransformer"):
+    with refused("paradigm causal instead of masked"):
         pipeline("mar-class")(0, accelerator=CSpD(drafter=pipeline("c2i")))
     with pytest.raises(CheckpointError):
         pipeline("mar-class")(0, accelerator=CSpD(drafter="no-such-model"))

@@ -371,7 +371,7 @@ def test_unknown_and_endless_prompts_are_drawn() -> None:
 
 
 def test_components_must_fit() -> None:
-    with pytest.raises(InputError, match="codes"):
+    with pytest.raises(InputError, match="token ids"):
         LlamaGenPipeline(transformer("c2i"), vq_model(codebook_size=CODES + 1))
     with pytest.raises(InputError, match="text_encoder"):
         LlamaGenPipeline(transformer("t2i"), vq_model())

@@ -469,12 +469,12 @@ def test_no_refiner(name: str) -> None:
 @pytest.mark.parametrize(
     ("condition", "changes", "message"),
     [
-        ("class", {"scales": (1, 2, 4)}, r"\[1, 2, 4\]"),
-        ("class", {"scales": (1, 2)}, r"\[1, 2\]"),
-        ("class", {"vocab_size": CODES + 1}, f"{CODES + 1} codes"),
-        ("class", {"codebook_dim": 5}, "5 numbers per code"),
-        ("caption", {}, "condition_type is 'caption'"),
-        ("class", {"num_classes": 6}, "num_classes is 6"),
+        ("class", {"scales": (1, 2, 4)}, r"\(1, 2, 4\)"),
+        ("class", {"scales": (1, 2)}, r"\(1, 2\) instead of"),
+        ("class", {"vocab_size": CODES + 1}, f"token ids {CODES + 1} instead of {CODES}"),
+        ("class", {"codebook_dim": 5}, "numbers per token 5 instead of 4"),
+        ("caption", {}, "kind of condition caption instead of class"),
+        ("class", {"num_classes": 6}, "number of classes or width of text features 6"),
     ],
     ids=str,
 )
@@ -487,12 +487,12 @@ def test_refiners_that_do_not_fit(name: str, condition: str, changes: dict[str, 
 
 def test_refiner_of_other_captions() -> None:
     accelerator = CoDe(refiner=var_transformer("caption", caption_dim=8))
-    with refused("caption_dim is 8"):
+    with refused("width of text features 8 instead of 16"):
         pipeline("var-caption")("a cube", accelerator=accelerator)
 
 
 def test_refiner_of_another_family() -> None:
-    with refused("got LlamaGenTransformer"):
+    with refused("paradigm causal instead of next-scale"):
         pipeline("var-class")(0, accelerator=CoDe(refiner=pipeline("c2i")))
 
 
@@ -770,7 +770,7 @@ def published(
     name: str, weights: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[VARPipeline, Hub]:
     hub = Hub(tmp_path, {IMAGE_TOKENIZER[1]: WIDE, **weights})
-    monkeypatch.setattr("varaccel.pipelines.auto.hf_hub_download", hub.download)
+    monkeypatch.setattr("varaccel.pipelines.published.hf_hub_download", hub.download)
     pipe = AutoPipeline.from_pretrained(name, **options)
     assert isinstance(pipe, VARPipeline)
     pipe.set_progress_bar_config(disable=True)
@@ -811,7 +811,7 @@ def test_failed_download(error: Exception, monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: Any, **__: Any) -> str:
         raise error
 
-    monkeypatch.setattr("varaccel.pipelines.auto.hf_hub_download", fail)
+    monkeypatch.setattr("varaccel.pipelines.published.hf_hub_download", fail)
     with refused(r"could not be downloaded.*VARPipeline\.from_single_file", CheckpointError):
         AutoPipeline.from_pretrained("var-d30")
 

@@ -813,19 +813,23 @@ def test_what_does_not_fit_the_model_is_refused_in_the_call() -> None:
         refused(Speculative(name), f"came without a drafter called '{name}'", bare)
     refused(Lantern(drafter="eagle"), "came without a drafter called 'eagle'", bare)
     small = transformer("c2i", vocab_size=CODES + 1, **sizes)
+    refused(Speculative(small), f"number of token ids {CODES + 1} instead of {CODES}")
     refused(
-        Speculative(small), rf"another vocabulary \({CODES + 1}\) than the model it drafts for \({CODES}\)"
+        Speculative(transformer("c2i", grid_size=5, **sizes)),
+        r"sides of grids or scales \(5,\) instead of \(4,\)",
     )
-    refused(Speculative(transformer("c2i", grid_size=5, **sizes)), "another grid")
-    refused(Speculative(transformer("t2i", **sizes)), "another kind of condition")
-    refused(Lantern(drafter=transformer("c2i", num_classes=7, **sizes)), "another number of classes")
+    refused(Speculative(transformer("t2i", **sizes)), "kind of condition caption instead of class")
+    refused(
+        Lantern(drafter=transformer("c2i", num_classes=7, **sizes)),
+        "number of classes or width of text features 7",
+    )
     text = drafting_pipeline("t2i")
     for change, what in (({"prefix_length": 6}, "condition slots"), ({"caption_dim": 8}, "text features")):
         with pytest.raises(InputError, match=what):
             text("sphere", seed=0, accelerator=Speculative(transformer("t2i", **sizes, **change)))
     same = {"dim": 8, "num_layers": 3, "num_heads": 1}
     for change, what in (
-        ({"vocab_size": CODES + 1}, f"{CODES + 1} instead of {CODES} codes"),
+        ({"vocab_size": CODES + 1}, f"{CODES + 1} instead of {CODES} token ids"),
         ({"grid_size": 5}, "5 instead of 4 tokens per row"),
         ({"dim": 16}, "16 instead of 8 feature channels"),
     ):
@@ -841,5 +845,5 @@ def test_a_pipeline_refuses_drafters_of_another_model() -> None:
     target = transformer("c2i")
     with pytest.raises(InputError, match="5 instead of 4 tokens per row"):
         LlamaGenPipeline(target, vq_model(), eagle_head=eagle_head(transformer("c2i", grid_size=5)))
-    with pytest.raises(InputError, match="another grid"):
+    with pytest.raises(InputError, match="sides of grids"):
         LlamaGenPipeline(target, vq_model(), draft_transformer=transformer("c2i", grid_size=5))

@@ -48,7 +48,7 @@ def check_substitute(network: object, host: NetworkT, role: str) -> NetworkT:
         )
     if differences := host.signature().differences(network.signature()):
         raise InputError(
-            f"the {role} does not fit the model: its {', '.join(differences)}; use one for the same image tokenizer "
+            f"the {role} does not fit the model: {', '.join(differences)}; use one for the same image tokenizer "
             "and the same conditions."
         )
     if network.device != host.device:

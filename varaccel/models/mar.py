@@ -242,6 +242,7 @@ class MARTransformer(ModelMixin, ConfigMixin):
             token_channels=config.token_channels,
             layout=(config.grid_size,),
             noise_schedule=config.noise_schedule,
+            paradigm="masked",
         )
 
     def new_caches(self, rows: int) -> tuple[KVCache, KVCache]:

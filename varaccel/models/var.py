@@ -271,6 +271,7 @@ class VARTransformer(ModelMixin, ConfigMixin):
             vocab_size=config.vocab_size,
             token_channels=config.codebook_dim,
             layout=self.schedule.sides,
+            paradigm="next-scale",
         )
 
     def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:

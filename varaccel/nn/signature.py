@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
+from typing import Literal
+
+Paradigm = Literal["causal", "next-scale", "masked"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Signature:
         layout: sides of the grids or scales of an image; None if the call decides them.
         condition_slots: positions that the condition takes; None if the call decides them.
         noise_schedule: training noise of a diffusion head; None without one.
+        paradigm: how an image is decided: token by token, scale by scale, or in groups of any positions.
     """
 
     condition: str
@@ -29,11 +33,26 @@ class Signature:
     layout: tuple[int, ...] | None = None
     condition_slots: int | None = None
     noise_schedule: str | None = None
+    paradigm: Paradigm = "causal"
 
     def differences(self, other: Signature) -> list[str]:
-        """Where `other` differs, as "vocab_size is 8 instead of 16"."""
+        """Where `other` differs, in words, such as "number of token ids 8 instead of 16"."""
+        own, others = astuple(self), astuple(other)
         return [
-            f"{item.name} is {getattr(other, item.name)} instead of {getattr(self, item.name)}"
-            for item in fields(self)
-            if getattr(self, item.name) != getattr(other, item.name)
+            f"{word} {theirs} instead of {ours}"
+            for word, ours, theirs in zip(_WORDS, own, others, strict=True)
+            if ours != theirs
         ]
+
+
+_WORDS = (
+    "kind of condition",
+    "number of classes or width of text features",
+    "number of token ids",
+    "numbers per token",
+    "sides of grids or scales",
+    "number of condition slots",
+    "noise schedule",
+    "paradigm",
+)
+"""The fields of a signature in words."""

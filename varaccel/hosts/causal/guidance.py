@@ -46,9 +46,7 @@ class Guidance:
         """Whether the prediction of this image token is guided."""
         return self.enabled and position <= self.last_position
 
-    def combine(
-        self, conditional: Tensor, unconditional: Tensor, positions: Tensor | None = None
-    ) -> Tensor:
+    def combine(self, conditional: Tensor, unconditional: Tensor, positions: Tensor | None = None) -> Tensor:
         """uncond + scale * (cond - uncond), on raw float32 logits.
 
         Args:
