@@ -18,19 +18,17 @@ from torch import Tensor
 from tests.scripts import ROOT
 from varaccel.errors import InputError
 from varaccel.speculation.rejection import (
+    Decision,
     Exact,
+    Fork,
     Greedy,
     KSequential,
-    Relaxed,
-    RelaxedGreedy,
-    Residual,
     Rule,
     VerificationResult,
-    _Decision,
-    _Fork,
-    _one_by_one,
-    _walk,
+    examine_in_turn,
+    walk,
 )
+from varaccel.speculation.relaxed import Relaxed, RelaxedGreedy, Residual
 from varaccel.speculation.tree import NAMED_TREES, DraftTree, DynamicTree, Topology
 from varaccel.tokenizers.neighbours import neighbour_table
 
@@ -410,10 +408,10 @@ class Broken:
         self.mistake = mistake
 
     def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
-        return _walk(tree, target, uniforms, self._decide)
+        return walk(tree, target, uniforms, self._decide)
 
-    def _decide(self, fork: _Fork) -> _Decision:
-        accepted, distribution = _one_by_one(fork)
+    def _decide(self, fork: Fork) -> Decision:
+        accepted, distribution = examine_in_turn(fork)
         if self.mistake == "no division":
             accepted = fork.uniforms <= fork.target.gather(-1, fork.tokens)
         if self.mistake == "no residual":

@@ -15,7 +15,8 @@ from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.speculation.drafters import Tree, check_drafting, open_proposer, resolve_drafter, resolve_shape
 from varaccel.speculation.loop import Draws, Verifier, speculate, verify_by
-from varaccel.speculation.rejection import Relaxed, RelaxedGreedy, Residual, VerificationResult
+from varaccel.speculation.rejection import VerificationResult
+from varaccel.speculation.relaxed import Relaxed, RelaxedGreedy, Residual
 from varaccel.speculation.tree import DraftTree, DynamicTree
 
 
