@@ -1,4 +1,4 @@
-"""Which guesses of a draft tree are kept, and the distribution of the token that follows them.
+"""Verification rules: which draft tokens of a tree are accepted, and the distribution of the token after them.
 
 A rule is a pure function of the tree, the target's distributions at its nodes and given uniform numbers. It never
 sees a network. All rules that use chance share one walk from the root: at each node its children are examined in
@@ -41,10 +41,10 @@ class Rule(Protocol):
     """Accepts or rejects the nodes of draft trees."""
 
     def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
-        """Verifier M trees of T nodes over V tokens.
+        """Verify M trees of T nodes over V tokens.
 
         Args:
-            tree: the guesses.
+            tree: the draft tokens.
             target: [M, T, V] probabilities (float32 or float64) of the token that follows each node, after
                 guidance and filters.
             uniforms: [M, T] in [0, 1); number i is used when node i is examined.
@@ -109,7 +109,7 @@ def check_shapes(tree: DraftTree, target: Tensor, uniforms: Tensor) -> None:
         raise InputError(f"uniforms must be [M, T] = {shape}, one per node, got {list(uniforms.shape)}.")
     if tree.draft_probs is not None and tree.draft_probs.shape != target.shape:
         raise InputError(
-            f"draft {list(tree.draft_probs.shape)} and target {list(target.shape)} differ in shape."
+            f"draft_probs {list(tree.draft_probs.shape)} and target {list(target.shape)} differ in shape."
         )
 
 
@@ -196,15 +196,15 @@ def examine_in_turn(fork: Fork, test: AcceptanceTest = exact_test) -> Decision:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# lossless rules
+# exact rules
 
 
 @dataclass(frozen=True)
 class Exact:
-    """The tokens that come out are distributed as the target's own, whatever the guesses were.
+    """Speculative sampling on trees: the output follows the target's distribution, whatever the draft tokens were.
 
-    A guess x with target p is accepted with probability min(1, p(x) / q(x)) and p becomes max(p - q, 0),
-    normalised, when it is rejected. q is all on x if x was not left to chance; drawn without replacement,
+    A draft token x with target p is accepted with probability min(1, p(x) / q(x)) and p becomes max(p - q, 0),
+    normalised, when it is rejected. q is all on x if x was not drawn by chance; drawn without replacement,
     it is the draft without the elder siblings, normalised; drawn independently, the draft itself. A tree with
     one child per node is ordinary speculative sampling.
 
@@ -221,7 +221,7 @@ class Exact:
     def _decide(fork: Fork) -> Decision:
         if fork.draft_probs is not None:
             return examine_in_turn(fork)
-        # Sure guesses only take themselves away, so all siblings can be judged at once.
+        # A deterministic draft token only takes its own mass away, so all siblings can be verified at once.
         mass = fork.target.gather(-1, fork.tokens)  # [M, C]
         left: Tensor | float = 1.0
         width = mass.shape[1]
@@ -248,9 +248,9 @@ class Greedy:
 
 
 def match(tree: DraftTree, drawn: Tensor, target: Tensor) -> VerificationResult:
-    """Accept the guesses that equal what the target draws by itself.
+    """Accept the draft tokens that equal what the target draws by itself.
 
-    Exact whatever the guesses are, as long as they do not depend on the numbers that the target draws with.
+    Exact whatever the draft tokens are, as long as they do not depend on the numbers that the target draws with.
 
     Args:
         drawn: [M, T], the token that the target draws after each node.
@@ -281,21 +281,20 @@ def longest_path(tree: DraftTree, matches: Tensor, best: Tensor, target: Tensor)
 
 @dataclass(frozen=True)
 class KSequential:
-    """As lossless as `Exact`, for k guesses per node that were drawn independently from one draft q.
+    """k-SEQ of SpecTr: exact like `Exact`, for k draft tokens per node drawn independently from one draft q.
 
-    Each is accepted with probability min(1, p(x) / (ρ q(x))), all alike. With β = Σ min(p / ρ, q), one guess
-    is accepted with probability β, and then distributed as min(p / ρ, q) / β; so all k contribute
+    Each is accepted with probability min(1, p(x) / (ρ q(x))), all alike. With β = Σ min(p / ρ, q), one draft
+    token is accepted with probability β, and then distributed as min(p / ρ, q) / β; so all k contribute
     min(p / ρ, q) · S to the distribution of the outcome, where S = (1 - (1 - β)^k) / β. The rest, p - min(p /
     ρ, q) · S, is drawn when all are rejected. It is nowhere negative iff ρβ >= 1 - (1 - β)^k; the left side
     grows with ρ and the right side shrinks, so the smallest such ρ, which accepts most, is found by bisection
-    in [1, k].
-    The upper end of the last interval is taken: exact even if the bisection is not.
+    in [1, k]. The upper end of the last interval is taken: exact even if the bisection is not.
 
     Source: Sun et al. 2023, "SpecTr: Fast Speculative Decoding via Optimal Transport" (arXiv 2310.15141), k-SEQ.
 
     Attributes:
-        iterations: halvings of the interval; they decide how many guesses are accepted, not whether the distribution
-            is right.
+        iterations: halvings of the interval; they decide how many draft tokens are accepted, not whether
+            the distribution is right.
     """
 
     iterations: int = 16
@@ -307,7 +306,7 @@ class KSequential:
     def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
         if tree.draw_mode != "independent":
             raise InputError(
-                "k-sequential selection needs guesses that were drawn independently, these are"
+                "k-sequential selection needs draft tokens that were drawn independently, these are"
                 f" {tree.draw_mode!r}; use Exact instead."
             )
         return walk(tree, target, uniforms, self._decide)

@@ -93,7 +93,7 @@ class _Neighbourhood:
 
 @dataclass(frozen=True, eq=False)
 class Relaxed(_Neighbourhood):
-    """LANTERN: a token may stand for its nearest neighbours in the codebook. Not lossless.
+    """LANTERN: a draft token may stand for its nearest neighbours in the codebook. Not exact.
 
     The acceptance test of `Exact` with p(x) raised by c_J, the mass of the first J neighbours of x, J as large
     as the bound allows. Moving that mass changes the distribution by exactly c_J in total variation. p is always the
@@ -103,11 +103,11 @@ class Relaxed(_Neighbourhood):
     What a rejection leaves depends on `residual`:
 
     - "paper": as for `Exact`, of the distribution in which x has been given the mass of its first J neighbours: only
-      these J lose theirs. Guesses drawn from q~: max(p_J - q~, 0), where p_J is p without the J neighbours
+      these J lose theirs. For draft tokens drawn from q~: max(p_J - q~, 0), where p_J is p without the J neighbours
       (x itself has no part, for it was rejected because even p(x) + c_J < q~(x)). Borrowing nothing is then
       exact: delta = 0, multiplier = 1 or k = 0, also with zeros in p.
     - "dynamic", "static", "static_b": the three that the public code has, for comparison. If J >= 1, all first
-      k + 1 neighbours are cleared: in p ("dynamic", for deterministic guesses; "static_b", for drawn ones) or in
+      k + 1 neighbours are cleared: in p ("dynamic", for deterministic draft tokens; "static_b", for drawn ones) or in
       the draft that is subtracted ("static", for drawn ones). J >= 1 is already true for a neighbour of mass 0,
       so these are not exact at delta = 0. If nothing is left, the distribution becomes uniform over all tokens.
 
@@ -130,7 +130,7 @@ class Relaxed(_Neighbourhood):
         if self.residual != "paper" and (self.residual == "dynamic") != (tree.draft_probs is None):
             kind = "deterministic" if self.residual == "dynamic" else "drawn"
             raise InputError(
-                f"residual {self.residual!r} is for {kind} guesses, these are {tree.draw_mode!r}."
+                f"residual {self.residual!r} is for {kind} draft tokens, these are {tree.draw_mode!r}."
             )
         # an empty neighbourhood borrows nothing, whatever the residual
         test: AcceptanceTest = exact_test if self.k == 0 else self._test
