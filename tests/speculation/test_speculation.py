@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tiny import CODES, GRID, PROMPTS, drafting_pipeline, eagle_head, pipeline, transformer, vq_model
@@ -29,7 +26,6 @@ from varaccel.engine.loop import Step, decode
 from varaccel.engine.randomness import Randomness, image_generators
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
-from varaccel.hosts.causal.lanes import Fronts, Lanes
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.hosts.causal.schedule import StaggeredRows
 from varaccel.hosts.causal.session import CausalSession, DraftInputs
@@ -362,88 +358,6 @@ def test_without_accepted_tokens_the_course_is_that_of_zipar(
     alone = draw(host, Jacobi(1, row_window=row_window), temperature=0.0)
     assert torch.equal(alone.images, draw(host, ZipAR(row_window), temperature=0.0).images)
     assert alone.stats.passes == GRID + (GRID - 1) * row_window
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    height=st.integers(1, 6),
-    width=st.integers(1, 7),
-    window=st.integers(1, 8),
-    fixed=st.booleans(),
-    seed=st.integers(0, 2**31),
-)
-def test_fronts(height: int, width: int, window: int, fixed: bool, seed: int) -> None:
-    """From any state that can be reached, whatever is accepted."""
-    total, batch = height * width, 3
-    lanes = Lanes.rows(width, total, window)
-    generator = torch.Generator().manual_seed(seed)
-    canvas = Canvas.empty(batch, total)
-    canvas.write(torch.zeros(1, dtype=torch.int64), torch.zeros(batch, 1, dtype=torch.int64), 1)
-    step = 1
-    while not canvas.is_full:
-        step += 1
-        assert step <= total, "every pass decides something"
-        fronts = lanes.fronts(canvas, step, fixed=fixed)
-        check_fronts(fronts, lanes, canvas, step, fixed)
-        positions = torch.full((batch, fronts.start.shape[1], lanes.width), -1)
-        for row, lane in fronts.open.nonzero().tolist():
-            limit = int(fronts.limit[row, lane])
-            # mostly one token, sometimes all that is allowed
-            count = (1, 1, limit, int(torch.randint(1, limit + 1, (), generator=generator)))[
-                int(torch.randint(4, (), generator=generator))
-            ]
-            positions[row, lane, :count] = fronts.start[row, lane] + torch.arange(count)
-        canvas.write(positions.flatten(1), torch.zeros_like(positions.flatten(1)), step)
-
-
-def check_fronts(fronts: Fronts, lanes: Lanes, canvas: Canvas, step: int, fixed: bool) -> None:
-    width, lag = lanes.width, lanes.lag
-    most = lanes.most_open(canvas.num_positions)
-    assert most == min(canvas.num_positions // width, math.ceil(width / lag))
-    if fixed:
-        assert fronts.start.shape[1] == most
-    for row, written in enumerate(canvas.written.view(canvas.batch, -1, width)):
-        done = (written > 0).sum(-1).tolist()
-        for lane, count in enumerate(done):
-            assert (written[lane, :count] > 0).all(), "from left to right"
-        expected = []
-        for lane, count in enumerate(done):
-            above = done[lane - 1] if lane else width
-            allowed = width if above == width else above - lag + 1
-            if count < min(width, allowed):
-                expected.append((lane, count, min(width, allowed) - count, above == width))
-        assert int(fronts.open[row].sum()) == len(expected) <= most
-        if sum(done) < canvas.num_positions:
-            assert expected
-        for slot, (lane, count, limit, full) in enumerate(expected):
-            assert fronts.open[row, slot]
-            start = lane * width + count
-            assert int(fronts.start[row, slot]) == start
-            assert int(fronts.limit[row, slot]) == limit
-            assert int(fronts.end[row, slot]) == width - count >= limit
-            # the row above has `lag` tokens more than what may be decided, or is complete
-            assert full or done[lane - 1] >= count + limit - 1 + lag
-            source = int(fronts.source[row, slot])
-            assert canvas.written[row, source] > 0, "only what is decided can be read"
-            if count or full:
-                assert source == start - 1
-            else:
-                assert source == max(lane - 2, 0) * width + done[max(lane - 2, 0)] - 1
-        closed = slice(len(expected), None)
-        assert (fronts.start[row, closed] == -1).all()
-        assert (fronts.source[row, closed] == -1).all()
-        assert not fronts.limit[row, closed].any()
-        assert not fronts.end[row, closed].any()
-        late = [
-            (lane + 1) * width - 1
-            for lane in range(len(done) - 1)
-            if written[lane, -1] == step - 1 and done[lane + 1] > 0
-        ]
-        assert len(late) <= 1
-        if fronts.refresh is None:
-            assert len(done) == 1
-        else:
-            assert int(fronts.refresh[row]) == (late[0] if late else -1)
 
 
 # -- rows that end in a token of their own -------------------------------------------------------------
