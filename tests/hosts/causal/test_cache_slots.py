@@ -20,9 +20,9 @@ EMPTY = 0.0
 """The key in a slot that nothing was written to."""
 
 
-def positional_table(places: int) -> Tensor:
-    """[places, 1, 2], every row another one."""
-    return torch.arange(1.0, 2 * places + 1).view(places, 1, 2)
+def numbered(*shape: int) -> Tensor:
+    """A table in which no number stands twice, and no zero."""
+    return torch.arange(1.0, torch.Size(shape).numel() + 1).view(shape)
 
 
 @dataclass
@@ -38,7 +38,10 @@ class Harness:
     draft_slots: int = 0
     branches: int = 1
     mask: Tensor | None = None
+    branches_differ: bool = False
     visibility: Visibility = "encoded"
+    positional_rows: int = 1
+    modulation_width: int = 0
     last_key: float = 0.0
 
     def __post_init__(self) -> None:
@@ -53,19 +56,24 @@ class Harness:
             dtype=torch.float64,
             device=torch.device("cpu"),
         )
-        self.slots = self.make()
-        self.prefix_keys = self.new_keys(rows, self.prefix)
-        self.write(torch.arange(self.prefix).expand(rows, -1), self.prefix_keys)
-
-    def make(self) -> CacheSlots:
-        return CacheSlots(
+        places = self.prefix + self.positions
+        # a row of the table for every row of the cache, or one for all
+        self.positional = numbered(self.positional_rows, places, 1, 2)
+        # for every place, or one for all; 0 is none
+        widths = {0: None, 1: numbered(rows, 1, 3), 2: numbered(rows, places, 3)}
+        self.modulation = widths[self.modulation_width]
+        self.slots = CacheSlots(
             self.cache,
-            positional_table(self.prefix + self.positions),
             prefix=self.prefix,
+            positional=self.positional,
+            modulation=self.modulation,
             draft_slots=self.draft_slots,
-            condition_mask=self.mask,
+            mask=self.mask,
+            branches_differ=self.branches_differ,
             visibility=self.visibility,
         )
+        self.prefix_keys = self.new_keys(rows, self.prefix)
+        self.write(torch.arange(self.prefix).expand(rows, -1), self.prefix_keys)
 
     def new_keys(self, *shape: int) -> Tensor:
         count = torch.Size(shape).numel()
@@ -109,12 +117,18 @@ class Harness:
 
     def check_places(self, inputs: AttentionInputs, positions: Tensor, rows: int) -> None:
         """Every entry is told the place that it stands for, wherever it is kept."""
-        assert inputs.rotary is not None
-        table = positional_table(self.prefix + self.positions)
+        assert inputs.positional is not None
+        assert (inputs.modulation is None) == (self.modulation is None)
         for row in range(rows):
             for entry, position in enumerate(positions[row % self.batch].tolist()):
-                if position >= 0:
-                    assert torch.equal(inputs.rotary[row, entry], table[self.prefix + position])
+                if position < 0:
+                    continue
+                place = self.prefix + position
+                told = inputs.positional[row, entry]
+                assert torch.equal(told, self.positional[row % self.positional_rows, place])
+                if inputs.modulation is not None and self.modulation is not None:
+                    own = self.modulation[row, place if self.modulation_width == 2 else 0]
+                    assert torch.equal(inputs.modulation[row].expand(positions.shape[1], -1)[entry], own)
 
     def kept(self, row: int, position: int) -> list[float]:
         """Keys and values of both layers in the slot of a position; values turned back."""
@@ -199,6 +213,8 @@ def draw_entries(
     branches=st.sampled_from([1, 2]),
     visibility=st.sampled_from(["encoded", "causal"]),
     masked=st.booleans(),
+    own_tables=st.booleans(),
+    modulation_width=st.integers(0, 2),
     seed=st.integers(0, 2**31),
 )
 def test_every_entry_sees_what_it_should(
@@ -209,16 +225,31 @@ def test_every_entry_sees_what_it_should(
     branches: int,
     visibility: Visibility,
     masked: bool,
+    own_tables: bool,
+    modulation_width: int,
     seed: int,
 ) -> None:
     """After any sequence of passes: decided and draft tokens, ragged, repeated, kept or not."""
     choose = random.Random(seed)
-    mask = None
-    if masked:  # the last slot is in use, as it is where conditions are padded on the left
-        used = [[choose.randint(0, 1) for _ in range(prefix - 1)] + [1] for _ in range(batch)]
-        mask = torch.tensor(used).repeat(branches, 1)
-    harness = Harness(batch, positions, prefix, draft_slots, branches, mask, visibility)
     rows = batch * branches
+    mask = None
+    differ = branches == 2 and choose.random() < 0.5
+    if masked:  # the last slot is in use, as it is where conditions are padded on the left
+        lists = rows if differ else batch
+        used = [[choose.randint(0, 1) for _ in range(prefix - 1)] + [1] for _ in range(lists)]
+        mask = torch.tensor(used).repeat(rows // lists, 1)
+    harness = Harness(
+        batch,
+        positions,
+        prefix,
+        draft_slots,
+        branches,
+        mask,
+        differ,
+        visibility,
+        positional_rows=rows if own_tables else 1,
+        modulation_width=modulation_width,
+    )
     told = transcripts(harness)
     for _ in range(6):
         if branches == 2 and choose.random() < 0.15:
@@ -363,6 +394,32 @@ def test_both_branches_of_guidance_keep_their_own_keys() -> None:
     for row in (0, 1):
         assert seen[row][1] == keys_of(*harness.prefix_keys[row], *keys[row])
         assert harness.kept(row, 1) == [keys[row, 1].item()] * 4
+
+
+def test_branches_of_guidance_with_prompts_of_their_own() -> None:
+    mask = torch.tensor([[1, 1], [0, 1]])
+    harness = Harness(batch=1, positions=2, branches=2, mask=mask, branches_differ=True)
+    keys, seen = harness.read(torch.tensor([[0]]))
+    assert seen[0] == [keys_of(*harness.prefix_keys[0], keys[0, 0])]
+    assert seen[1] == [keys_of(harness.prefix_keys[1, 1], keys[1, 0])]
+    more, seen = harness.read(torch.tensor([[1]]), rows=1)
+    assert seen[0] == [keys_of(*harness.prefix_keys[0], keys[0, 0], more[0, 0])]
+
+
+def test_the_condition_is_read_in_its_own_slots() -> None:
+    harness = Harness(batch=1, positions=3, prefix=2, draft_slots=2, branches=2, modulation_width=2)
+    inputs = harness.slots.prefill_inputs(None)
+    assert inputs.causal
+    assert inputs.slots is not None
+    assert inputs.slots.tolist() == [0, 1]
+    assert inputs.length == 2
+    assert inputs.positional is not None
+    assert torch.equal(inputs.positional, harness.positional[:, :2])
+    assert harness.modulation is not None
+    assert inputs.modulation is not None
+    assert torch.equal(inputs.modulation, harness.modulation[:, :2])
+    masked = harness.slots.prefill_inputs(torch.ones(2, 1, 2, 2, dtype=torch.bool))
+    assert not masked.causal
 
 
 # -- slots of lanes ------------------------------------------------------------------------------------
