@@ -412,9 +412,7 @@ def test_continuous_speculative_decoding(name: str, monkeypatch: pytest.MonkeyPa
     # a recorded run has no seeds, and brings its numbers itself
     monkeypatch.setattr(continuous_loop, "_resample_noise", lambda *_: None)
     run, rule = Recorded(options, golden), CheckedRule(golden, options["inner_temperature"])
-    target, draft = (
-        MaskedSession(network(n), run.condition, **run.session_options) for n in NETWORKS
-    )
+    target, draft = (MaskedSession(network(n), run.condition, **run.session_options) for n in NETWORKS)
     canvas = run.canvas()
     stats = speculate_groups(
         target,
