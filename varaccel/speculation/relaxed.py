@@ -139,7 +139,7 @@ class Relaxed(_Neighbourhood):
     def _test(self, distribution: Tensor, draft_probs: Tensor | None, token: Tensor) -> Trial:
         near, within, extra = self.aggregate(distribution, token)
         rest = self.rest(distribution, draft_probs, token, near, within)
-        otherwise = distribution if self.residual == "paper" else 1 / distribution.shape[-1]
+        otherwise: Tensor | float = distribution if self.residual == "paper" else 1 / distribution.shape[-1]
         return Trial(distribution.gather(-1, token) + extra, normalised(rest, otherwise))
 
     def aggregate(self, distribution: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
