@@ -29,7 +29,7 @@ from varaccel.hosts.masked.session import MaskedSession
 from varaccel.models.mar import MARTransformer
 from varaccel.nn import noise_schedule as diffusion_schedule
 from varaccel.nn.condition import Condition
-from varaccel.speculation.continuous_loop import Comparison, speculate_in_turn, speculate_jointly
+from varaccel.speculation.continuous_loop import Comparison, speculate_groups
 from varaccel.speculation.continuous_rejection import (
     Aligned,
     ContinuousRule,
@@ -38,6 +38,11 @@ from varaccel.speculation.continuous_rejection import (
     PaperRule,
     ReferenceRule,
     ResampleNoise,
+)
+from varaccel.speculation.group_verification import (
+    GroupVerification,
+    JointVerification,
+    SequentialVerification,
 )
 
 
@@ -102,7 +107,7 @@ def speculate(
     sampling: HeadSampling | None = None,
     guidance: MaskedGuidance | None = None,
 ) -> Answer:
-    """One run of either loop on class labels; by default the tiny pipeline's model and drafter, guided."""
+    """One run on class labels; by default the tiny pipeline's model and drafter, guided."""
     pipe = pipeline("mar-class")
     target, draft = target or pipe.transformer, draft or pipe.draft_transformer
     assert isinstance(target, MARTransformer)
@@ -122,13 +127,10 @@ def speculate(
     order = CosineGroups(numbers.permutation, iterations)
     comparison = Comparison(rule, step, numbers, numbers)
     own, small = session(target), session(draft)
-    options: dict[str, Any] = {"draft_length": draft_length, "prefill": prefill}
+    verification: GroupVerification = JointVerification(own, draft_length)
     if sequential:
-        stats = speculate_in_turn(
-            own, session(target, draft_length), small, page, order, comparison, **options
-        )
-    else:
-        stats = speculate_jointly(own, small, page, order, comparison, **options)
+        verification = SequentialVerification(session(target, draft_length), order, draft_length)
+    stats = speculate_groups(own, small, page, order, comparison, verification, prefill=prefill)
     assert page.is_full
     return page, stats, own, small
 
@@ -287,7 +289,7 @@ def blind(network: MARTransformer) -> MARTransformer:
     ids=lambda a: f"{a.mode}-{a.coupling_step}",
 )
 def test_blocks_of_tokens_that_do_not_depend_on_each_other(accelerator: CSpD, draft_length: int) -> None:
-    """Then deciding them at once is deciding them in turn: all of a model's own guesses are kept."""
+    """Then deciding them at once is deciding them in turn: all of a model's own draft tokens are kept."""
     network = blind(pipeline("mar-class").transformer)
     pipe = MARPipeline(network, kl_vae(), draft_transformer=network, head_steps=8)
     pipe.set_progress_bar_config(disable=True)
@@ -502,7 +504,7 @@ def images(
     sequential: bool = True,
     step: int = 0,
 ) -> tuple[Tensor, float]:
-    """Images and the share of guesses that was kept; plain decoding without a rule."""
+    """Images and the share of draft tokens that was kept; plain decoding without a rule."""
     target, draft = networks or pair()
     common: dict[str, Any] = {
         "labels": (1,) * IMAGES,

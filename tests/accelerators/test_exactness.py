@@ -1,72 +1,41 @@
-"""Exact methods draw from the distribution of plain decoding, measured on models whose images can all be listed.
-
-A network of three codes on a grid of three by three has 19683 images. One teacher-forced pass over all of them
-gives the whole distribution; a call for thousands of images is then held against it.
-"""
+"""Lossless accelerators draw from the distribution of plain decoding, measured where all images can be listed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.enumeration import (
+    GROUPS,
+    IMAGES,
+    LIMIT,
+    POSITIONS,
+    VOCAB_SIZE,
+    Setting,
+    chi_square,
+    counts,
+    exact_distribution,
+    marginal,
+    misfit,
+    sampled,
+    teacher_forced,
+)
 from tests.tiny import drafting_pipeline
-from varaccel import LlamaGenPipeline
 from varaccel.accelerators import Accelerator, jacobi, speculative
 from varaccel.accelerators.jacobi import Jacobi, JacobiProposer
 from varaccel.accelerators.lantern import Lantern
 from varaccel.accelerators.plain import Plain
 from varaccel.accelerators.speculative import LayerSkip, Speculative
 from varaccel.engine.distribution import Categorical
-from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.speculation.loop import Draws, StepResult
 from varaccel.speculation.rejection import Exact, VerificationResult
 from varaccel.speculation.tree import DraftTree, DynamicTree
-
-CODES, GRID = 3, 3
-PLACES = GRID**2
-IMAGES = 2048
-# what is drawn together, at the start, at the end, across a row border, and far apart
-GROUPS = ((0, 1, 2, 3), (6, 7, 8), (2, 3, 5, 6), (0, 4, 8), (4, 5, 6, 7))
-SHARPNESS = {"c2i": 0.8, "t2i": 0.25}
-NAMES = {"c2i": 1, "t2i": "a red sphere"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A distribution: whose, and how it is guided and filtered."""
-
-    host: str = "c2i"
-    guidance: float = 1.0
-    interval: int = -1
-    sampling: Sampling = field(default_factory=Sampling)
-
-    @property
-    def pipe(self) -> LlamaGenPipeline:
-        return drafting_pipeline(self.host, CODES, GRID, SHARPNESS[self.host])
-
-    def draw(self, accelerator: Accelerator, images: int = IMAGES, **options: Any) -> Any:
-        if "generator" not in options:
-            options = {"seed": 0, **options}
-        return self.pipe(
-            NAMES[self.host],
-            num_images_per_prompt=images,
-            guidance_scale=self.guidance,
-            guidance_interval=self.interval,
-            temperature=self.sampling.temperature,
-            top_k=self.sampling.top_k,
-            top_p=self.sampling.top_p,
-            accelerator=accelerator,
-            output_type="latent",
-            **options,
-        )
-
 
 FREE = Setting()
 GUIDED = Setting("t2i", 2.5)
@@ -82,100 +51,17 @@ SETTINGS = {
 }
 
 
-@cache
-def exact_distribution(setting: Setting) -> Tensor:
-    """[V, ..., V] the probability of every image, from teacher-forced passes alone."""
-    model = setting.pipe.transformer
-    guidance = Guidance(setting.guidance, setting.interval)
-    images = torch.cartesian_prod(*[torch.arange(CODES)] * PLACES)
-    given = setting.pipe._condition([NAMES[setting.host]])
-    condition, mask = given.values, given.mask
-    total = torch.zeros(len(images), dtype=torch.float64)
-    with torch.inference_mode():
-        for part, out in zip(images.split(4096), total.split(4096), strict=True):
-
-            def logits(condition: Tensor, part: Tensor = part) -> Tensor:
-                wide = condition.expand(len(part), *condition.shape[1:])
-                masks = None if mask is None else mask.expand(len(part), -1)
-                return model(wide, part[:, :-1], masks)[:, model.prefix_length - 1 :]
-
-            distribution = logits(condition)
-            if guidance.enabled:
-                guided = guidance.combine(distribution, logits(model.unconditional(condition)))
-                active = torch.tensor([guidance.active_at(place) for place in range(PLACES)])
-                distribution = torch.where(active[:, None], guided, distribution)
-            log_probs = setting.sampling.filter(distribution).double().log_softmax(-1)
-            out += log_probs.gather(-1, part.unsqueeze(-1)).squeeze(-1).sum(-1)
-    assert total.exp().sum() == pytest.approx(1, abs=1e-6)
-    return total.exp().view([CODES] * PLACES)
-
-
-def marginal(distribution: Tensor, group: tuple[int, ...]) -> Tensor:
-    """[V ** len(group)] the joint distribution of some places."""
-    return distribution.sum(
-        dim=[place for place in range(distribution.dim()) if place not in group]
-    ).flatten()
-
-
-def counts(drawn: Tensor, group: tuple[int, ...]) -> Tensor:
-    index = sum(drawn[:, place] * CODES**power for power, place in enumerate(reversed(group)))
-    assert isinstance(index, Tensor)
-    return torch.bincount(index, minlength=CODES ** len(group)).double()
-
-
-def chi_square(observed: Tensor, expected: Tensor) -> float:
-    """Pearson's statistic as a standard normal number (Wilson and Hilferty 1931); rare cells are pooled."""
-    assert observed[expected == 0].sum() == 0, "what is impossible was drawn"
-    rare = expected < 5
-    if rare.any():
-        observed = torch.cat([observed[~rare], observed[rare].sum().view(1)])
-        expected = torch.cat([expected[~rare], expected[rare].sum().view(1)])
-    possible = expected > 0
-    freedom = int(possible.sum()) - 1
-    statistic = ((observed - expected) ** 2 / expected)[possible].sum().item()
-    spread = 2 / (9 * freedom)
-    return ((statistic / freedom) ** (1 / 3) - 1 + spread) / spread**0.5
-
-
-def misfit(drawn: Tensor, distribution: Tensor) -> float:
-    """How far images [n, N] are from the distribution, in standard deviations; the worst of several measures.
-
-    Besides the joint distributions of groups of places, the mean log-probability of whole images, which no group sees.
-    """
-    drawn = drawn.flatten(1)
-    scores = [
-        chi_square(counts(drawn, group), len(drawn) * marginal(distribution, group)) for group in GROUPS
-    ]
-    weights = distribution[distribution > 0]
-    mean = (weights * weights.log()).sum()
-    variance = (weights * (weights.log() - mean) ** 2).sum()
-    found = distribution[tuple(drawn.T)].log().mean()
-    scores.append(float((found - mean).abs() / (variance / len(drawn)).sqrt()))
-    return max(scores)
-
-
-# one number in 300 000 lies beyond; a few hundred are looked at, with fixed seeds
-LIMIT = 4.5
-
-
-def sampled(distribution: Tensor, seed: int, images: int = IMAGES) -> Tensor:
-    index = torch.multinomial(
-        distribution.flatten(), images, replacement=True, generator=torch.Generator().manual_seed(seed)
-    )
-    return torch.stack(torch.unravel_index(index, distribution.shape), dim=1)
-
-
 # -- the measure itself --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_plain_decoding_follows_the_distribution(setting: Setting) -> None:
-    assert misfit(setting.draw(Plain()).images, exact_distribution(setting)) < LIMIT
+    assert misfit(setting.draw(Plain()).images, setting.distribution) < LIMIT
 
 
 def test_the_measure_is_calibrated() -> None:
     """Draws from the distribution itself: never beyond the limit, and not far below it either."""
-    distribution = exact_distribution(GUIDED)
+    distribution = GUIDED.distribution
     scores = [misfit(sampled(distribution, seed), distribution) for seed in range(40)]
     assert max(scores) < LIMIT
     assert 0.5 < sum(scores) / len(scores) < 2.0
@@ -184,16 +70,32 @@ def test_the_measure_is_calibrated() -> None:
     )
 
 
+def test_impossible_tokens_have_no_images() -> None:
+    """A network that never repeats a token and says nothing sensible after one that it excluded."""
+
+    def logits(tokens: Tensor) -> Tensor:
+        out = torch.zeros(len(tokens), 2, 3)
+        out[:, 0] = torch.tensor([0.0, 1.0, -torch.inf])
+        out[:, 1] = out[:, 1].scatter(-1, tokens[:, :1], -torch.inf)
+        out[tokens[:, 0] == 2, 1] = torch.nan
+        return out
+
+    first = torch.tensor([0.0, 1.0]).softmax(0).double()
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    expected[0, 1:], expected[1, ::2] = first[0] / 2, first[1] / 2
+    torch.testing.assert_close(exact_distribution(logits, 3, 2), expected, atol=1e-7, rtol=0)
+
+
 def test_total_variation_is_at_the_noise_floor() -> None:
     """The same in the everyday measure: no further from the distribution than as many draws from the
     distribution are."""
-    distribution = exact_distribution(GUIDED)
+    distribution = GUIDED.distribution
     drawn = GUIDED.draw(Speculative("small", tree=4)).images.flatten(1)
     for group in GROUPS:
         expected = marginal(distribution, group)
 
         def variation(tokens: Tensor, group: Any = group, expected: Tensor = expected) -> float:
-            return float((counts(tokens, group) / len(tokens) - expected).abs().sum() / 2)
+            return float((counts(tokens, group, VOCAB_SIZE) / len(tokens) - expected).abs().sum() / 2)
 
         floor = max(variation(sampled(distribution, seed)) for seed in range(10))
         assert variation(drawn) < 1.5 * floor
@@ -228,25 +130,25 @@ EXACT: list[tuple[Setting, Accelerator]] = [
     (HALF_GUIDED, Speculative("eagle", tree=4)),
     (FILTERED, Speculative("eagle", tree=4, adaptive=True)),
     (GUIDED, Speculative("small", tree=5, adaptive=True)),
-    # trees of guesses without replacement; the named ones have more children than there are codes
+    # trees of tokens drawn without replacement; the named ones have more children than the vocabulary has tokens
     (FREE, Speculative("eagle", tree=BUSHY)),
     (GUIDED, Speculative("small", tree=BUSHY)),
     (FILTERED, Speculative("small", tree="mc_sim_7b_63")),
     (NUCLEUS, Speculative("eagle", tree="mc_sim_7b_63")),
     (GUIDED, Speculative(LayerSkip((0,)), tree=BUSHY, adaptive=True)),
-    # independent guesses
+    # independent draft tokens
     (FREE, Speculative("eagle", tree=4, verification="k_sequential")),
     (GUIDED, Speculative("small", tree=BUSHY, verification="k_sequential")),
     (NUCLEUS, Speculative("eagle", tree="mc_sim_7b_63", verification="k_sequential")),
     (FILTERED, Speculative("layers", tree=BUSHY, verification="k_sequential", adaptive=True)),
-    # the likeliest guesses, judged by chance or by matching
+    # the likeliest draft tokens, verified by chance or by matching
     (FREE, Speculative("small", tree=DYNAMIC, verification="recursive")),
     (GUIDED, Speculative("eagle", tree=DYNAMIC, verification="recursive")),
     (FILTERED, Speculative("layers", tree=DYNAMIC, verification="recursive")),
     (FREE, Speculative("eagle", tree=DYNAMIC)),
     (GUIDED, Speculative("small", tree=BUSHY, verification="matching")),
     (NUCLEUS, Speculative("small", tree=3, verification="matching", adaptive=True)),
-    # guesses and answers drawn with the same noise
+    # draft tokens and target tokens drawn with the same noise
     (FREE, Speculative("eagle", tree=5, verification="gumbel", adaptive=True)),
     (GUIDED, Speculative("small", tree=BUSHY, verification="gumbel")),
     (FILTERED, Speculative("layers", tree=DYNAMIC, verification="gumbel")),
@@ -278,11 +180,11 @@ def test_exact(setting: Setting, accelerator: Accelerator) -> None:
     """Images follow the distribution, and each is the one that would have been drawn alone or with any others."""
     out = setting.draw(accelerator)
     assert out.stats.lossless
-    assert misfit(out.images, exact_distribution(setting)) < LIMIT
+    assert misfit(out.images, setting.distribution) < LIMIT
     # something must have been accepted and something rejected
     assert out.stats.mean_accepted > 0
     passes = torch.tensor(out.stats.image_passes)
-    assert passes.min() < passes.max() <= PLACES
+    assert passes.min() < passes.max() <= POSITIONS
 
     # the quickest two and the slowest two, together and alone
     order = passes.argsort(stable=True)
@@ -304,16 +206,9 @@ def test_exact(setting: Setting, accelerator: Accelerator) -> None:
 
 
 def test_exact_on_a_larger_image() -> None:
-    """Four codes on four by four: too many images to list, but not too many beginnings."""
+    """Four tokens on four by four: too many images to list, but not too many beginnings."""
     pipe = drafting_pipeline("c2i", 4, 4, 0.5)
-    length, model = 7, pipe.transformer
-    beginnings = torch.cartesian_prod(*[torch.arange(4)] * length)
-    with torch.inference_mode():
-        rows = [
-            model(torch.ones(len(part), dtype=torch.int64), part[:, :-1]) for part in beginnings.split(4096)
-        ]
-        log_probs = torch.cat(rows).double().log_softmax(-1).gather(-1, beginnings.unsqueeze(-1))
-    distribution = log_probs.sum((1, 2)).exp().view([4] * length)
+    distribution = exact_distribution(teacher_forced(pipe, 1), vocab_size=4, positions=7)
     for accelerator in (
         Jacobi(8, "maximal"),
         Speculative("eagle", tree=[[0], [1], [0, 0], [0, 1], [0, 0, 0]]),
@@ -327,9 +222,7 @@ def test_exact_on_a_larger_image() -> None:
             output_type="latent",
         ).images.flatten(1)
         for group in ((0, 1, 2), (3, 4, 5), (0, 3, 6), (5, 6)):
-            index = sum(drawn[:, place] * 4**power for power, place in enumerate(reversed(group)))
-            observed = torch.bincount(index, minlength=4 ** len(group)).double()
-            assert chi_square(observed, IMAGES * marginal(distribution, group)) < LIMIT
+            assert chi_square(counts(drawn, group, 4), IMAGES * marginal(distribution, group)) < LIMIT
 
 
 # -- what is not exact is seen -------------------------------------------------------------------------
@@ -353,13 +246,13 @@ def _without_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verific
 
 def _without_residual(tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
     """Draws what follows a rejection from the plain distribution."""
-    verdict = Exact().verify(tree, target, uniforms)
-    last = verdict.nodes.gather(1, verdict.length.unsqueeze(1))[:, 0]
-    return replace(verdict, probs=target[torch.arange(len(target)), last])
+    result = Exact().verify(tree, target, uniforms)
+    last = result.nodes.gather(1, result.length.unsqueeze(1))[:, 0]
+    return replace(result, probs=target[torch.arange(len(target)), last])
 
 
 def _wrong_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
-    """Believes that guesses were drawn evenly."""
+    """Believes that draft tokens were drawn evenly."""
     if tree.draft_probs is None:
         return Exact().verify(tree, target, uniforms)
     even = torch.full_like(tree.draft_probs, 1 / target.shape[-1])
@@ -367,7 +260,7 @@ def _wrong_draft(tree: DraftTree, target: Tensor, uniforms: Tensor) -> Verificat
 
 
 def _eldest_alone(tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
-    """Judges later siblings as if they had been drawn with replacement."""
+    """Verifies later siblings as if they had been drawn with replacement."""
     return Exact().verify(replace(tree, draw_mode="independent"), target, uniforms)
 
 
@@ -393,11 +286,11 @@ def test_a_broken_rule_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "Exact", lambda: Altered(change))
-    assert misfit(FILTERED.draw(accelerator).images, exact_distribution(FILTERED)) > 2 * LIMIT
+    assert misfit(FILTERED.draw(accelerator).images, FILTERED.distribution) > 2 * LIMIT
 
 
 def test_a_broken_coupling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guesses that stay where they may but are else drawn from the whole distribution follow no distribution
+    """Draft tokens that stay where they may but are else drawn from the whole distribution follow no distribution
     that is known."""
 
     def answer(self: JacobiProposer, outcome: StepResult, draws: Draws) -> Tensor:
@@ -414,10 +307,7 @@ def test_a_broken_coupling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(JacobiProposer, "_answer", answer)
-    assert (
-        misfit(FREE.draw(Jacobi(9, "maximal", "left"), 2 * IMAGES).images, exact_distribution(FREE))
-        > 2 * LIMIT
-    )
+    assert misfit(FREE.draw(Jacobi(9, "maximal", "left"), 2 * IMAGES).images, FREE.distribution) > 2 * LIMIT
 
 
 @pytest.mark.parametrize(
@@ -436,4 +326,4 @@ def test_a_broken_coupling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_approximate_says_so(accelerator: Accelerator) -> None:
     out = FREE.draw(accelerator)
     assert not out.stats.lossless
-    assert misfit(out.images, exact_distribution(FREE)) > 2 * LIMIT
+    assert misfit(out.images, FREE.distribution) > 2 * LIMIT

@@ -28,9 +28,10 @@ from varaccel.models.mar import PRESETS, MARTransformer, rows_of
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.condition import Condition
 from varaccel.nn.noise_schedule import DiffusionSchedule
-from varaccel.speculation import continuous_loop as group_speculation
-from varaccel.speculation.continuous_loop import Comparison, speculate_jointly
+from varaccel.speculation import continuous_loop
+from varaccel.speculation.continuous_loop import Comparison, speculate_groups
 from varaccel.speculation.continuous_rejection import Aligned, Decision, ReferenceRule, ResampleNoise
+from varaccel.speculation.group_verification import JointVerification
 from varaccel.tokenizers.kl import unpatchify
 
 GOLDEN = ROOT / "tests" / "golden" / "mar"
@@ -409,17 +410,17 @@ class CheckedComparison(Comparison):
 def test_continuous_speculative_decoding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, golden = CSPD_RUNS[name], tensors(f"cspd_run_{name}")
     # a recorded run has no seeds, and brings its numbers itself
-    monkeypatch.setattr(group_speculation, "_resample_noise", lambda *_: None)
+    monkeypatch.setattr(continuous_loop, "_resample_noise", lambda *_: None)
     run, rule = Recorded(options, golden), CheckedRule(golden, options["inner_temperature"])
     target, draft = (MaskedSession(network(n), run.condition, **run.session_options) for n in NETWORKS)
     canvas = run.canvas()
-    stats = speculate_jointly(
+    stats = speculate_groups(
         target,
         draft,
         canvas,
         run.order,
         CheckedComparison(rule, 0, run.noise, run.noise),
-        draft_length=options["num_draft"],
+        JointVerification(target, options["num_draft"]),
         prefill=options["ratio"],
     )
     assert canvas.is_full

@@ -283,7 +283,7 @@ class Pair:
 
 
 def verified(rule: ContinuousRule, aligned: Aligned, seed: int = 0) -> Decision:
-    """A batch of images, judged with numbers of their own."""
+    """A batch of images, verified with numbers of their own."""
     count, channels = aligned.value.shape
     uniforms = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 500))
     return rule.verify(
@@ -386,7 +386,7 @@ def test_acceptance_is_the_overlap(shift: float, std: float) -> None:
     deviation = math.sqrt(overlap * (1 - overlap) / DRAWS)
     assert decision.accepted.double().mean().item() == pytest.approx(overlap, abs=4 * deviation)
     assert one_sample(decision.values[:, 0], normal_cdf).chance > LEVEL
-    # a proposal is taken with the chance that a draft is rejected
+    # a candidate is taken with the chance that a draft is rejected
     taken = decision.tries[~decision.accepted & ~decision.exhausted].double()
     assert taken.mean().item() == pytest.approx(1 / (1 - overlap), rel=0.05)
 
@@ -422,7 +422,7 @@ def test_distributions_far_apart(rule: ContinuousRule) -> None:
     assert not decision.accepted.any()
     assert (
         decision.tries == 1
-    ).all()  # the draft's distribution has no mass there, so the first proposal is taken
+    ).all()  # the draft's distribution has no mass there, so the first candidate is taken
     inner = (decision.values - aligned.target.mean) / 1e-5
     assert one_sample(inner[:, 0], normal_cdf).chance > LEVEL
 
@@ -591,5 +591,5 @@ def test_shapes_that_do_not_fit() -> None:
             rule.verify(aligned, torch.rand(3), Forbidden())
         with pytest.raises(InputError, match="active must be"):
             rule.verify(aligned, torch.rand(4), Forbidden(), torch.ones(4))
-    with pytest.raises(InputError, match="proposals must be"):
+    with pytest.raises(InputError, match="resample_noise must be"):
         ExactRule().verify(far, torch.rand(4), SeededResampleNoise([1], 3, 2))

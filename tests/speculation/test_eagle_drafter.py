@@ -201,7 +201,7 @@ def test_static_drafting(index: int, run: int, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("host", ["c2i", "t2i"])
 def test_what_the_head_has_read(host: str, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was guessed and thrown away on the way, its cache is that of one causal pass over the target's own
+    """Whatever was drafted and rejected on the way, its cache is that of one causal pass over the target's own
     features of the image.
     """
     pipe = drafting_pipeline(host)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tiny import CODES, GRID, PROMPTS, drafting_pipeline, eagle_head, pipeline, transformer, vq_model
@@ -29,7 +26,6 @@ from varaccel.engine.loop import Step, decode
 from varaccel.engine.randomness import Randomness, image_generators
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
-from varaccel.hosts.causal.lanes import Fronts, Lanes
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.hosts.causal.schedule import StaggeredRows
 from varaccel.hosts.causal.session import CausalSession, DraftInputs
@@ -44,11 +40,11 @@ from varaccel.speculation.proposers import StaticProposer, draw_children
 from varaccel.speculation.tree import DynamicTree, Topology
 
 HOSTS = ("c2i", "t2i")
-PLACES = GRID**2
+POSITIONS = GRID**2
 DYNAMIC = DynamicTree(top_k=3, depth=2, total=9)
 BUSHY = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0]]
 
-LAWFUL: dict[str, Accelerator] = {
+LOSSLESS: dict[str, Accelerator] = {
     "jacobi": Jacobi(),
     "jacobi 3 left": Jacobi(3, fill="left"),
     "jacobi 5 random": Jacobi(5, "none", "random"),
@@ -71,7 +67,7 @@ LAWFUL: dict[str, Accelerator] = {
     "lantern delta 0": Lantern(k=5, delta=0.0, drafter="eagle", tree=DYNAMIC),
     "lantern multiplier 1": Lantern(k=5, multiplier=1.0, drafter="small", tree=4, adaptive=True),
 }
-ORDERED: dict[str, Callable[[int], Accelerator]] = {
+ORDERED: dict[str, Callable[[int | None], Accelerator]] = {
     "jacobi": lambda row_window: Jacobi(4, row_window=row_window),
     "jacobi maximal": lambda row_window: Jacobi(3, "maximal", "random", row_window=row_window),
     "eagle": lambda row_window: Speculative("eagle", tree=BUSHY, row_window=row_window),
@@ -87,7 +83,7 @@ DISTRIBUTIONS: tuple[dict[str, Any], ...] = (
     {"guidance_scale": 2.5},
     {"guidance_scale": 2.5, "guidance_interval": 5},
 )
-lawful = pytest.mark.parametrize("name", LAWFUL)
+lossless = pytest.mark.parametrize("name", LOSSLESS)
 ordered = pytest.mark.parametrize("name", ORDERED)
 hosts = pytest.mark.parametrize("host", HOSTS)
 
@@ -100,30 +96,30 @@ def draw(host: str, accelerator: Any, prompts: Any = None, **options: Any) -> An
 
 @pytest.fixture
 def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[StepResult]:
-    """What became of the guesses of every pass of the calls to come."""
+    """What became of the draft tokens of every pass of the calls to come."""
     seen: list[StepResult] = []
-    settle = speculation._verify_step
+    verify = speculation._verify_step
 
     def watched(*args: Any) -> StepResult:
-        seen.append(settle(*args))
+        seen.append(verify(*args))
         return seen[-1]
 
     monkeypatch.setattr(speculation, "_verify_step", watched)
     return seen
 
 
-# -- the image ---------------------------------------------------------------------------------------
+# -- the image -----------------------------------------------------------------------------------------
 
 
 @hosts
-@lawful
+@lossless
 def test_without_chance_the_image_is_that_of_plain_decoding(host: str, name: str) -> None:
     for distribution in DISTRIBUTIONS:
         plain = draw(host, Plain(), temperature=0.0, **distribution)
-        fast = draw(host, LAWFUL[name], temperature=0.0, seed=77, **distribution)
+        fast = draw(host, LOSSLESS[name], temperature=0.0, seed=77, **distribution)
         assert fast.stats.lossless
         assert torch.equal(fast.images, plain.images)
-        assert fast.stats.passes <= PLACES
+        assert fast.stats.passes <= POSITIONS
 
 
 @pytest.mark.parametrize(
@@ -149,7 +145,7 @@ def test_matching_draws_the_image_of_plain_decoding(host: str, distribution: dic
 def test_gumbel_images_depend_on_neither_window_nor_fill(host: str) -> None:
     for distribution in (*DISTRIBUTIONS, {"temperature": 0.8, "top_k": 6}):
         one = draw(host, Jacobi(1), **distribution)
-        assert one.stats.image_passes == (PLACES,) * 3
+        assert one.stats.image_passes == (POSITIONS,) * 3
         assert one.stats.accepted == (0.0,) * 3
         for window, fill in ((5, "left"), (16, "above"), (99, "random")):
             assert torch.equal(draw(host, Jacobi(window, fill=fill), **distribution).images, one.images)
@@ -177,22 +173,22 @@ def test_every_pass_advances_by_one_to_window(window: int, coupling: Any) -> Non
 
 
 @hosts
-@lawful
+@lossless
 def test_images_do_not_depend_on_their_batch(host: str, name: str) -> None:
-    together = draw(host, LAWFUL[name])
-    assert together.stats.passes == max(together.stats.image_passes) <= PLACES
+    together = draw(host, LOSSLESS[name])
+    assert together.stats.passes == max(together.stats.image_passes) <= POSITIONS
     for index, prompt in enumerate(PROMPTS[host]):
-        alone = draw(host, LAWFUL[name], prompt, seed=5 + index)
+        alone = draw(host, LOSSLESS[name], prompt, seed=5 + index)
         assert torch.equal(alone.images[0], together.images[index])
         assert torch.equal(alone.written[0], together.written[index])
         assert alone.stats.image_passes[0] == together.stats.image_passes[index]
         assert alone.stats.accepted[0] == together.stats.accepted[index]
 
 
-@pytest.mark.parametrize("name", [*LAWFUL, *(f"{name} in order" for name in ORDERED)])
+@pytest.mark.parametrize("name", [*LOSSLESS, *(f"{name} in rows" for name in ORDERED)])
 def test_fixed_shapes_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = name.removesuffix(" in order")
-    accelerator = ORDERED[base](2) if name != base else LAWFUL[name]
+    base = name.removesuffix(" in rows")
+    accelerator = ORDERED[base](2) if name != base else LOSSLESS[name]
     pipe = drafting_pipeline("t2i")
     expected = draw("t2i", accelerator)
     shapes: set[Any] = set()
@@ -205,27 +201,26 @@ def test_fixed_shapes_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch)
     fixed = draw("t2i", accelerator)
     assert torch.equal(fixed.images, expected.images)
     assert torch.equal(fixed.written, expected.written)
-    # the guided passes, perhaps after those without guesses
     assert all(length is None for _, length, _ in shapes)
     assert len(shapes) == 1
 
 
-def test_more_guesses_than_codes() -> None:
+def test_more_draft_tokens_than_the_vocabulary() -> None:
     """Named trees try up to four tokens per node; a model may have three."""
     pipe = drafting_pipeline("c2i", 3, 3, 0.8)
 
-    def codes(accelerator: Any, **options: Any) -> Tensor:
+    def tokens(accelerator: Any, **options: Any) -> Tensor:
         return pipe([0, 1], seed=0, accelerator=accelerator, output_type="latent", **options).images
 
-    sampled, greedy = codes(Plain()), codes(Plain(), temperature=0.0)
+    sampled, greedy = tokens(Plain()), tokens(Plain(), temperature=0.0)
     for tree in ("mc_sim_7b_63", "naive_extend_57", "dynamic"):
-        assert torch.equal(codes(Speculative("small", tree=tree), temperature=0.0), greedy)
-        assert torch.equal(codes(Speculative("small", tree=tree, verification="matching")), sampled)
-        by_noise = codes(Speculative("small", tree=tree, verification="gumbel"))
-        assert torch.equal(by_noise, codes(Jacobi(1)))
+        assert torch.equal(tokens(Speculative("small", tree=tree), temperature=0.0), greedy)
+        assert torch.equal(tokens(Speculative("small", tree=tree, verification="matching")), sampled)
+        by_noise = tokens(Speculative("small", tree=tree, verification="gumbel"))
+        assert torch.equal(by_noise, tokens(Jacobi(1)))
 
 
-# -- memory --------------------------------------------------------------------------------------------
+# -- cache slots ---------------------------------------------------------------------------------------
 
 
 def true_distributions(
@@ -239,20 +234,20 @@ def true_distributions(
         logits = model(condition, tokens[:, :-1], mask)[:, model.prefix_length - 1 :]
         if guidance.enabled:
             other = model(model.unconditional(condition), tokens[:, :-1], mask)[:, model.prefix_length - 1 :]
-            active = torch.tensor([guidance.active_at(p) for p in range(PLACES)])
+            active = torch.tensor([guidance.active_at(p) for p in range(POSITIONS)])
             logits = torch.where(active[:, None], guidance.combine(logits, other), logits)
     return sampling.filter(logits).log_softmax(-1)
 
 
 @hosts
-@lawful
+@lossless
 def test_distributions_are_those_of_a_pass_without_a_cache(
     host: str, name: str, outcomes: list[StepResult]
 ) -> None:
-    """In every pass, wherever the image went: after the root and after each accepted guess."""
+    """In every pass, wherever the image went: after the root and after each accepted draft token."""
     for distribution in DISTRIBUTIONS:
         outcomes.clear()
-        out = draw(host, LAWFUL[name], **distribution)
+        out = draw(host, LOSSLESS[name], **distribution)
         guidance = Guidance(distribution["guidance_scale"], distribution.get("guidance_interval", -1))
         truth = true_distributions(
             drafting_pipeline(host), PROMPTS[host], out.images.flatten(1), guidance, Sampling()
@@ -262,21 +257,21 @@ def test_distributions_are_those_of_a_pass_without_a_cache(
             found = outcome.distribution.logits.log_softmax(-1)
             for row in range(3):
                 committed = int(outcome.committed[row])
-                nodes, places = outcome.path[row, :committed], outcome.positions[row, :committed]
+                nodes, positions = outcome.path[row, :committed], outcome.positions[row, :committed]
                 assert (nodes >= 0).all()
-                torch.testing.assert_close(found[row, nodes], truth[row, places], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(found[row, nodes], truth[row, positions], atol=1e-4, rtol=1e-4)
                 compared += committed
-        assert compared == 3 * (PLACES - 1)
+        assert compared == 3 * (POSITIONS - 1)
 
 
 @ordered
 @pytest.mark.parametrize(("row_window", "guidance"), [(1, 2.5), (2, 1.0), (3, 2.5)])
 @torch.inference_mode()
-def test_distributions_in_order_are_those_without_scratch(
+def test_distributions_of_several_lanes_are_those_without_draft_slots(
     name: str, row_window: int, guidance: float, outcomes: list[StepResult]
 ) -> None:
-    """What came of each pass, read again without scratch slots: first the late token and the roots, then the
-    accepted guesses of one lane after the other, the lowest first, so that none sees guesses of another.
+    """What came of each pass, read again without draft slots: first the late token and the roots, then the
+    accepted draft tokens of one lane after the other, the lowest first, so that none sees those of another.
     """
     pipe = drafting_pipeline("t2i")
     out = draw("t2i", ORDERED[name](row_window), "a red sphere", guidance_scale=guidance)
@@ -294,35 +289,35 @@ def test_distributions_in_order_are_those_without_scratch(
         distributions = {lane: features[:, len(late) + i : len(late) + i + 1] for i, lane in enumerate(lanes)}
         for lane, start in reversed(list(zip(lanes, starts, strict=True))):
             committed = int(outcome.committed[lane])
-            places = list(range(start, start + committed - 1))
+            positions = list(range(start, start + committed - 1))
             found = distributions[lane]
-            if places:
-                found = torch.cat([found, read(again, tokens[:, places], places)], dim=1)
+            if positions:
+                found = torch.cat([found, read(again, tokens[:, positions], positions)], dim=1)
             expected = again.distribution(found, torch.arange(start, start + committed)).logits[0]
             nodes = outcome.path[lane, :committed]
             torch.testing.assert_close(
                 outcome.distribution.logits[lane, nodes], expected, atol=1e-4, rtol=1e-4
             )
             compared += committed
-    assert compared == PLACES - 1
+    assert compared == POSITIONS - 1
 
 
 def read(session: CausalSession, tokens: Tensor, positions: list[int]) -> Tensor:
     return session.read(DraftInputs(tokens, torch.tensor([positions])))
 
 
-# -- the order -----------------------------------------------------------------------------------------
+# -- several lanes -------------------------------------------------------------------------------------
 
 
 @hosts
 @ordered
 @pytest.mark.parametrize("row_window", [1, 2, 3])
-def test_images_in_order_do_not_depend_on_their_batch(host: str, name: str, row_window: int) -> None:
+def test_images_of_several_lanes_do_not_depend_on_their_batch(host: str, name: str, row_window: int) -> None:
     accelerator, distribution = ORDERED[name](row_window), DISTRIBUTIONS[row_window - 1]
     together = draw(host, accelerator, **distribution)
     assert not together.stats.lossless
     ideal = GRID + (GRID - 1) * row_window
-    assert together.stats.passes <= ideal, "never slower than without guesses"
+    assert together.stats.passes <= ideal, "never slower than without draft tokens"
     for index, prompt in enumerate(PROMPTS[host]):
         alone = draw(host, accelerator, prompt, seed=5 + index, **distribution)
         assert torch.equal(alone.images[0], together.images[index])
@@ -332,8 +327,8 @@ def test_images_in_order_do_not_depend_on_their_batch(host: str, name: str, row_
 @hosts
 @ordered
 @pytest.mark.parametrize("row_window", [GRID, GRID + 3])
-def test_a_wide_order_is_raster_order(host: str, name: str, row_window: int) -> None:
-    wide, raster = draw(host, ORDERED[name](row_window)), draw(host, ORDERED[name](None))  # type: ignore[arg-type]
+def test_a_wide_row_window_is_raster_order(host: str, name: str, row_window: int) -> None:
+    wide, raster = draw(host, ORDERED[name](row_window)), draw(host, ORDERED[name](None))
     assert torch.equal(wide.images, raster.images)
     assert torch.equal(wide.written, raster.written)
 
@@ -344,10 +339,10 @@ def worst_children(distribution: Categorical, numbers: Tensor, draw_mode: str) -
 
 @hosts
 @pytest.mark.parametrize("row_window", [1, 2, 3])
-def test_without_luck_the_order_is_that_of_zipar(
+def test_without_accepted_tokens_the_course_is_that_of_zipar(
     host: str, row_window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guesses that never hold leave nothing behind: ZipAR's passes and ZipAR's images, greedy and drawn."""
+    """Draft tokens that are never accepted leave nothing behind: ZipAR's passes and images, greedy and drawn."""
     monkeypatch.setattr(drafting, "draw_children", worst_children)
     everything = LayerSkip((0, 1, 2))
     for tree in (3, BUSHY):
@@ -365,89 +360,7 @@ def test_without_luck_the_order_is_that_of_zipar(
     assert alone.stats.passes == GRID + (GRID - 1) * row_window
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    height=st.integers(1, 6),
-    width=st.integers(1, 7),
-    window=st.integers(1, 8),
-    fixed=st.booleans(),
-    seed=st.integers(0, 2**31),
-)
-def test_fronts(height: int, width: int, window: int, fixed: bool, seed: int) -> None:
-    """From any state that can be reached, whatever is accepted."""
-    total, batch = height * width, 3
-    lanes = Lanes.rows(width, total, window)
-    generator = torch.Generator().manual_seed(seed)
-    canvas = Canvas.empty(batch, total)
-    canvas.write(torch.zeros(1, dtype=torch.int64), torch.zeros(batch, 1, dtype=torch.int64), 1)
-    step = 1
-    while not canvas.is_full:
-        step += 1
-        assert step <= total, "every pass decides something"
-        fronts = lanes.fronts(canvas, step, fixed=fixed)
-        check_fronts(fronts, lanes, canvas, step, fixed)
-        positions = torch.full((batch, fronts.start.shape[1], lanes.width), -1)
-        for row, lane in fronts.open.nonzero().tolist():
-            limit = int(fronts.limit[row, lane])
-            # mostly one token, sometimes all that is allowed
-            count = (1, 1, limit, int(torch.randint(1, limit + 1, (), generator=generator)))[
-                int(torch.randint(4, (), generator=generator))
-            ]
-            positions[row, lane, :count] = fronts.start[row, lane] + torch.arange(count)
-        canvas.write(positions.flatten(1), torch.zeros_like(positions.flatten(1)), step)
-
-
-def check_fronts(fronts: Fronts, lanes: Lanes, canvas: Canvas, step: int, fixed: bool) -> None:
-    width, lag = lanes.width, lanes.lag
-    most = lanes.most_open(canvas.num_positions)
-    assert most == min(canvas.num_positions // width, math.ceil(width / lag))
-    if fixed:
-        assert fronts.start.shape[1] == most
-    for row, written in enumerate(canvas.written.view(canvas.batch, -1, width)):
-        done = (written > 0).sum(-1).tolist()
-        for lane, count in enumerate(done):
-            assert (written[lane, :count] > 0).all(), "from left to right"
-        expected = []
-        for lane, count in enumerate(done):
-            above = done[lane - 1] if lane else width
-            allowed = width if above == width else above - lag + 1
-            if count < min(width, allowed):
-                expected.append((lane, count, min(width, allowed) - count, above == width))
-        assert int(fronts.open[row].sum()) == len(expected) <= most
-        if sum(done) < canvas.num_positions:
-            assert expected
-        for slot, (lane, count, limit, full) in enumerate(expected):
-            assert fronts.open[row, slot]
-            start = lane * width + count
-            assert int(fronts.start[row, slot]) == start
-            assert int(fronts.limit[row, slot]) == limit
-            assert int(fronts.end[row, slot]) == width - count >= limit
-            # the row above has `lag` tokens more than what may be decided, or is complete
-            assert full or done[lane - 1] >= count + limit - 1 + lag
-            source = int(fronts.source[row, slot])
-            assert canvas.written[row, source] > 0, "only what is decided can be read"
-            if count or full:
-                assert source == start - 1
-            else:
-                assert source == max(lane - 2, 0) * width + done[max(lane - 2, 0)] - 1
-        closed = slice(len(expected), None)
-        assert (fronts.start[row, closed] == -1).all()
-        assert (fronts.source[row, closed] == -1).all()
-        assert not fronts.limit[row, closed].any()
-        assert not fronts.end[row, closed].any()
-        late = [
-            (lane + 1) * width - 1
-            for lane in range(len(done) - 1)
-            if written[lane, -1] == step - 1 and done[lane + 1] > 0
-        ]
-        assert len(late) <= 1
-        if fronts.refresh is None:
-            assert len(done) == 1
-        else:
-            assert int(fronts.refresh[row]) == (late[0] if late else -1)
-
-
-# -- rows that end in a token of their own ---------------------------------------------------------------
+# -- rows that end in a token of their own -------------------------------------------------------------
 
 END = CODES - 1
 
@@ -529,24 +442,24 @@ def test_rows_with_an_end_of_line(width: int, height: int, window: int) -> None:
 
 
 @hosts
-@pytest.mark.parametrize("name", [*LAWFUL, *(f"{name} in order" for name in ORDERED)])
+@pytest.mark.parametrize("name", [*LOSSLESS, *(f"{name} in rows" for name in ORDERED)])
 def test_counts_agree_with_the_canvas(host: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = name.removesuffix(" in order")
-    accelerator = ORDERED[base](2) if name != base else LAWFUL[name]
-    tallies: list[SpeculationStats] = []
+    base = name.removesuffix(" in rows")
+    accelerator = ORDERED[base](2) if name != base else LOSSLESS[name]
+    recorded: list[SpeculationStats] = []
 
     def remember(self: Accelerator, job: Job) -> SpeculationStats:
-        tallies.append(RUN[type(self)](self, job))
-        return tallies[-1]
+        recorded.append(RUN[type(self)](self, job))
+        return recorded[-1]
 
     monkeypatch.setattr(type(accelerator), "run", remember)
     out = draw(host, accelerator)
-    (counts,) = tallies
+    (counts,) = recorded
     written, stats = out.written.flatten(1), out.stats
     assert counts.passes.tolist() == written.max(1).values.tolist() == list(stats.image_passes)
     assert stats.passes == max(stats.image_passes)
-    # what an attempt decides are its accepted guesses and one token more
-    assert (1 + counts.attempts + counts.accepted == PLACES).all()
+    # what an attempt decides are its accepted draft tokens and one token more
+    assert (1 + counts.attempts + counts.accepted == POSITIONS).all()
     if name == base:
         assert counts.attempts.tolist() == [len(row.unique()) - 1 for row in written]
     assert (counts.attempts >= counts.passes - 1).all()
@@ -576,7 +489,7 @@ def test_observers_see_every_pass_and_can_stop(host: str, accelerator: Accelerat
     assert [step for step, _, _ in seen] == list(range(out.stats.passes))
     filled = [0, *(int((written > 0).sum()) for _, _, written in seen)]
     assert all(after > before for before, after in itertools.pairwise(filled))
-    assert filled[-1] == 3 * PLACES
+    assert filled[-1] == 3 * POSITIONS
     before = torch.zeros_like(seen[0][2])
     for step, decided, written in seen:
         changed = written != before
@@ -589,7 +502,7 @@ def test_observers_see_every_pass_and_can_stop(host: str, accelerator: Accelerat
     stopped = draw(host, accelerator, callback_on_step_end=callback)
     assert stopped.stats.passes == len(seen) == 3
     assert torch.equal(stopped.written.flatten(1), seen[-1][2])
-    assert 0 < int((stopped.written > 0).sum()) < 3 * PLACES
+    assert 0 < int((stopped.written > 0).sum()) < 3 * POSITIONS
     assert not stopped.images[stopped.written == 0].any()
     decided_before = stopped.written > 0
     assert torch.equal(stopped.images[decided_before], out.images[decided_before])
@@ -615,7 +528,7 @@ def test_progress_rises_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [step.number for step in steps] == list(range(1, passes + 1))
         progress = [step.progress for step in steps]
         assert progress == sorted(set(progress))
-        assert progress[0] == pytest.approx(1 / PLACES)
+        assert progress[0] == pytest.approx(1 / POSITIONS)
         assert progress[-1] == 1
 
 
@@ -670,8 +583,8 @@ def test_dynamic_trees_reach_as_far_as_can_be_decided(row_window: Any, outcomes:
 
 def test_how_children_are_drawn() -> None:
     generator = torch.Generator().manual_seed(0)
-    rows, codes = 60_000, 4
-    logits = torch.randn(codes, generator=generator).expand(rows, 1, codes)
+    rows, vocab_size = 60_000, 4
+    logits = torch.randn(vocab_size, generator=generator).expand(rows, 1, vocab_size)
     numbers = torch.rand(rows, 1, 3, dtype=torch.float64, generator=generator)
     distribution = Categorical(logits)
     p = distribution.probs[0, 0].double()
@@ -680,8 +593,8 @@ def test_how_children_are_drawn() -> None:
     assert torch.equal(likeliest, p.argsort(descending=True)[:3].expand(rows, 1, 3))
 
     def frequencies(drawn: Tensor) -> Tensor:
-        flat = drawn[:, 0, 0] * codes + drawn[:, 0, 1]
-        return (torch.bincount(flat, minlength=codes**2).double() / rows).view(codes, codes)
+        flat = drawn[:, 0, 0] * vocab_size + drawn[:, 0, 1]
+        return (torch.bincount(flat, minlength=vocab_size**2).double() / rows).view(vocab_size, vocab_size)
 
     independent = draw_children(distribution, numbers, "independent")
     torch.testing.assert_close(frequencies(independent), p[:, None] * p, atol=0.01, rtol=0)
@@ -705,7 +618,7 @@ def test_networks_and_global_randomness_are_left_alone(host: str) -> None:
     attributes = [set(vars(network)) for network in networks]
     torch.manual_seed(0)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    for accelerator in (*LAWFUL.values(), *(build(2) for build in ORDERED.values())):
+    for accelerator in (*LOSSLESS.values(), *(build(2) for build in ORDERED.values())):
         draw(host, accelerator)
     assert torch.equal(torch_state, torch.get_rng_state())
     assert np.array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
@@ -720,7 +633,7 @@ def test_networks_and_global_randomness_are_left_alone(host: str) -> None:
 @hosts
 @pytest.mark.parametrize("name", ["jacobi 5 random", "eagle tree", "small adaptive tree", "lantern k 0"])
 def test_the_same_seed_draws_the_same(host: str, name: str) -> None:
-    first, again, other = (draw(host, LAWFUL[name], seed=seed) for seed in (8, 8, 9))
+    first, again, other = (draw(host, LOSSLESS[name], seed=seed) for seed in (8, 8, 9))
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.written, again.written)
     assert not torch.equal(first.images, other.images)
@@ -739,7 +652,7 @@ def test_auto_takes_the_best_drafter_there_is() -> None:
         bare([0, 1], seed=0, accelerator="speculative", output_type="latent").images, layers.images
     )
     all_layers = draw("c2i", Speculative(LayerSkip((0, 1, 2)), tree=20), temperature=0.0)
-    assert all_layers.stats.passes == 2, "the model agrees with itself: all guesses hold"
+    assert all_layers.stats.passes == 2, "the model agrees with itself: all draft tokens are accepted"
 
 
 # -- bad input -----------------------------------------------------------------------------------------
@@ -770,8 +683,8 @@ def test_auto_takes_the_best_drafter_there_is() -> None:
         (lambda: Speculative(tree=True), "a chain needs an integer length >= 1, got True"),
         (lambda: Speculative(tree="chian"), "unknown tree 'chian'.*did you mean 'chain'"),
         (lambda: Speculative(tree=2.5), "a tree is a name, a chain length or a list of paths"),
-        (lambda: Speculative(tree=Topology((-1,))), "at least one guess below its root"),
-        (lambda: Lantern(tree=Topology((-1,))), "at least one guess below its root"),
+        (lambda: Speculative(tree=Topology((-1,))), "at least one draft token below its root"),
+        (lambda: Lantern(tree=Topology((-1,))), "at least one draft token below its root"),
         (lambda: Speculative(tree="dynamic", verification="k_sequential"), "k_sequential verification needs"),
         (lambda: Speculative(tree=DYNAMIC, adaptive=True), "leave adaptive off"),
         (lambda: Lantern(tree="dynamic", adaptive=True), "leave adaptive off"),
@@ -786,9 +699,9 @@ def test_auto_takes_the_best_drafter_there_is() -> None:
         (lambda: Lantern(multiplier=float("inf")), "multiplier must be a number >= 1, got inf"),
         (lambda: Lantern(multiplier=float("nan")), "multiplier must be a number >= 1, got nan"),
         (lambda: Lantern(residual="statik"), "unknown LANTERN residual 'statik'.*did you mean 'static'"),
-        (lambda: Lantern(tree="dynamic", residual="static"), "is for drawn guesses"),
-        (lambda: Lantern(tree="dynamic", residual="static_b"), "is for drawn guesses"),
-        (lambda: Lantern(tree=4, residual="dynamic"), "is for the guesses of a dynamic tree"),
+        (lambda: Lantern(tree="dynamic", residual="static"), "is for drawn draft tokens"),
+        (lambda: Lantern(tree="dynamic", residual="static_b"), "is for drawn draft tokens"),
+        (lambda: Lantern(tree=4, residual="dynamic"), "is for the draft tokens of a dynamic tree"),
         (lambda: make_accelerator("jacobi", {"windw": 3}), "did you mean 'window'"),
         (lambda: make_accelerator("speculative", {"k": 3}), "unknown option"),
     ],

@@ -136,7 +136,7 @@ def test_bad_shapes_are_explained(build: Callable[[], Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"draw_mode": "sampled"}, "unknown proposal 'sampled'"),
+        ({"draw_mode": "sampled"}, "unknown draw_mode 'sampled'"),
         ({"draw_mode": "independent"}, "needs the draft distributions"),
         ({"draft": torch.zeros(2, 3, 4)}, "takes no draft distributions"),
         ({"draw_mode": "independent", "draft": torch.zeros(2, 4, 4)}, "draft must be [M, T, V] = [2, 3, V]"),

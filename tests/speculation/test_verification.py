@@ -18,19 +18,17 @@ from torch import Tensor
 from tests.scripts import ROOT
 from varaccel.errors import InputError
 from varaccel.speculation.rejection import (
+    Decision,
     Exact,
+    Fork,
     Greedy,
     KSequential,
-    Relaxed,
-    RelaxedGreedy,
-    Residual,
     Rule,
     VerificationResult,
-    _Decision,
-    _Fork,
-    _one_by_one,
-    _walk,
+    examine_in_turn,
+    walk,
 )
+from varaccel.speculation.relaxed import Relaxed, RelaxedGreedy, Residual
 from varaccel.speculation.tree import NAMED_TREES, DraftTree, DynamicTree, Topology
 from varaccel.tokenizers.neighbours import neighbour_table
 
@@ -128,18 +126,18 @@ def stack(cases: list[dict[str, Any]], static: bool) -> tuple[DraftTree, Tensor,
     return tree, target, uniforms
 
 
-def check_recorded(case: dict[str, Any], tree: DraftTree, verdict: VerificationResult, row: int) -> None:
-    nodes = [node for node in verdict.nodes[row].tolist() if node >= 0]
+def check_recorded(case: dict[str, Any], tree: DraftTree, result: VerificationResult, row: int) -> None:
+    nodes = [node for node in result.nodes[row].tolist() if node >= 0]
     assert nodes == case["accepted_nodes"], case
-    assert verdict.nodes.shape[1] == tree.max_depth + 1
-    assert verdict.length[row] == case["accept_len"]
-    assert bool(verdict.rejected[row]) == case["residual"]
-    assert verdict.probs[row].argmax() == case["next_argmax"]
+    assert result.nodes.shape[1] == tree.max_depth + 1
+    assert result.length[row] == case["accept_len"]
+    assert bool(result.rejected[row]) == case["residual"]
+    assert result.probs[row].argmax() == case["next_argmax"]
     if case["rule"].startswith("greedy"):
-        assert verdict.probs[row].max() == verdict.probs[row].sum() == 1
+        assert result.probs[row].max() == result.probs[row].sum() == 1
         return
     recorded = tensor_of(case, "next_probs")
-    torch.testing.assert_close(verdict.probs[row], recorded, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.probs[row], recorded, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ACCEPTANCE, ids=lambda case: f"{case['id']}-{case['rule']}-{case['shape']}")
@@ -164,9 +162,9 @@ def test_rows_of_a_batch_are_independent(static: bool) -> None:
     assert sum(map(len, groups)) > (80 if static else 240)
     for group in groups:
         tree, target, uniforms = stack(group, static)
-        verdict = rule_of(group[0]).verify(tree, target, uniforms)
+        result = rule_of(group[0]).verify(tree, target, uniforms)
         for row, case in enumerate(group):
-            check_recorded(case, tree, verdict, row)
+            check_recorded(case, tree, result, row)
 
 
 @cache
@@ -176,23 +174,23 @@ def jacobi_data() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", CASES["sjd"], ids=lambda case: str(case["id"]))
 @pytest.mark.parametrize("draw_mode", ["without_replacement", "independent"])
-def test_exact_judges_jacobi_drafts_like_the_public_code(case: dict[str, Any], draw_mode: Any) -> None:
-    """Slot 0 is committed, target row i judges slot i + 1, and the draft of slot i + 1 belongs to node i."""
+def test_exact_verifies_jacobi_drafts_like_the_public_code(case: dict[str, Any], draw_mode: Any) -> None:
+    """Slot 0 is committed, target row i verifies slot i + 1, and the draft of slot i + 1 belongs to node i."""
     data = {name: jacobi_data()[f"s{case['id']:04d}.{name}"] for name in ("draft_tokens", "draft_probs")}
     target = jacobi_data()[f"s{case['id']:04d}.target_logits"].softmax(dim=-1)
     drafts = torch.cat([data["draft_probs"][:, 1:], torch.zeros_like(target[:, :1])], dim=1)
     tree = DraftTree.from_topology(
         Topology.chain(case["L"] - 1), data["draft_tokens"].long(), draw_mode=draw_mode, draft_probs=drafts
     )
-    verdict = Exact().verify(tree, target, jacobi_data()[f"s{case['id']:04d}.uniforms"])
-    assert (verdict.length + 1).tolist() == case["advance_per_sample"]
+    result = Exact().verify(tree, target, jacobi_data()[f"s{case['id']:04d}.uniforms"])
+    assert (result.length + 1).tolist() == case["advance_per_sample"]
     residual = jacobi_data()[f"s{case['id']:04d}.residual"]
     for row in range(case["B"]):
-        if verdict.rejected[row]:
-            torch.testing.assert_close(verdict.probs[row], residual[row], rtol=0, atol=1e-5)
+        if result.rejected[row]:
+            torch.testing.assert_close(result.probs[row], residual[row], rtol=0, atol=1e-5)
         else:
             assert residual[row].sum() == 0
-            assert torch.equal(verdict.probs[row], target[row, -1])
+            assert torch.equal(result.probs[row], target[row, -1])
 
 
 # -- exactness: the distribution of the tokens that come out, integrated without sampling
@@ -330,8 +328,8 @@ def distance(rule: Rule, problem: Problem, topology: Topology, draw_mode: Any) -
 
 
 SHAPES = {
-    "one guess": Topology.chain(1),
-    "three guesses": Topology((-1, 0, 0, 0)),
+    "one draft token": Topology.chain(1),
+    "three draft tokens": Topology((-1, 0, 0, 0)),
     "chain": Topology.chain(2),
     "two levels": Topology((-1, 0, 0, 1, 1, 2)),
     "three levels": Topology((-1, 0, 0, 1, 3)),
@@ -366,7 +364,7 @@ def line_table(size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["full", "zeros", "disjoint"])
-@pytest.mark.parametrize("shape", ["three guesses", "two levels"])
+@pytest.mark.parametrize("shape", ["three draft tokens", "two levels"])
 @pytest.mark.parametrize("draw_mode", ["deterministic", "without_replacement"])
 @pytest.mark.parametrize(
     "options", [{"delta": 0.0, "k": 3}, {"multiplier": 1.0, "k": 3}, {"delta": 0.5, "k": 0}]
@@ -383,7 +381,7 @@ def test_borrowing_nothing_is_exact(options: dict[str, Any], draw_mode: str, sha
 )
 def test_published_residuals_are_exact_only_without_neighbours(draw_mode: str, residual: Residual) -> None:
     problem, table = Problem(6, seed=3, kind="zeros"), line_table(6)
-    shape = SHAPES["three guesses"]
+    shape = SHAPES["three draft tokens"]
     assert distance(Relaxed(table, 0, delta=0.3, residual=residual), problem, shape, draw_mode) < 1e-8
     assert distance(Relaxed(table, 3, delta=0.0, residual=residual), problem, shape, draw_mode) > 1e-2
     # zeros of elder siblings are enough
@@ -393,10 +391,11 @@ def test_published_residuals_are_exact_only_without_neighbours(draw_mode: str, r
 
 
 @pytest.mark.parametrize("draw_mode", ["deterministic", "without_replacement"])
-def test_relaxation_moves_the_distribution_by_at_most_delta_per_guess(draw_mode: str) -> None:
+def test_relaxation_moves_the_distribution_by_at_most_delta_per_draft_token(draw_mode: str) -> None:
     problem, table = Problem(6, seed=5), line_table(6)
     far = [
-        distance(Relaxed(table, 5, delta=d), problem, SHAPES["one guess"], draw_mode) for d in (0.0, 0.1, 0.3)
+        distance(Relaxed(table, 5, delta=d), problem, SHAPES["one draft token"], draw_mode)
+        for d in (0.0, 0.1, 0.3)
     ]
     assert far[0] < 1e-8
     assert 1e-3 < far[1] <= 0.1 + 1e-8
@@ -410,10 +409,10 @@ class Broken:
         self.mistake = mistake
 
     def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
-        return _walk(tree, target, uniforms, self._decide)
+        return walk(tree, target, uniforms, self._decide)
 
-    def _decide(self, fork: _Fork) -> _Decision:
-        accepted, distribution = _one_by_one(fork)
+    def _decide(self, fork: Fork) -> Decision:
+        accepted, distribution = examine_in_turn(fork)
         if self.mistake == "no division":
             accepted = fork.uniforms <= fork.target.gather(-1, fork.tokens)
         if self.mistake == "no residual":
@@ -425,7 +424,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("mistake", ["no division", "no residual", "rejects at will"])
-@pytest.mark.parametrize("shape", ["three guesses", "two levels"])
+@pytest.mark.parametrize("shape", ["three draft tokens", "two levels"])
 def test_a_broken_rule_is_noticed(mistake: str, shape: str) -> None:
     problem = Problem(sizes(shape), seed=1)
     assert distance(Broken(mistake), problem, SHAPES[shape], "without_replacement") > 1e-3
@@ -436,18 +435,18 @@ def test_a_drafter_that_runs_out_of_tokens_does_no_harm() -> None:
     problem = Problem(5, seed=4)
     problem.draft_probs = torch.zeros_like(problem.draft_probs)
     problem.draft_probs[:, 2] = 1.0
-    for shape in ("three guesses", "two levels"):
+    for shape in ("three draft tokens", "two levels"):
         assert distance(Exact(), problem, SHAPES[shape], "without_replacement") < 1e-8
 
 
-def test_repeated_deterministic_guesses_are_exact() -> None:
+def test_repeated_deterministic_draft_tokens_are_exact() -> None:
     problem = Problem(4, seed=6)
     topology = Topology((-1, 0, 0, 0))
     target = problem.target[[0, 1, 1, 1]][None]
     tree = DraftTree.from_topology(topology, torch.tensor([[0, 2, 2, 1]]), draw_mode="deterministic")
     uniforms = torch.tensor([[0.0, ALMOST_ONE, 0.0, 0.0]], dtype=torch.float64)
-    verdict = Exact().verify(tree, target, uniforms)
-    assert verdict.nodes.tolist() == [[0, 3]], "the second try of a rejected token cannot succeed"
+    result = Exact().verify(tree, target, uniforms)
+    assert result.nodes.tolist() == [[0, 3]], "the second try of a rejected token cannot succeed"
 
 
 @pytest.mark.parametrize(
@@ -470,9 +469,9 @@ def test_sampled_first_tokens_follow_the_target(draw_mode: Any, rule: Rule) -> N
     tree = DraftTree.from_topology(
         Topology((-1, 0, 0, 0)), tokens, draw_mode=draw_mode, draft_probs=draft_probs
     )
-    verdict = rule.verify(tree, target, torch.rand(rows, 4, generator=generator))
-    extra = torch.multinomial(verdict.probs, 1, generator=generator)
-    node = verdict.nodes[:, 1:]
+    result = rule.verify(tree, target, torch.rand(rows, 4, generator=generator))
+    extra = torch.multinomial(result.probs, 1, generator=generator)
+    node = result.nodes[:, 1:]
     first = torch.where(node > 0, tokens.gather(1, node.clamp(min=0)), extra)[:, 0]
     counts = torch.bincount(first, minlength=8).double()
     expected = problem.target[0] * rows
@@ -530,14 +529,14 @@ def test_no_neighbours_means_exact(topology: Topology, draw_mode: str) -> None:
     assert_same(RelaxedGreedy(table, 4, multiplier=1.0).verify(tree, target, uniforms), greedy)
 
 
-def test_a_single_independent_guess_is_ordinary_speculative_sampling() -> None:
+def test_a_single_independent_draft_token_is_ordinary_speculative_sampling() -> None:
     tree, target, uniforms = random_case(2, Topology.chain(6), draw_mode="independent")
     exact = Exact().verify(tree, target, uniforms)
     assert_same(KSequential().verify(tree, target, uniforms), exact)
 
 
-def test_more_independent_guesses_are_accepted_more_often() -> None:
-    """k-SEQ with one guess accepts 1 - TV(p, q); it never loses by having more."""
+def test_more_independent_draft_tokens_are_accepted_more_often() -> None:
+    """k-SEQ with one draft token accepts 1 - TV(p, q); it never loses by having more."""
     means = []
     for width in (1, 2, 4, 8):
         tree, target, uniforms = random_case(
@@ -551,10 +550,10 @@ def test_more_independent_guesses_are_accepted_more_often() -> None:
 @pytest.mark.parametrize("free", [False, True])
 def test_fixed_and_free_shapes_agree(free: bool) -> None:
     tree, target, uniforms = random_case(4, NAMED_TREES["naive_extend_57"], rows=16)
-    verdict = Exact().verify(tree, target, uniforms)
+    result = Exact().verify(tree, target, uniforms)
     if free:
         same = DraftTree(tree.tokens, tree.parents.clone(), tree.draw_mode, tree.draft_probs)
-        assert_same(Exact().verify(same, target, uniforms), verdict)
+        assert_same(Exact().verify(same, target, uniforms), result)
     for row in range(16):
         alone = DraftTree.from_topology(
             NAMED_TREES["naive_extend_57"],
@@ -563,8 +562,8 @@ def test_fixed_and_free_shapes_agree(free: bool) -> None:
             draft_probs=tree.draft_probs[row : row + 1],  # type: ignore[index]
         )
         one = Exact().verify(alone, target[row : row + 1], uniforms[row : row + 1])
-        assert torch.equal(one.nodes[0], verdict.nodes[row])
-        torch.testing.assert_close(one.probs[0], verdict.probs[row])
+        assert torch.equal(one.nodes[0], result.nodes[row])
+        torch.testing.assert_close(one.probs[0], result.probs[row])
 
 
 @pytest.mark.parametrize("bound", [{"delta": 0.2}, {"delta": 1.0}, {"multiplier": 3.0}])
@@ -619,9 +618,9 @@ def test_greedy_takes_the_longest_path() -> None:
     topology = Topology((-1, 0, 0, 2))
     target = torch.eye(4)[[1, 3, 2, 0]][None]
     tree = DraftTree.from_topology(topology, torch.tensor([[0, 1, 1, 2]]), draw_mode="deterministic")
-    verdict = Greedy().verify(tree, target, torch.zeros(1, 4))
-    assert verdict.nodes.tolist() == [[0, 2, 3]]
-    assert verdict.probs.tolist() == [[1.0, 0, 0, 0]]
+    result = Greedy().verify(tree, target, torch.zeros(1, 4))
+    assert result.nodes.tolist() == [[0, 2, 3]]
+    assert result.probs.tolist() == [[1.0, 0, 0, 0]]
     ties = torch.tensor([[[0.4, 0.4, 0.2, 0.0]] * 4])
     stays = Greedy().verify(tree, ties, torch.zeros(1, 4))
     assert stays.length.tolist() == [0], "of equally likely tokens the first counts"
@@ -634,9 +633,9 @@ def test_a_lone_root_yields_the_target() -> None:
     )
     target = torch.tensor([[[0.25, 0.75]], [[1.0, 0.0]]])
     for rule in (Exact(), Greedy(), Relaxed(line_table(2), 1, delta=0.5)):
-        verdict = rule.verify(tree, target, torch.zeros(2, 1))
-        assert verdict.nodes.tolist() == [[0], [0]]
-        assert not verdict.rejected.any()
+        result = rule.verify(tree, target, torch.zeros(2, 1))
+        assert result.nodes.tolist() == [[0], [0]]
+        assert not result.rejected.any()
     assert torch.equal(Exact().verify(tree, target, torch.zeros(2, 1)).probs, target[:, 0])
 
 
@@ -653,8 +652,8 @@ def test_certainty_never_yields_nan(draw_mode: str) -> None:
     if draw_mode == "independent":
         rules.append(KSequential())
     for rule, number in itertools.product(rules, (0.0, 1.0)):
-        verdict = rule.verify(tree, sure, torch.full((1, 4), number))
-        assert torch.allclose(verdict.probs, sure[:, 0])
+        result = rule.verify(tree, sure, torch.full((1, 4), number))
+        assert torch.allclose(result.probs, sure[:, 0])
 
 
 def test_a_number_of_zero_lets_no_impossible_token_through() -> None:
@@ -669,9 +668,9 @@ def test_a_number_of_zero_lets_no_impossible_token_through() -> None:
         tree = DraftTree.from_topology(Topology.chain(1), tokens, draw_mode=draw_mode, draft_probs=given)
         rules: list[Rule] = [Exact()] + ([KSequential()] if draw_mode == "independent" else [])
         for rule in rules:
-            verdict = rule.verify(tree, target, torch.zeros(1, 2))
-            assert verdict.length.tolist() == [0]
-            assert torch.equal(verdict.probs, target[:, 0])
+            result = rule.verify(tree, target, torch.zeros(1, 2))
+            assert result.length.tolist() == [0]
+            assert torch.equal(result.probs, target[:, 0])
 
 
 def test_dynamic_trees_can_be_verified() -> None:
@@ -684,8 +683,8 @@ def test_dynamic_trees_can_be_verified() -> None:
     )
     target = torch.randn(3, 12, 20, generator=generator).softmax(dim=-1)
     for rule in (Exact(), Greedy(), Relaxed(line_table(20), 5, multiplier=5.0)):
-        verdict = rule.verify(tree, target, torch.rand(3, 12, generator=generator))
-        torch.testing.assert_close(verdict.probs.sum(dim=-1), torch.ones(3))
+        result = rule.verify(tree, target, torch.rand(3, 12, generator=generator))
+        torch.testing.assert_close(result.probs.sum(dim=-1), torch.ones(3))
 
 
 # -- input that cannot be used ---------------------------------------------------------------------------------
@@ -723,11 +722,17 @@ def test_bad_inputs_are_explained() -> None:
         (Exact(), tree, target, uniforms[:1], "uniforms must be [M, T] = [2, 4], one per node, got [1, 4]."),
         (Exact(), tree, target[..., :5], uniforms, "draft [2, 4, 8] and target [2, 4, 5] differ in shape."),
         (Greedy(), tree, target[:1], uniforms, "target must be [M, T, V]"),
-        (KSequential(), sure, target, uniforms, "k-sequential selection needs guesses"),
+        (KSequential(), sure, target, uniforms, "k-sequential selection needs draft tokens"),
         (Relaxed(line_table(9), 2, delta=0.1), tree, target, uniforms, "the neighbour table is for 9 tokens"),
         (RelaxedGreedy(line_table(9), 2, delta=0.1), tree, target, uniforms, "the target has 8."),
         (Relaxed(line_table(8), 2, delta=0.1, residual="dynamic"), tree, target, uniforms, "deterministic"),
-        (Relaxed(line_table(8), 2, delta=0.1, residual="static"), sure, target, uniforms, "drawn guesses"),
+        (
+            Relaxed(line_table(8), 2, delta=0.1, residual="static"),
+            sure,
+            target,
+            uniforms,
+            "drawn draft tokens",
+        ),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             rule.verify(drafts, distribution, numbers)

@@ -22,7 +22,7 @@ from varaccel.hosts.masked.job import MaskedJob
 Quality = Literal["lossless", "approximate"]
 
 WIDEST_WINDOW, LONGEST_CHAIN = 16, 5
-"""The most that is guessed by Jacobi decoding and by a drafter: what is further ahead hardly ever holds."""
+"""The most that Jacobi decoding and a drafter draft: what is further ahead is hardly ever accepted."""
 
 DRAFTER_SHARE = 0.1
 """The largest drafter that is chosen, as a share of the model's weights."""
@@ -43,7 +43,7 @@ class Auto(Accelerator[Job]):
     image that cost nothing.
 
     "lossless": below 2 free tokens one token per pass; else, if the model came with a drafter of at most a
-    tenth of its weights (a larger one takes longer than it saves), a chain of f - 1 guesses, at most 5; else
+    tenth of its weights (a larger one takes longer than it saves), a chain of f - 1 draft tokens, at most 5; else
     Jacobi decoding with a window of f, at most 16. All three draw with the Gumbel noise of each position and so
     give the same image for the same seed, on any machine and in any batch.
     "approximate": ZipAR with the window that keeps f rows in flight, but no less than half the row.

@@ -1,4 +1,4 @@
-"""Continuous speculative decoding (CSpD): a small masked model drafts tokens, the large one judges them."""
+"""Continuous speculative decoding (CSpD): a small masked model drafts tokens, the large one verifies them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from varaccel.errors import InputError
 from varaccel.hosts.masked.denoising import Sampler
 from varaccel.hosts.masked.job import MaskedJob
 from varaccel.models.mar import MARTransformer
-from varaccel.speculation.continuous_loop import Comparison, speculate_in_turn, speculate_jointly
+from varaccel.speculation.continuous_loop import Comparison, speculate_groups
 from varaccel.speculation.continuous_rejection import ContinuousRule, ExactRule, PaperRule, ReferenceRule
+from varaccel.speculation.group_verification import (
+    GroupVerification,
+    JointVerification,
+    SequentialVerification,
+)
 
 Mode = Literal["reference", "paper", "exact"]
 Verification = Literal["joint", "sequential"]
@@ -24,7 +29,7 @@ Verification = Literal["joint", "sequential"]
 @register
 @dataclass(frozen=True)
 class CSpD(MaskedAccelerator):
-    """A smaller model of the same tokens drafts, the model judges several groups in one pass (arXiv 2411.11925).
+    """A smaller model of the same tokens drafts, the model verifies several groups in one pass (arXiv 2411.11925).
 
     Modes:
 
@@ -38,9 +43,9 @@ class CSpD(MaskedAccelerator):
 
     Verification:
 
-    - "joint": one pass that sees none of the drafted tokens, as published. The target's distribution is then
-        that of deciding
-      the block at once: plain decoding with as many iterations fewer. The time does not depend on what is accepted.
+    - "joint": one pass that sees none of the drafted tokens, as published. The target's distribution is then that of
+      deciding the block at once: plain decoding with as many iterations fewer. The time does not depend on what is
+      accepted.
     - "sequential": each group in sight of those before it, up to the first group with a rejection; one pass over
       `draft_length` canvases. With mode "exact" and `coupling_step=0` the images follow the distribution of
       plain decoding with `final_noise=True`. With a later step what later groups saw are drafts, not the
@@ -53,7 +58,7 @@ class CSpD(MaskedAccelerator):
         drafter: the small model: a `MARTransformer`, a pipeline that has one, the name of such a pipeline, or None for
             the one that came with the model.
         inner_temperature: see the rules; 42 in mode "reference", 1 in mode "paper" if None. Not for "exact".
-        tries: proposals per token that is drawn again; 1000 in mode "exact", 100 otherwise if None.
+        tries: candidates per token that is drawn again; 1000 in mode "exact", 100 otherwise if None.
         coupling_step: k of the denoising step that mode "exact" compares; tokens themselves, with their last step's
             noise, if 0.
         aligned: both models denoise a token with the same noise.
@@ -137,26 +142,19 @@ class CSpD(MaskedAccelerator):
             self.rule(), self.compared_step, noise, noise if self.aligned else noise.other()
         )
         schedule = self.schedule(job)
+        verification: GroupVerification
         if self.verification == "joint":
-            return speculate_jointly(
-                target,
-                draft,
-                job.canvas,
-                schedule,
-                comparison,
-                draft_length=self.draft_length,
-                prefill=self.prefill,
-                on_step=job.on_step,
-            )
-        verifier = job.open_session(sampling=sampling, contexts=self.draft_length)
-        return speculate_in_turn(
+            verification = JointVerification(target, self.draft_length)
+        else:
+            contexts = job.open_session(sampling=sampling, contexts=self.draft_length)
+            verification = SequentialVerification(contexts, schedule, self.draft_length)
+        return speculate_groups(
             target,
-            verifier,
             draft,
             job.canvas,
             schedule,
             comparison,
-            draft_length=self.draft_length,
+            verification,
             prefill=self.prefill,
             on_step=job.on_step,
         )

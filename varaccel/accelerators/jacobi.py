@@ -1,4 +1,4 @@
-"""Speculative Jacobi decoding: the model's own last answers are the guesses of the next pass."""
+"""Speculative Jacobi decoding: the model's own last answers are the draft tokens of the next pass."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from varaccel.speculation.rejection import Exact
 @register
 @dataclass(frozen=True)
 class Jacobi(Accelerator[CausalJob]):
-    """Guess a window of tokens by the model's own answers of the last pass (Teng et al. 2024, arXiv 2410.01699).
+    """Draft a window of tokens with the model's own answers of the last pass (Teng et al. 2024, arXiv 2410.01699).
 
-    Training-free and exact for every coupling: images follow the distribution of plain decoding. In each pass the
-    model answers for all positions of the window; guesses are accepted from the left, and the answers beyond
-    the first rejection become the guesses of the next pass.
+    Training-free and lossless for every coupling: images follow the distribution of plain decoding. In each pass the
+    model answers for all positions of the window; draft tokens are accepted from the left, and the answers
+    beyond the first rejection become the draft tokens of the next pass.
 
     Attributes:
         window: tokens read per pass, at least 1 (1 is plain decoding).
-        coupling: how the answer at a position depends on the guess that stands there. "none": drawn afresh
-            (the published method). "maximal": the guess stays with probability min(1, p / q), else what is
-            missing is drawn (maximal coupling). "gumbel": drawn with Gumbel noise that belongs to the
+        coupling: how the answer at a position depends on the draft token that stands there. "none": drawn
+            afresh (the published method). "maximal": the draft token stays with probability min(1, p / q), else
+            the residual is drawn from (maximal coupling). "gumbel": drawn with Gumbel noise that belongs to the
             position, so that equal distributions give equal tokens; the image does not depend on the window. Coupled
-            guesses change less from pass to pass, so what was guessed after them holds more often.
-        fill: guesses for positions that enter the window: the token to the left, the token above, or a
-            random code.
+            draft tokens change less from pass to pass, so what was drafted after them is accepted more often.
+        fill: draft tokens for positions that enter the window: the token to the left, the token above, or a
+            random one.
         row_window: decode rows in parallel with this lag between them, as `ZipAR` does, each row in flight with a
             Jacobi window of its own; the distribution is then ZipAR's, which is approximate. None for raster order.
 
@@ -41,7 +41,7 @@ class Jacobi(Accelerator[CausalJob]):
 
     name: ClassVar[str] = "jacobi"
     job_type = CausalJob
-    summary: ClassVar[str] = "the model's own last answers as guesses; training-free"
+    summary: ClassVar[str] = "the model's own last answers as draft tokens; training-free"
 
     window: int = 16
     coupling: Coupling = "gumbel"

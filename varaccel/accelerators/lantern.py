@@ -1,4 +1,4 @@
-"""LANTERN: speculative decoding in which nearby codes may stand for each other."""
+"""LANTERN: speculative decoding in which nearby tokens of the codebook may stand for each other."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.speculation.drafters import Tree, check_drafting, open_proposer, resolve_drafter, resolve_shape
 from varaccel.speculation.loop import Draws, Verifier, speculate, verify_by
-from varaccel.speculation.rejection import Relaxed, RelaxedGreedy, Residual, VerificationResult
+from varaccel.speculation.rejection import VerificationResult
+from varaccel.speculation.relaxed import Relaxed, RelaxedGreedy, Residual
 from varaccel.speculation.tree import DraftTree, DynamicTree
 
 
 @register
 @dataclass(frozen=True)
 class Lantern(Accelerator[CausalJob]):
-    """Accept a guess for the sake of its neighbours in the codebook (Jang et al. 2024, arXiv 2410.03355).
+    """Accept draft tokens for the sake of their codebook neighbours (Jang et al. 2024, arXiv 2410.03355).
 
-    Approximate: before a guess is judged, it is given the mass of its nearest codes, up to a bound. With
+    Approximate: before a draft token is verified, it is given the mass of its nearest neighbours, up to a bound. With
     `delta` (LANTERN) each such move changes the distribution by at most delta in total variation; with `multiplier`
-    (LANTERN++, arXiv 2502.06352) it raises the guess's probability to at most that multiple. The bound is
-    per move, not for the image. k = 0, delta = 0 and multiplier = 1 are exact with the residual "paper".
+    (LANTERN++, arXiv 2502.06352) it raises the token's probability to at most that multiple. The bound is
+    per move, not for the image. k = 0, delta = 0 and multiplier = 1 are lossless with the residual "paper".
 
     Attributes:
-        k: nearest codes that may give their mass, fewer than there are codes.
+        k: nearest tokens that may give their mass, fewer than the vocabulary has.
         delta: additive bound, 0 to 1; 0.1 if neither bound is given.
         multiplier: multiplicative bound, at least 1.
         tree: as for `Speculative`. The published settings are "dynamic" for LANTERN, a static tree of drawn
-            guesses for LANTERN++.
-        residual: what a rejected guess leaves of the distribution: "paper", or one of the public code's three,
+            draft tokens for LANTERN++.
+        residual: what a rejected draft token leaves of the distribution: "paper", or one of the public code's three,
             "dynamic", "static" and "static_b"; see `Relaxed`.
         drafter: as for `Speculative`.
-        normalise: measure distances between codes of unit length, which is what the image tokenizer decodes;
-            the public code measures between the stored codes.
+        normalise: measure distances between codebook vectors of unit length, which is what the image tokenizer decodes;
+            the public code measures between the stored vectors.
         adaptive, row_window: as for `Speculative`.
 
     Raises:
@@ -48,7 +49,7 @@ class Lantern(Accelerator[CausalJob]):
 
     name: ClassVar[str] = "lantern"
     job_type = CausalJob
-    summary: ClassVar[str] = "a drafter guesses, nearby codes may stand for each other"
+    summary: ClassVar[str] = "a drafter proposes tokens, nearby ones in the codebook may stand for each other"
 
     k: int = 10
     delta: float | None = None
@@ -75,12 +76,12 @@ class Lantern(Accelerator[CausalJob]):
         if isinstance(shape, DynamicTree):
             if self.residual in ("static", "static_b"):
                 raise InputError(
-                    f"residual {self.residual!r} is for drawn guesses, a dynamic tree takes the likeliest; "
+                    f"residual {self.residual!r} is for drawn draft tokens, a dynamic tree takes the likeliest; "
                     'use "paper" or "dynamic".'
                 )
         elif self.residual == "dynamic":
             raise InputError(
-                'residual "dynamic" is for the guesses of a dynamic tree, a static tree draws them; '
+                'residual "dynamic" is for the draft tokens of a dynamic tree, a static tree draws them; '
                 'use "paper", "static" or "static_b".'
             )
 
@@ -119,7 +120,7 @@ class Lantern(Accelerator[CausalJob]):
 
 
 def verify_greedily(rule: RelaxedGreedy) -> Verifier:
-    """Relaxation weighs the full distribution, although the likeliest token is taken."""
+    """Verification by a greedy rule, which needs the full distribution although the likeliest token is taken."""
 
     def verify(
         tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor

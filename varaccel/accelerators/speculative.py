@@ -27,23 +27,23 @@ Verification = Literal["auto", "recursive", "k_sequential", "matching", "gumbel"
 @register
 @dataclass(frozen=True)
 class Speculative(Accelerator[CausalJob]):
-    """A drafter guesses tokens, the model judges all of them in one pass (Leviathan et al. 2023, arXiv 2211.17192).
+    """A drafter proposes tokens, the model verifies all of them in one pass (Leviathan et al. 2023, arXiv 2211.17192).
 
-    Exact: images follow the distribution of plain decoding, whatever the drafter says; a poor drafter only costs
+    Lossless: images follow the distribution of plain decoding, whatever the drafter says; a poor drafter only costs
     time. With temperature 0 they are those of plain decoding, token for token.
 
     Attributes:
         drafter: "eagle" or "small": a drafter that came with the model; "layers": every other layer of the
             model itself; "auto": the first of these that there is. Or a `LayerSkip`, an `EagleHead`, or a
-            smaller `LlamaGenTransformer` of the same codes and conditions.
-        tree: what is guessed per pass: the length of a chain, the name of a published tree, lists of child
+            smaller `LlamaGenTransformer` of the same token ids and conditions.
+        tree: what is drafted per pass: the length of a chain, the name of a published tree, lists of child
             ranks, a `Topology`; "dynamic", a `DynamicTree` or its options as a mapping for one that grows where
-            the drafter is sure.
-        verification: "recursive": guesses drawn without replacement, each judged against what the rejection
-            of its elder siblings left (arXiv 2402.14160). "k_sequential": independent guesses, judged by the
+            the drafter is confident.
+        verification: "recursive": draft tokens drawn without replacement, each verified against what the rejection
+            of its elder siblings left (arXiv 2402.14160). "k_sequential": independent draft tokens, verified by the
             nearly optimal transport of SpecTr (arXiv 2310.15141). "matching": the drafter's likeliest
             tokens, accepted where they equal what plain decoding draws with this seed, so that images are
-            token for token those of plain decoding. "gumbel": guesses drawn with the Gumbel noise that
+            token for token those of plain decoding. "gumbel": draft tokens drawn with the Gumbel noise that
             belongs to a position, accepted where the model draws the same with it, so that the image
             depends on the seed alone, not on drafter or tree (arXiv 2408.07978); it is that of
             Gumbel-coupled `Jacobi`. "auto": matching for dynamic trees, else recursive.
@@ -57,7 +57,7 @@ class Speculative(Accelerator[CausalJob]):
 
     name: ClassVar[str] = "speculative"
     job_type = CausalJob
-    summary: ClassVar[str] = "a drafter guesses, the model judges"
+    summary: ClassVar[str] = "a drafter proposes tokens, the model verifies them"
 
     drafter: object = "auto"
     tree: Tree = 4
@@ -71,7 +71,7 @@ class Speculative(Accelerator[CausalJob]):
         shape = check_drafting(self.drafter, self.tree, self.adaptive)
         if isinstance(shape, DynamicTree) and self.verification == "k_sequential":
             raise InputError(
-                "k_sequential verification needs independently drawn guesses, a dynamic tree takes the "
+                "k_sequential verification needs independently drawn draft tokens, a dynamic tree takes the "
                 "likeliest; give a chain or static tree, or another verification."
             )
 

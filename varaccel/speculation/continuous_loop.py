@@ -1,6 +1,6 @@
-"""Speculation over groups of continuous tokens: a small model decides some groups, the large one judges them.
+"""The speculative loop over groups of continuous tokens: a small model drafts groups, the large one verifies them.
 
-The loop of `speculation` is made for causal networks: guesses stand in slots and trees, and the distribution
+`speculation.loop` is made for causal networks: draft tokens stand in cache slots and trees, and the distribution
 of each follows from one pass. A masked network has neither; what it says about a group changes with every
 token that is shown to it.
 """
@@ -29,6 +29,7 @@ from varaccel.speculation.continuous_rejection import (
     Gaussian,
     SeededResampleNoise,
 )
+from varaccel.speculation.group_verification import GroupVerification
 
 
 @dataclass(frozen=True)
@@ -87,124 +88,60 @@ class Comparison:
 
 
 @torch.inference_mode()
-def speculate_jointly(
+def speculate_groups(
     target: MaskedSession,
     draft: MaskedSession,
     canvas: Canvas,
-    order: CosineGroups,
+    schedule: CosineGroups,
     comparison: Comparison,
+    verification: GroupVerification,
     *,
-    draft_length: int,
     prefill: float,
     on_step: OnStep | None = None,
 ) -> SpeculationStats:
-    """Fill the canvas; all drafted groups of a block are judged in one pass that sees none of them.
+    """Fill the canvas: draft a block of groups one after the other, verify them all in one pass of the target.
 
-    What is decided is decided for good, so that the number of passes does not depend on what is accepted. The target's
-    distribution of a block is that of deciding all its groups at once: plain decoding with fewer iterations.
-
-    Source: the published code of continuous speculative decoding (arXiv 2411.11925): the target decides iterations up
-    to `prefill` times their number, blocks end at multiples of `draft_length`, and guidance of a block is that of its
-    last iteration.
-    """
-    step_inputs = order.step_inputs(canvas)
-    stats, number = _prefill(target, canvas, step_inputs, comparison, prefill, on_step)
-    verified = torch.zeros_like(stats.passes)
-    block: list[MaskedInputs] = []
-    paths: list[Denoised] = []
-    for step in range(number, len(step_inputs)):
-        inputs = step_inputs[step]
-        tokens, path = comparison.draft(draft.predict(canvas, inputs), inputs.positions)
-        canvas.write(inputs.positions, tokens, number + 1)
-        block.append(inputs)
-        paths.append(path)
-        if step % draft_length and step < len(step_inputs) - 1:
-            continue
-        number += 1
-        decided = MaskedInputs(
-            torch.cat([f.positions for f in block], 1), block[0].known, inputs.remaining, block[0].number
-        )
-        tokens, decision = comparison.verify(
-            target.predict(canvas, decided),
-            _beside(paths, canvas.batch),
-            decided.positions,
-            _resample_noise(comparison.target_noise, number, decided.positions.shape[1]),
-        )
-        canvas.write(decided.positions, tokens, number)
-        stats.passes += 1
-        stats.attempts += 1
-        verified += decided.positions.shape[1]
-        stats.accepted += decision.accepted.view(canvas.batch, -1).sum(1)
-        block, paths = [], []
-        if on_step is not None:
-            on_step(Step(number, (step + 1) / len(step_inputs), decided.positions, canvas))
-    stats.draft_passes, stats.verified = draft.reads, verified
-    return stats
-
-
-@torch.inference_mode()
-def speculate_in_turn(
-    target: MaskedSession,
-    verifier: MaskedSession,
-    draft: MaskedSession,
-    canvas: Canvas,
-    order: CosineGroups,
-    comparison: Comparison,
-    *,
-    draft_length: int,
-    prefill: float,
-    on_step: OnStep | None = None,
-) -> SpeculationStats:
-    """Fill the canvas; every drafted group is judged in sight of those before it, up to the first rejection.
-
-    A block of `draft_length` groups costs one pass over as many canvases per image: attention looks both ways, so
-    nothing of one serves another. Groups after one with a rejected token are drafted again. Images advance at their
-    own pace. The device is asked once per block how far they are.
-
-    The distribution is the target's if a kept token is what later groups of its block were drafted and judged
-    in sight of: if tokens themselves are compared (`Comparison.step` 0) by a rule that keeps the target's distribution.
+    As in the published code of continuous speculative decoding (arXiv 2411.11925), the target decides iterations up to
+    `prefill` times their number by itself.
 
     Args:
-        target: for the iterations that it decides itself.
-        verifier: a session of the same network with `draft_length` canvases per image.
+        target: for the iterations that it decides by itself.
+        verification: which groups make a block, in sight of what the target verifies them, and what is kept.
     """
-    step_inputs = order.step_inputs(canvas)
-    batch, device = canvas.batch, canvas.written.device
+    step_inputs = schedule.step_inputs(canvas)
     stats, number = _prefill(target, canvas, step_inputs, comparison, prefill, on_step)
     verified = torch.zeros_like(stats.passes)
-    steps = [number] * batch
+    steps = [number] * canvas.batch  # groups that are decided, per image
     while min(steps) < len(step_inputs):
         number += 1
-        block = [order.ragged([s + i for s in steps], device) for i in range(draft_length)]
+        block = verification.block(step_inputs, steps)
         paths = []
         for inputs in block:
             tokens, path = comparison.draft(draft.predict(canvas, inputs), inputs.positions)
             canvas.write(inputs.positions, tokens, number)
             paths.append(path)
-        positions = _stack([f.positions for f in block], order.widest)  # [B, G, P]
-        distribution = _verify(verifier, canvas, block, positions)
-        flat = positions.flatten(1)
-        resample_noise = _resample_noise(comparison.target_noise, number, flat.shape[1])
+        width = verification.group_width
+        positions = torch.cat([_padded(inputs.positions, width) for inputs in block], 1)  # [B, G * P]
         tokens, decision = comparison.verify(
-            distribution, _beside(paths, batch, positions.shape[2]), flat, resample_noise
+            verification.predict(canvas, block, positions),
+            _beside(paths, canvas.batch, width),
+            positions,
+            _resample_noise(comparison.target_noise, number, positions.shape[1]),
         )
         accepted = decision.accepted.view(positions.shape)
-        broken = (~accepted).any(2).to(torch.int64)  # [B, G]
-        # all groups before the first that broke, and that one
-        before = broken.cumsum(1) - broken
-        kept = (before == 0).unsqueeze(2) & (positions >= 0)
-        canvas.write(torch.where(kept, positions, -1).flatten(1), tokens, number)
-        # what was drafted after them is taken back
-        canvas.write(torch.where(kept, -1, positions).flatten(1), torch.zeros_like(tokens), 0)
-        stats.passes += (positions >= 0).any(2).any(1)
-        stats.attempts += (positions >= 0).any(2).any(1)
-        verified += kept.sum((1, 2))
-        stats.accepted += (kept & accepted).sum((1, 2))
-        advanced = (before == 0).sum(1).tolist()
-        steps = [min(len(step_inputs), s + n) for s, n in zip(steps, advanced, strict=True)]
+        kept = verification.keep(positions, accepted, len(block))
+        canvas.write(kept.positions, tokens, number)
+        if kept.taken_back is not None:
+            canvas.write(kept.taken_back, torch.zeros_like(tokens), 0)
+        active, valid = (positions >= 0).any(1), kept.positions >= 0
+        stats.passes += active
+        stats.attempts += active
+        verified += valid.sum(1)
+        stats.accepted += (valid & accepted).sum(1)
+        steps = [min(len(step_inputs), s + n) for s, n in zip(steps, kept.groups, strict=True)]
         if on_step is not None:
-            progress = sum(steps) / (batch * len(step_inputs))
-            on_step(Step(number, progress, torch.where(kept, positions, -1).flatten(1), canvas))
+            progress = sum(steps) / (canvas.batch * len(step_inputs))
+            on_step(Step(number, progress, kept.positions, canvas))
     stats.draft_passes, stats.verified = draft.reads, verified
     return stats
 
@@ -229,7 +166,7 @@ def _prefill(
     return stats, count
 
 
-def _beside(paths: list[Denoised], batch: int, width: int = 0) -> Denoised:
+def _beside(paths: list[Denoised], batch: int, width: int) -> Denoised:
     """Paths of groups, each of B * P_i rows, as paths of one group; every group is filled up to `width` with zeros."""
 
     def joined(name: str) -> Tensor:
@@ -240,32 +177,16 @@ def _beside(paths: list[Denoised], batch: int, width: int = 0) -> Denoised:
     return Denoised(joined("value"), joined("mean"), joined("log_std"), joined("log_std_sum"))
 
 
-def _stack(indices: list[Tensor], width: int) -> Tensor:
-    """Lists of positions [B, P_i] as [B, G, width], padded with -1."""
-    return torch.stack([F.pad(index, (0, width - index.shape[1]), value=-1) for index in indices], 1)
-
-
-def _verify(
-    verifier: MaskedSession, canvas: Canvas, block: list[MaskedInputs], positions: Tensor
-) -> DiffusionDistribution:
-    """The target's distribution of all groups, [B, G * P], each in sight of what was known when it was drafted."""
-    groups = len(block)
-    known = _stack([f.known for f in block], max(f.known.shape[1] for f in block))  # [B, G, K]
-    remaining = torch.stack([torch.as_tensor(f.remaining, device=known.device) for f in block], 1)  # [B, G]
-    many = Canvas(canvas.tokens.repeat_interleave(groups, 0), canvas.written.repeat_interleave(groups, 0))
-    inputs = MaskedInputs(
-        positions.flatten(0, 1), known.flatten(0, 1), remaining.flatten(), block[0].number, padded=True
-    )
-    distribution = verifier.predict(many, inputs)
-    conditions = distribution.conditions.unflatten(0, (-1, groups)).flatten(1, 2)  # [R, G * P, D]
-    return DiffusionDistribution(distribution.process, conditions, distribution.scale)
+def _padded(index: Tensor, width: int) -> Tensor:
+    """Positions [B, P], filled up to `width` with -1."""
+    return F.pad(index, (0, max(0, width - index.shape[1])), value=-1)
 
 
 def _resample_noise(noise: TokenNoise, verification: int, rows: int) -> SeededResampleNoise:
-    """Numbers for tokens that are drawn again: a function of the image and of how often it was judged before.
+    """Numbers for tokens that are drawn again: a function of the image and of how often it was verified before.
 
     Args:
-        rows: judged per image, padding included; must not depend on the batch.
+        rows: verified per image, padding included; must not depend on the batch.
     """
     seeds = [(seed + 1 + verification) % 2**62 for seed in noise.seeds]
     return SeededResampleNoise(seeds, rows, noise.start.shape[2], noise.start.device)

@@ -1,4 +1,4 @@
-"""Which drafted tokens of a diffusion head are kept, and what takes the place of the others.
+"""Verification rules for continuous tokens: which draft tokens are accepted, and what replaces the others.
 
 A token of such a head is the end of a chain of Gaussian steps. Draft and target run their own chains from the same
 start with the same noise, and compare the Gaussians of one step (continuous speculative decoding, arXiv 2411.11925).
@@ -96,8 +96,8 @@ class Decision:
         accepted: [M] bool, true in padding.
         values: [M, C] in the dtype of the drafted values: those where accepted, new ones elsewhere. Finite wherever
             the target's Gaussian is; what is broken there cannot be mended here and stays visible.
-        tries: [M] int64, proposals examined for the token; 0 where accepted.
-        exhausted: [M] bool, whether none of the proposals was taken and the rule's last resort was.
+        tries: [M] int64, candidates examined for the token; 0 where accepted.
+        exhausted: [M] bool, whether none of the candidates was taken and the rule's last resort was.
     """
 
     accepted: Tensor
@@ -122,7 +122,7 @@ class SeededResampleNoise:
 
     Args:
         seeds: of each image, from 0 to 2**63 - 1.
-        rows_per_image: tokens of an image that are judged together, padding included.
+        rows_per_image: tokens of an image that are verified together, padding included.
         channels: of a token.
         device: of the results.
 
@@ -184,7 +184,7 @@ class ContinuousRule(Protocol):
     def verify(
         self, aligned: Aligned, uniforms: Tensor, resample_noise: ResampleNoise, active: Tensor | None = None
     ) -> Decision:
-        """Verifier M tokens of C channels.
+        """Verify M tokens of C channels.
 
         A ratio that is not a finite number counts as a rejection. Nothing is asked of `resample_noise` if no token is
         rejected.
@@ -193,7 +193,7 @@ class ContinuousRule(Protocol):
             aligned: the drafted values and the Gaussians of both models.
             uniforms: [M] in [0, 1), to be held against the ratio of the densities.
             resample_noise: numbers for what is rejected.
-            active: [M] bool, false in padding, which counts as accepted and costs no proposals; all if None.
+            active: [M] bool, false in padding, which counts as accepted and costs no candidates; all if None.
 
         Raises:
             InputError: shapes that do not fit together.
@@ -230,12 +230,12 @@ def _draw(resample_noise: ResampleNoise, count: int, like: Tensor) -> tuple[Tens
 
 
 def _residual(draft: Gaussian, target: Gaussian, values: Tensor, log_factor: Tensor) -> Tensor:
-    """max(0, factor p - q) / (factor p) at proposals [R, K, C] from p: [R, K] float64, 0 where no number."""
+    """max(0, factor p - q) / (factor p) at candidates [R, K, C] from p: [R, K] float64, 0 where no number."""
     log_ratio = draft.log_prob(values) - target.log_prob(values) - log_factor
     return (-torch.expm1(log_ratio.clamp(max=0))).nan_to_num(nan=0.0)
 
 
-# Two or three proposals are usual, so the first blocks are small. The sizes must not depend on what happens, or a
+# Two or three candidates are usual, so the first blocks are small. The sizes must not depend on what happens, or an
 # image's numbers would depend on its batch.
 _FIRST_BLOCK, _LARGEST_BLOCK = 4, 32
 
@@ -250,7 +250,7 @@ def _resample(
         accepted: [M] bool.
         log_factor: [M] on the target's density.
         resample_noise: numbers for all M tokens.
-        tries: the most proposals per token.
+        tries: the most candidates per token.
     """
     values = aligned.value.clone()
     used = torch.zeros_like(accepted, dtype=torch.int64)
@@ -299,7 +299,7 @@ class _RatioRule:
         return target - draft + self._log_factor(aligned)
 
     def residual(self, aligned: Aligned, values: Tensor) -> Tensor:
-        """Chances [M, K] float64 to take proposals [M, K, C] drawn from the target after a rejection."""
+        """Chances [M, K] float64 to take candidates [M, K, C] drawn from the target after a rejection."""
         rows = torch.arange(len(values), device=values.device)
         factor = self._log_factor(aligned)[:, None]
         return _residual(aligned.draft.at(rows), aligned.target.at(rows), values, factor)
@@ -321,7 +321,7 @@ class ReferenceRule(_RatioRule):
     It draws from no known distribution. It multiplies the ratio by 1 / Sigma where the paper says Sigma; it
     divides squared distances by `inner_temperature`², in the acceptance only; every token takes part in every round of
     resampling, accepted ones too, until each has had a success, and later successes replace earlier ones. So a
-    token depends on the others it is judged with.
+    token depends on the others it is verified with.
 
     One thing is changed: a rejected token that never succeeds takes the target's mean, which is the target's own
     token in that code. There it becomes the zero vector, which is no token at all. And since nothing is
@@ -373,12 +373,12 @@ class PaperRule(_RatioRule):
     Sigma stands for the steps before. The paper calls the criterion approximate, and it does change the
     distribution: given the steps before, only the ratio without Sigma is right, see `ExactRule`.
 
-    A token all of whose proposals failed is drawn from the target's Gaussian.
+    A token all of whose candidates failed is drawn from the target's Gaussian.
 
     Attributes:
         inner_temperature: in standard deviations: squared distances are divided by its square in the acceptance, so
             that more is accepted. 1 is as printed.
-        tries: the most proposals per token.
+        tries: the most candidates per token.
 
     Raises:
         InputError: an option that cannot be used.
@@ -406,16 +406,17 @@ class ExactRule(_RatioRule):
     """Keeps the target's distribution: min(1, p / q), and max(0, p - q) after a rejection (Leviathan et al. 2023).
 
     Given the start and the noise of the steps before, both models' next states are fixed Gaussians p and q. A value
-    drawn from q and judged so is distributed as p, whatever the steps before were, hence also on average over
+    drawn from q and verified so is distributed as p, whatever the steps before were, hence also on average over
     them. A factor Sigma for those steps (2411.11925, section 3) would destroy that. The step must have noise: the
     last of a chain usually has none, and then no density that could be compared.
 
-    The residual is drawn from by proposing from p. A token all of whose proposals failed is drawn from p itself.
-    Where a share r of the drafts is rejected, that happens to r (1 - r)^tries of all; so the distribution is off by at
-    most 1 / (e tries) in total variation, 0.0004 for 1000, and by far less unless r is near 1 / tries.
+    The residual is drawn from by rejection sampling with candidates from p. A token all of whose candidates failed is
+    drawn from p itself. Where a share r of the drafts is rejected, that happens to r (1 - r)^tries of all; so the
+    distribution is off by at most 1 / (e tries) in total variation, 0.0004 for 1000, and by far less unless r is near
+    1 / tries.
 
     Attributes:
-        tries: the most proposals per token.
+        tries: the most candidates per token.
 
     Raises:
         InputError: an option that cannot be used.

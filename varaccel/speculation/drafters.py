@@ -107,7 +107,7 @@ def resolve_drafter(drafter: object, job: CausalJob) -> CausalNetwork | EagleHea
 
 
 def check_drafting(drafter: object, tree: Tree, adaptive: bool) -> Shape:
-    """The shape of what is guessed; refuses at construction what no model can be drafted for with."""
+    """The shape of the draft tree; refuses, when an accelerator is made, what fits no model."""
     if isinstance(drafter, str):
         check_choice("drafter", drafter, DRAFTERS)
     shape = resolve_shape(tree)
@@ -115,7 +115,7 @@ def check_drafting(drafter: object, tree: Tree, adaptive: bool) -> Shape:
         if adaptive:
             raise InputError("a dynamic tree adapts by itself; leave adaptive off.")
     elif shape.num_nodes < 2:
-        raise InputError("a tree needs at least one guess below its root.")
+        raise InputError("a tree needs at least one draft token below its root.")
     return shape
 
 

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 class EagleReader:
-    """Feeds an EAGLE head with what the target has found, and with its own guesses.
+    """An EAGLE head at work: reads the target's features of decided tokens, and its own of draft tokens.
 
     A pair joins the feature that predicted a token with the token, and stands at the token's position. Pairs
-    of decided tokens carry the target's features, pairs of guesses those that the head has guessed. Both
+    of decided tokens carry the target's features, pairs of draft tokens those that the head predicted. Both
     branches of a guided call are drafted, from their own features; distributions come from the guided logits.
 
-    A lane that has just begun from a stand-in has no pair yet; its guesses are drawn from the distribution of a feature
-    of zeros and will rarely hold, which costs no exactness.
+    A lane that has just begun from a stand-in has no pair yet; its draft tokens follow the distribution of a
+    feature of zeros and are rarely accepted, which costs time only.
 
     Args:
         head: drafter of the session's network.
         session: of the target.
         canvas: of the call.
-        draft_slots: scratch entries per lane.
+        draft_slots: of every lane.
         lanes: lanes that are open at once at most.
     """
 
@@ -53,8 +53,8 @@ class EagleReader:
         self._fronts: Fronts | None = None
         # pairs that the head has not read yet: tokens and positions [B, P], features [R, P, dim]
         self._pairs: tuple[Tensor, Tensor, Tensor] | None = None
-        self._root = torch.empty(0)  # [R, A, dim] feature guessed after each root
-        self._guessed = torch.empty(0)  # [R, A, S, dim] features guessed after guesses
+        self._root = torch.empty(0)  # [R, A, dim] feature predicted after each root
+        self._predicted = torch.empty(0)  # [R, A, S, dim] features predicted after draft tokens
 
     def begin(self, roots: Tensor, fronts: Fronts) -> Categorical:
         self._fronts = fronts
@@ -62,20 +62,20 @@ class EagleReader:
             self._read_prefix()
         assert self._pairs is not None
         tokens, positions, features = self._pairs
-        guessed = self._read(tokens, positions, features)  # [R, P, dim]
+        predicted = self._read(tokens, positions, features)  # [R, P, dim]
         here = (positions.unsqueeze(1) == (fronts.start - 1).unsqueeze(-1)) & fronts.open.unsqueeze(-1)
-        found, place = here.to(torch.uint8).max(dim=-1)  # [B, A]
-        repeats = guessed.shape[0] // roots.shape[0]
-        index = place.repeat(repeats, 1).unsqueeze(-1).expand(-1, -1, guessed.shape[-1])
-        self._root = guessed.gather(1, index) * found.repeat(repeats, 1).unsqueeze(-1)
-        self._guessed = guessed.new_zeros(*self._root.shape[:2], self.draft_slots, guessed.shape[-1])
+        found, column = here.to(torch.uint8).max(dim=-1)  # [B, A]
+        repeats = predicted.shape[0] // roots.shape[0]
+        index = column.repeat(repeats, 1).unsqueeze(-1).expand(-1, -1, predicted.shape[-1])
+        self._root = predicted.gather(1, index) * found.repeat(repeats, 1).unsqueeze(-1)
+        self._predicted = predicted.new_zeros(*self._root.shape[:2], self.draft_slots, predicted.shape[-1])
         return self._distribution(self._root, fronts.start.clamp(min=0))
 
     def extend(self, branch: Branch) -> Categorical:
         assert self._fronts is not None
         batch, lanes, count = branch.tokens.shape
-        rows, _, _, dim = self._guessed.shape
-        known = torch.cat([self._root.unsqueeze(2), self._guessed], dim=2)  # [R, A, 1 + S, dim]
+        rows, _, _, dim = self._predicted.shape
+        known = torch.cat([self._root.unsqueeze(2), self._predicted], dim=2)  # [R, A, 1 + S, dim]
         parents = (branch.parents + 1).repeat(rows // batch, 1, 1).unsqueeze(-1)
         before = known.gather(2, parents.expand(-1, -1, -1, dim)).flatten(1, 2)
         positions = draft_positions(self._fronts, branch)
@@ -87,7 +87,7 @@ class EagleReader:
             lane_draft_slots(lanes, self.draft_slots, entries).flatten().expand(batch, -1),
             spread(branch.visible, self.draft_slots, self.cache_slots.draft_slots),
         )
-        self._guessed[:, :, branch.first : branch.first + count] = features.unflatten(1, (lanes, count))
+        self._predicted[:, :, branch.first : branch.first + count] = features.unflatten(1, (lanes, count))
         return self._distribution(features, (positions + 1).flatten(1))
 
     def observe(self, outcome: StepResult) -> None:

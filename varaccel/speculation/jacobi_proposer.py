@@ -21,7 +21,7 @@ Fill = Literal["left", "above", "random"]
 
 
 class JacobiProposer:
-    """The window of guesses of every lane and, for each guess, the distribution that it was drawn from.
+    """The window of draft tokens of every lane and, for each, the distribution that it was drawn from.
 
     In the window of a lane, entry i stands for the i-th position that the lane decides next.
     """
@@ -40,7 +40,7 @@ class JacobiProposer:
         self.canvas, self.lanes = job.canvas, lanes
         self.coupling, self.fill, self.noise, self.vocab_size = coupling, fill, noise, job.vocab_size
         self.nodes = window
-        # for the answers, for the tests of the guesses that are kept, and for random fills
+        # for the answers, for the tests of the draft tokens that are kept, and for random fills
         self.draws = 2 * window + (window - 1 if fill == "random" else 0)
         self.topology = Topology.chain(window - 1) if window > 1 else Topology((-1,))
         batch, count = job.canvas.batch, job.canvas.num_positions // lanes.width
@@ -66,7 +66,7 @@ class JacobiProposer:
             return DraftTree.from_topology(self.topology, tokens, draw_mode="deterministic")
         index = lane[..., None, None].expand(-1, -1, *self._distributions.shape[2:])
         distributions = self._distributions.gather(1, index)
-        # a fresh guess is certain: its distribution is all on itself
+        # a fresh draft token is certain: its distribution is all on itself
         certain = torch.zeros_like(distributions).scatter_(-1, drafts.unsqueeze(-1), 1.0)
         distributions = torch.where(fresh.unsqueeze(-1), certain, distributions)
         distributions = torch.cat([distributions, torch.zeros_like(distributions[:, :, :1])], dim=2).flatten(
@@ -79,7 +79,7 @@ class JacobiProposer:
     def verify_by_noise(
         self, tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
     ) -> VerificationResult:
-        """Accept the guesses that the noise of their position draws from the new distribution."""
+        """Accept the draft tokens that the noise of their position draws from the new distribution."""
         assert self.noise is not None
         self._answers = draw_by_noise(distribution, self.noise, positions)
         return match(tree, self._answers, distribution.logits)
@@ -91,7 +91,7 @@ class JacobiProposer:
         assert answers is not None
         fronts, width = outcome.fronts, self.nodes
         batch, open_ = fronts.start.shape
-        # the window moves on by what was committed; places that enter it have no guess yet
+        # the window moves on by what was committed; positions that enter it have no draft token yet
         source = torch.arange(width - 1, device=answers.device) + outcome.committed.unsqueeze(1)  # [M, L - 1]
         inside = source < width
         source = source.clamp(max=width - 1)
@@ -112,29 +112,29 @@ class JacobiProposer:
         return fronts.start.clamp(min=0) // self.lanes.width
 
     def _fill(self, roots: Tensor, fronts: Fronts, draws: Draws, drafts: Tensor) -> Tensor:
-        """[B, A, L - 1] guesses for places that have none."""
+        """[B, A, L - 1] draft tokens for positions that have none."""
         width = drafts.shape[-1]
         if self.fill == "random":
             numbers = draws.drafting[:, 2 * self.nodes :].view(drafts.shape)
             return (numbers * self.vocab_size).long()
         index = torch.arange(width, device=drafts.device)
-        # the nearest place to the left that has a guess, else the root
+        # the nearest position to the left that has a draft token, else the root
         known = torch.where(drafts >= 0, index, -1).cummax(dim=-1).values
         left = torch.where(known >= 0, drafts.gather(2, known.clamp(min=0)), roots.unsqueeze(-1))
         if self.fill == "left":
             return left
-        places = (fronts.start.unsqueeze(-1) + index).clamp(0, self.canvas.num_positions - 1)
-        above = self._above[places]  # [B, A, L - 1], -1 in the first row of a grid
-        place = above.clamp(min=0).flatten(1)
-        decided = (self.canvas.written.gather(1, place) > 0).view(above.shape) & (above >= 0)
-        return torch.where(decided, self.canvas.tokens.gather(1, place).view(above.shape), left)
+        positions = (fronts.start.unsqueeze(-1) + index).clamp(0, self.canvas.num_positions - 1)
+        above = self._above[positions]  # [B, A, L - 1], -1 in the first row of a grid
+        index = above.clamp(min=0).flatten(1)
+        decided = (self.canvas.written.gather(1, index) > 0).view(above.shape) & (above >= 0)
+        return torch.where(decided, self.canvas.tokens.gather(1, index).view(above.shape), left)
 
     def _answer(self, outcome: StepResult, draws: Draws) -> Tensor:
-        """[M, L] a draw from each of the new distributions, coupled to the guess that stood there."""
+        """[M, L] a draw from each of the new distributions, coupled to the draft token that stood there."""
         numbers = draws.drafting[:, : self.nodes]
         if self.coupling == "none":
             return outcome.distribution.sample(numbers)
-        # the last row has no guess of its own to keep
+        # the last row has no draft token of its own to keep
         distribution, width = outcome.distribution, self.nodes - 1
         tree = outcome.tree
         assert tree.draft_probs is not None

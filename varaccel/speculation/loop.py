@@ -1,4 +1,4 @@
-"""The speculative loop: guess several tokens, judge them all in one pass, keep what the rule accepts."""
+"""The speculative loop: draft several tokens, verify them all in one pass, keep what the rule accepts."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Draws:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of the guesses of one pass. M = B * A sequences: the open lanes of all images.
+    """What became of the draft tokens of one pass. M = B * A sequences: the open lanes of all images.
 
     Attributes:
         fronts: where the lanes stood before the pass.
-        tree: what was guessed.
+        tree: the draft tokens.
         distribution: [M, T, V] the target distribution after each node.
         features: [R, M / B, T, dim] target features at the nodes, R = 2 B while guided.
         path: [M, D + 1] nodes that were accepted, root first, -1 padded.
@@ -61,23 +61,23 @@ class StepResult:
 
 
 class Verifier(Protocol):
-    """Decides about guesses."""
+    """Accepts or rejects draft tokens, given the target's distributions."""
 
     def __call__(
         self, tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
     ) -> VerificationResult:
-        """Verifier M trees.
+        """Verify M trees.
 
         Args:
             distribution: [M, T, V] the target distribution after each node.
-            positions: [M, T] what each distribution is the distribution of; some place in the image where a node stands
-                outside its lane or predicts what is beyond it.
+            positions: [M, T] that each distribution is of; any position of the image where a node stands outside its
+                lane or predicts what is beyond it.
         """
         ...
 
 
 def verify_by(rule: Rule) -> Verifier:
-    """A rule that tests each guess with a number of its own."""
+    """Verification by a rule that tests each draft token with a number of its own."""
 
     def verify(
         tree: DraftTree, distribution: Categorical, draws: Draws, positions: Tensor
@@ -88,10 +88,10 @@ def verify_by(rule: Rule) -> Verifier:
 
 
 def verify_by_matching(randomness: Randomness) -> Verifier:
-    """Draw each token as plain decoding does, with the number of its position; accept guesses that equal it.
+    """Draw each token as plain decoding does, with the number of its position; accept draft tokens that equal it.
 
-    The images are those of plain decoding with the same seed, token for token. For guesses that are no
-    draws themselves (a dynamic tree) no exact rule accepts more.
+    The images are those of plain decoding with the same seed, token for token. For draft tokens that
+    are not drawn by chance (a dynamic tree) no exact rule accepts more.
     """
 
     def verify(
@@ -104,10 +104,10 @@ def verify_by_matching(randomness: Randomness) -> Verifier:
 
 
 def verify_by_noise(noise: GumbelNoise) -> Verifier:
-    """Draw each token with the Gumbel noise of its position; accept guesses that equal it.
+    """Draw each token with the Gumbel noise of its position; accept draft tokens that equal it.
 
     The image is a function of the seed alone: neither the drafter nor the tree changes it, only how many
-    passes it takes. Guesses that were drawn with the same noise hold most often.
+    passes it takes. Draft tokens that were drawn with the same noise are accepted most often.
 
     Source: Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative Decoding"
     (arXiv 2408.07978).
@@ -122,7 +122,7 @@ def verify_by_noise(noise: GumbelNoise) -> Verifier:
 
 
 def draw_by_noise(distribution: Categorical, noise: GumbelNoise, positions: Tensor) -> Tensor:
-    """[M, T] codes from distributions [M, T, V] with the noise of `positions` [M, T]."""
+    """[M, T] token ids from distributions [M, T, V] with the noise of `positions` [M, T]."""
     here = noise.at(positions.view(len(noise.generators), -1)).view(distribution.logits.shape)
     return distribution.perturbed(here).argmax(dim=-1)
 
@@ -143,11 +143,11 @@ class Proposer(Protocol):
     def passes(self) -> int: ...
 
     def propose(self, roots: Tensor, fronts: Fronts, draws: Draws) -> DraftTree:
-        """Guess what follows `roots` [B, A], the tokens before the lanes' next positions."""
+        """Draft what follows `roots` [B, A], the tokens before the lanes' next positions."""
         ...
 
     def observe(self, outcome: StepResult, draws: Draws) -> None:
-        """Learn what became of the guesses."""
+        """Learn what became of the draft tokens."""
         ...
 
 
@@ -161,11 +161,11 @@ def speculate(
     randomness: Randomness,
     on_step: OnStep | None = None,
 ) -> SpeculationStats:
-    """Fill the canvas by guessing and judging. Every image, and every lane of it, has its own pace.
+    """Fill the canvas by drafting and verifying. Every image, and every lane of it, has its own pace.
 
     The first pass reads the condition and decides position 0 as plain decoding does. Every later pass reads,
-    for each open lane, its last token and a tree of guesses; the rule walks down the tree and yields the distribution
-    of one more token. So each pass decides at least one token per open lane.
+    for each open lane, its last token and a tree of draft tokens; the rule walks down the tree and yields the
+    distribution of one more token. So each pass decides at least one token per open lane.
 
     The device is asked once per pass how far the images are.
     """
@@ -223,18 +223,16 @@ def _verify_step(
     predicted = torch.where(inside, (stands + 1).clamp(max=canvas.num_positions - 1), 0)
     predicted = predicted.view(batch, lanes * nodes)
     distribution = session.distribution(features, predicted).by_lane(lanes)
-    verdict = verify(tree, distribution, draws, predicted.view(stands.shape))
-    extra = Categorical(verdict.probs.log().unsqueeze(1)).sample(draws.extra)  # [M, 1]
-    committed = torch.minimum(verdict.length + 1, limit.squeeze(1))  # 0 where the lane is closed
-    path = verdict.nodes  # [M, D + 1]
+    result = verify(tree, distribution, draws, predicted.view(stands.shape))
+    extra = Categorical(result.probs.log().unsqueeze(1)).sample(draws.extra)  # [M, 1]
+    committed = torch.minimum(result.length + 1, limit.squeeze(1))  # 0 where the lane is closed
+    path = result.nodes  # [M, D + 1]
     index = torch.arange(path.shape[1], device=path.device)
     below = torch.cat([path[:, 1:], torch.full_like(path[:, :1], -1)], dim=1)
-    tokens = torch.where(
-        index < verdict.length.unsqueeze(1), tree.tokens.gather(1, below.clamp(min=0)), extra
-    )
+    tokens = torch.where(index < result.length.unsqueeze(1), tree.tokens.gather(1, below.clamp(min=0)), extra)
     positions = torch.where(index < committed.unsqueeze(1), start + index, -1)
     if nodes > 1:
-        accepted = index < torch.minimum(verdict.length, committed).unsqueeze(1)
+        accepted = index < torch.minimum(result.length, committed).unsqueeze(1)
         first = torch.arange(lanes, device=path.device).repeat(batch).unsqueeze(1) * (nodes - 1)
         session.cache_slots.keep(
             (first + below.clamp(min=1) - 1).view(batch, -1),
@@ -253,12 +251,12 @@ def _verify_step(
 
 
 def _read(session: CausalSession, canvas: Canvas, fronts: Fronts, tree: DraftTree, stands: Tensor) -> Tensor:
-    """Features [R, A * T, dim] at all nodes, from one pass over late tokens, roots and guesses."""
+    """Features [R, A * T, dim] at all nodes, from one pass over late tokens, roots and draft tokens."""
     batch, lanes = fronts.start.shape
     nodes = tree.tokens.shape[1]
     drafts = nodes - 1
     device = stands.device
-    # the root is read in the slot of its position, guess i of a lane in scratch entry i - 1 of that lane
+    # the root is read in the slot of its position, node i of a lane in draft slot i - 1 of that lane
     entries = torch.arange(-1, drafts, device=device)
     draft_slots = (
         torch.where(entries >= 0, lane_draft_slots(lanes, drafts, entries), -1).flatten().expand(batch, -1)

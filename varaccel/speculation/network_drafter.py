@@ -54,16 +54,16 @@ class LayerSubset:
 
 
 class NetworkReader:
-    """Reads a canvas and guesses with a session of its own.
+    """A draft network at work: reads the canvas and draft tokens in a session of its own.
 
-    What was decided in the last pass is read anew from the canvas, whether or not the guesses held: that is
-    one pass with a few more tokens, and the cache needs no repair.
+    What was decided in the last pass is read anew from the canvas, whether or not the draft tokens were accepted: that
+    is one pass with a few more tokens, and the cache needs no repair.
 
     Args:
         session: of the draft network, with `draft_slots` entries for every lane.
         canvas: of the call.
         depth: most tokens of a lane that a pass decides, less one.
-        draft_slots: scratch entries per lane.
+        draft_slots: of every lane.
     """
 
     def __init__(self, session: CausalSession, canvas: Canvas, depth: int, draft_slots: int) -> None:
@@ -82,9 +82,9 @@ class NetworkReader:
         if fronts.refresh is not None:  # the end of a lane that was finished
             ends = torch.cat([fronts.refresh.unsqueeze(1), ends], dim=1)
         positions = ends.unsqueeze(-1) + back  # [B, A, K] or [B, 1 + A, K]
-        place = positions.clamp(min=0).flatten(1)
-        decided = (self.canvas.written.gather(1, place) > 0).view(positions.shape)
-        tokens = self.canvas.tokens.gather(1, place).view(positions.shape).clone()
+        index = positions.clamp(min=0).flatten(1)
+        decided = (self.canvas.written.gather(1, index) > 0).view(positions.shape)
+        tokens = self.canvas.tokens.gather(1, index).view(positions.shape).clone()
         tokens[:, -lanes:, -1] = roots  # which may be stand-ins
         decided[:, -lanes:, -1] = True
         used = decided & (positions >= 0) & (ends >= 0).unsqueeze(-1)
@@ -121,7 +121,7 @@ class NetworkReader:
 
 
 def draft_positions(fronts: Fronts, branch: Branch) -> Tensor:
-    """[B, A, n] positions that the guesses of a branch stand for, -1 beyond the end of the lane."""
+    """[B, A, n] positions that the draft tokens of a branch stand for, -1 beyond the end of the lane."""
     inside = fronts.open & (branch.depth <= fronts.end)
     positions = torch.where(inside, fronts.start - 1 + branch.depth, -1)
     return positions.unsqueeze(-1).expand_as(branch.tokens)

@@ -1,5 +1,4 @@
-"""Trees of guesses from a drafter: how its distributions become tokens, whatever network the distributions
-come from."""
+"""Proposers: how the distributions of a drafter become trees of draft tokens, whatever network it is."""
 
 from __future__ import annotations
 
@@ -19,14 +18,14 @@ from varaccel.speculation.tree import Beam, DraftTree, DrawMode, DynamicTree, To
 
 @dataclass(frozen=True)
 class Branch:
-    """Guesses that a drafter is to continue, n per lane.
+    """Draft tokens that a drafter is to continue, n per lane.
 
     Attributes:
-        tokens: [B, A, n] codes.
-        parents: [B, A, n] scratch entry of the guess that each continues, -1 for the root.
+        tokens: [B, A, n] token ids.
+        parents: [B, A, n] draft slot of the token that each continues, -1 for the root.
         depth: steps from the root, the same for all.
-        first: scratch entry of the first of them; the others follow.
-        visible: [B, A, n, S] bool, which scratch entries of its lane each sees; S entries from the first on.
+        first: draft slot of the first of them; the others follow.
+        visible: [B, A, n, S] bool, which draft slots of its lane each sees; S slots from the first on.
     """
 
     tokens: Tensor
@@ -51,11 +50,11 @@ class BranchReader(Protocol):
         ...
 
     def extend(self, branch: Branch) -> Categorical:
-        """The distributions [M, n, V] of what follows guesses."""
+        """The distributions [M, n, V] of what follows draft tokens."""
         ...
 
     def observe(self, outcome: StepResult) -> None:
-        """Learn what became of the guesses."""
+        """Learn what became of the draft tokens."""
         ...
 
 
@@ -74,9 +73,11 @@ def draw_children(distribution: Categorical, numbers: Tensor, draw_mode: DrawMod
     """
     count = numbers.shape[-1]
     if draw_mode == "deterministic":
-        # with fewer codes than children the last one is guessed again, which changes nothing
-        codes = min(count, distribution.logits.shape[-1])
-        return distribution.logits.topk(codes, dim=-1).indices[..., [min(i, codes - 1) for i in range(count)]]
+        # with fewer tokens than children the last one is drafted again, which changes nothing
+        likeliest = min(count, distribution.logits.shape[-1])
+        return distribution.logits.topk(likeliest, dim=-1).indices[
+            ..., [min(i, likeliest - 1) for i in range(count)]
+        ]
     left = distribution.probs
     tokens: list[Tensor] = []
     for child in range(count):
@@ -91,7 +92,7 @@ def draw_children(distribution: Categorical, numbers: Tensor, draw_mode: DrawMod
 class StaticProposer:
     """Trees of one shape, cut to the depth that has paid off so far if `adaptive`.
 
-    With `adaptive`, a lane whose guesses were all accepted is guessed two levels deeper next time, otherwise
+    With `adaptive`, a lane whose draft tokens were all accepted is drafted two levels deeper next time, otherwise
     one level less deep (the schedule of assisted generation in transformers). Each lane of each image has a
     depth of its own, so images do not depend on their batch.
 
@@ -182,9 +183,9 @@ class _Level:
     Attributes:
         depth: steps from the root.
         nodes: [n] node numbers.
-        first: scratch entry of the first of them; the others follow.
-        parents: [n] scratch entry of the parent of each, -1 for the root.
-        sees: [n, S] bool, the scratch entries that each continues, itself included.
+        first: draft slot of the first of them; the others follow.
+        parents: [n] draft slot of the parent of each, -1 for the root.
+        sees: [n, S] bool, the draft slots that each continues, itself included.
         children: [n, width] node numbers; 0 where a node has fewer.
         real: [n, width] bool, where it has them.
     """
@@ -210,7 +211,7 @@ class _Level:
 
 @lru_cache(maxsize=64)
 def _levels(topology: Topology, device: torch.device) -> tuple[_Level, ...]:
-    # scratch entries of the guesses that are continued, in the order in which they are read; the root has none
+    # draft slots of the tokens that are continued, in the order in which they are read; the root has none
     entries = {node: entry for entry, node in enumerate(topology.internal[1:])}
     levels = []
     for depth, level in enumerate(topology.levels):
@@ -243,7 +244,7 @@ def _levels(topology: Topology, device: torch.device) -> tuple[_Level, ...]:
 
 
 class DynamicProposer:
-    """Trees that grow where the drafter is sure (EAGLE-2, arXiv 2406.16858)."""
+    """Trees that grow where the drafter is confident (EAGLE-2, arXiv 2406.16858)."""
 
     draws = 0
 
@@ -280,7 +281,7 @@ class DynamicProposer:
                 visible.view(batch, lanes, width, size),
             )
             distribution = self.reader.extend(branch).logits.log_softmax(-1)
-            # what cannot be decided in this pass would only take places away from what can
+            # what cannot be decided in this pass would only take nodes away from what can
             within = (beam.level < fronts.limit).view(-1, 1, 1)
             return torch.where(within, distribution, -torch.inf)
 

@@ -1,4 +1,4 @@
-"""Draft trees: guesses for the tokens that follow, and who continues whom. Index arithmetic only, no networks."""
+"""Draft trees: their shapes, static or dynamic, and the draft tokens in them. Index arithmetic only, no networks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Topology:
 
     @classmethod
     def chain(cls, length: int) -> Topology:
-        """The root and `length` guesses, each the only child of the one before."""
+        """The root and `length` draft tokens, each the only child of the one before."""
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise InputError(f"a chain needs an integer length >= 1, got {length!r}.")
         return cls(tuple(range(-1, length)))
@@ -153,7 +153,7 @@ def _from_digits(text: str) -> Topology:
 # Source: the public code of LANTERN (arXiv 2410.03355), whose own source is EAGLE (arXiv 2401.15077).
 NAMED_TREES: dict[str, Topology] = {
     "chain": Topology.chain(5),
-    # 25 guesses in spite of its name
+    # 25 draft tokens in spite of its name
     "mc_sim_7b_63": _from_digits(
         "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
     ),
@@ -230,7 +230,7 @@ def _ancestors(parents: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DraftTree:
-    """Guesses for M sequences, in trees of T nodes.
+    """Draft tokens for M sequences, in trees of T nodes.
 
     Attributes:
         tokens: [M, T] int64; node 0 is the root, the last committed token.
@@ -259,12 +259,12 @@ class DraftTree:
             )
         if (self.draft_probs is None) != (self.draw_mode == "deterministic"):
             need = "takes no" if self.draw_mode == "deterministic" else "needs the"
-            raise InputError(f"a tree with proposal {self.draw_mode!r} {need} draft distributions.")
+            raise InputError(f"a tree with draw_mode {self.draw_mode!r} {need} draft distributions.")
         if self.draft_probs is not None and (
             self.draft_probs.dim() != 3 or self.draft_probs.shape[:2] != self.tokens.shape
         ):
             raise InputError(
-                f"draft must be [M, T, V] = [{self.tokens.shape[0]}, {self.tokens.shape[1]}, V],"
+                f"draft_probs must be [M, T, V] = [{self.tokens.shape[0]}, {self.tokens.shape[1]}, V],"
                 f" got {list(self.draft_probs.shape)}."
             )
 
@@ -278,7 +278,7 @@ class DraftTree:
                 f"tokens must be [M, {topology.num_nodes}], one per node, got {list(tokens.shape)}."
             )
         if draw_mode == "without_replacement" and not topology.consecutive:
-            # a draw that is not shown changes the distribution of the later ones, so they could not be judged exactly
+            # a draw that is not in the tree changes the distribution of the later ones, so no rule would be exact
             raise InputError("children drawn without replacement must take draws 0, 1, 2, ... in order.")
         parents = _tables(topology, tokens.device).parents.expand(tokens.shape)
         return cls(tokens, parents, draw_mode, draft_probs, topology)
@@ -361,7 +361,7 @@ class Beam:
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """A tree that grows where the drafter is sure.
+    """A tree that grows where the drafter is confident (EAGLE-2).
 
     Each level continues its `top_k` likeliest nodes by their `top_k` likeliest tokens each; in the end the
     likeliest `total` - 1 of all nodes are kept, measured by the probability of their whole path.
