@@ -5,7 +5,7 @@ python app/app.py [--model NAME] [--port PORT] ...
 
 import sys
 
-from varaccel.cli.commands import main
+from varaccel.__main__ import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["app"]

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from varaccel.accelerators import make_accelerator
-from varaccel.cli.commands import parse_options
+from varaccel.engine.option_text import parse_options
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.metrics.adherence import (
     Adherence,

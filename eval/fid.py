@@ -132,10 +132,10 @@ def _measured(options: argparse.Namespace, name: str) -> int:
     import torch
     from rich.console import Console
 
-    from varaccel.cli.commands import write_text
     from varaccel.evaluation.metrics.clip_score import CLIP_MODEL, load_clip
     from varaccel.evaluation.metrics.feature_spaces import load_space
     from varaccel.evaluation.metrics.measured_sets import measure_sets
+    from varaccel.files import write_text
 
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     clip = None if options.clip is None else load_clip(options.clip or CLIP_MODEL).to(device)

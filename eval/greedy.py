@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from varaccel import AutoPipeline
-from varaccel.cli.commands import examples, write_text
+from varaccel.accelerators.notation import parse_grid
 from varaccel.errors import InputError, VaraccelError
-from varaccel.evaluation.bench.run import parse_grid
 from varaccel.evaluation.metrics.adherence import held_out_captions
+from varaccel.evaluation.sampling.example_prompts import examples
+from varaccel.files import write_text
+from varaccel.pipelines.placement import open_pipeline
 
 EXACT = (
     *("jacobi:coupling=none", "jacobi:coupling=gumbel", "jacobi:coupling=maximal"),
@@ -52,8 +53,7 @@ def main() -> int:
         if options.count < 1 or options.batch_size < 1:
             raise InputError("--count and --batch-size must be at least 1.")
         accelerators = parse_grid(options.accelerator or EXACT)
-        pipe = AutoPipeline.from_pretrained(options.model)
-        pipe.set_progress_bar_config(disable=True)
+        pipe = open_pipeline(options.model, quiet=True)
         prompts = examples(pipe, [caption.text for caption in held_out_captions(options.count)])
         plain = draw(pipe, prompts, None, options.batch_size).flatten(1)
         counts = {}

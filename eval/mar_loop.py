@@ -1,4 +1,4 @@
-"""Our plain MAR decoding against the published loop, said again without our savings: time of transformer and head.
+"""Our plain MAR decoding against a rewrite of the published loop without our optimisations: time of both networks.
 
     python eval/mar_loop.py --iterations 64           # mini-mar, shipped weights
     python eval/mar_loop.py --size base --iterations 64 --device cuda --compile
@@ -15,11 +15,12 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", default="mini-mar", help="pipeline with weights")
@@ -32,60 +33,72 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="also measure ours compiled")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON here")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def new_runs(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """What takes turns, by name: each decodes once and returns the shares of time."""
     import torch
-    from tqdm import tqdm
 
     from varaccel import AutoPipeline, MARTransformer
-    from varaccel.cli.commands import write_text
     from varaccel.engine.randomness import image_generators
-    from varaccel.errors import VaraccelError
     from varaccel.evaluation.published.mar import our_shares, published_loop
-    from varaccel.evaluation.speed.machine import describe_machine
     from varaccel.hosts.masked.cuda_graph import GraphedLoop
     from varaccel.hosts.masked.denoising import HeadSampling, denoising_step
     from varaccel.hosts.masked.guidance import MaskedGuidance
     from varaccel.hosts.masked.noise import TokenNoise
 
+    torch.manual_seed(0)
+    mask = None
+    device = torch.device(options.device)
+    if options.size:
+        model = MARTransformer.from_preset(options.size).eval().to(device)
+        condition = torch.arange(options.batch, device=device) % 1000
+    else:
+        pipe: Any = AutoPipeline.from_pretrained(options.model).to(device)
+        model = pipe.transformer
+        with torch.inference_mode():
+            given = pipe._condition(["a red sphere"] * options.batch)
+        condition, mask = given.values, given.mask
+    noise = TokenNoise.draw(image_generators(options.batch, 0), model.num_tokens, model.channels, device)
+    common: dict[str, Any] = {
+        "guidance": MaskedGuidance(options.guidance_scale),
+        "sampling": HeadSampling(options.head_steps),
+        "iterations": options.iterations,
+    }
+
+    def ours(**how: Any) -> Callable[[], Any]:
+        return lambda: our_shares(model, condition, mask, noise, **common, **how)[1]
+
+    runs = {
+        "published loop": lambda: published_loop(model, condition, mask, noise, **common)[1],
+        "ours": ours(),
+    }
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        runs["ours, one graph"] = ours(options={"loop": GraphedLoop()})
+    if options.compile:
+        compiled = {
+            "transform": torch.compile(model.forward, dynamic=True),
+            "step": torch.compile(denoising_step, dynamic=not on_gpu),
+            "loop": GraphedLoop() if on_gpu else None,
+        }
+        runs["ours, compiled"] = ours(options=compiled)
+    return runs
+
+
+def main() -> int:
+    options = parse_arguments()
+
+    import torch
+    from tqdm import tqdm
+
+    from varaccel.errors import VaraccelError
+    from varaccel.evaluation.speed.machine import describe_machine
+    from varaccel.files import write_text
+
     try:
-        torch.manual_seed(0)
-        mask = None
-        device = torch.device(options.device)
-        if options.size:
-            model = MARTransformer.from_preset(options.size).eval().to(device)
-            condition = torch.arange(options.batch, device=device) % 1000
-        else:
-            pipe: Any = AutoPipeline.from_pretrained(options.model).to(device)
-            model = pipe.transformer
-            with torch.inference_mode():
-                given = pipe._condition(["a red sphere"] * options.batch)
-                condition, mask = given.values, given.mask
-        noise = TokenNoise.draw(image_generators(options.batch, 0), model.num_tokens, model.channels, device)
-        common: dict[str, Any] = {
-            "guidance": MaskedGuidance(options.guidance_scale),
-            "sampling": HeadSampling(options.head_steps),
-            "iterations": options.iterations,
-        }
-        runs: dict[str, Any] = {
-            "published loop": lambda: published_loop(model, condition, mask, noise, **common)[1],
-            "ours": lambda: our_shares(model, condition, mask, noise, **common)[1],
-        }
-        on_gpu = device.type == "cuda"
-        if on_gpu:
-            graphs: dict[str, Any] = {"loop": GraphedLoop()}
-            runs["ours, one graph"] = lambda: our_shares(
-                model, condition, mask, noise, **common, options=graphs
-            )[1]
-        if options.compile:
-            compiled = {
-                "transform": torch.compile(model.forward, dynamic=True),
-                "step": torch.compile(denoising_step, dynamic=not on_gpu),
-                "loop": GraphedLoop() if on_gpu else None,
-            }
-            runs["ours, compiled"] = lambda: our_shares(
-                model, condition, mask, noise, **common, options=compiled
-            )[1]
+        runs = new_runs(options)
         taken: dict[str, list[Any]] = {name: [] for name in runs}
         for repeat in tqdm(range(options.repeats + 1), desc="measuring"):
             for name, run in runs.items():
@@ -108,7 +121,7 @@ def main() -> int:
     result = {
         "model": options.size or options.model,
         **{name: getattr(options, name) for name in ("batch", "iterations", "head_steps", "repeats")},
-        "machine": describe_machine(device),
+        "machine": describe_machine(torch.device(options.device)),
         "rows": rows,
     }
     print(json.dumps(result, indent=2))

@@ -20,41 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from varaccel.accelerators import Accelerator
-from varaccel.cli.commands import (
-    check_place,
-    check_writable,
-    earlier_report,
-    load_pipeline,
-    move,
-    smaller_model,
-    write_image,
-    write_report,
-    write_text,
-)
+from varaccel.accelerators.notation import parse_grid
 from varaccel.errors import InputError, VaraccelError
-from varaccel.evaluation.bench.figures import draw_samples, plot
+from varaccel.evaluation.bench.grids import DEFAULTS, default_grid, defaults_of
 from varaccel.evaluation.bench.held_out import bench_held_out, held_out_examples
+from varaccel.evaluation.bench.plot import plot
+from varaccel.evaluation.bench.report import BenchReport
+from varaccel.evaluation.bench.report_files import earlier_report, write_report
 from varaccel.evaluation.bench.report_page import Section, report_page
-from varaccel.evaluation.bench.run import RELEASE_GRIDS, BenchReport, default_grid, parse_grid
+from varaccel.evaluation.bench.samples import draw_samples
+from varaccel.evaluation.bench.tables import bench_markdown
 from varaccel.evaluation.extra import check_extra
+from varaccel.files import check_writable, write_text
+from varaccel.image_files import write_image
+from varaccel.pipelines.placement import check_place, open_pipeline
+from varaccel.shipped import smaller_model
 
 GRIDS = ("release", "default")
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much of a family is measured if nothing is asked for: its models differ a hundredfold in speed.
-
-    Attributes:
-        images: to be judged per accelerator.
-        batches: images per timed call.
-    """
-
-    images: int
-    batches: tuple[int, ...]
-
-
-SIZES = {"llamagen": Size(64, (1, 8)), "var": Size(240, (1, 16)), "mar": Size(24, (1,))}
 
 
 @dataclass(frozen=True)
@@ -64,7 +46,8 @@ class Plan:
     Attributes:
         model: its name.
         grid: accelerators to be compared.
-        images, batches: see `Size`.
+        images: to be judged per accelerator.
+        batches: images per timed call.
         stem: path of its files without their endings.
         maps: whether its tokens are one grid, so that there are maps of passes.
     """
@@ -92,7 +75,8 @@ def make_plan(model: str, options: argparse.Namespace) -> Plan:
         InputError: a model that cannot be loaded, or that nothing of the grid fits.
     """
     typed = parse_grid(options.accelerator or [])
-    pipe: Any = load_pipeline(model, quiet=True)
+    pipe: Any = open_pipeline(model, quiet=True)
+    defaults = defaults_of(pipe.family)
     if typed:
         grid = [one for one in typed if pipe.family in one.hosts]
         if not grid:
@@ -102,12 +86,11 @@ def make_plan(model: str, options: argparse.Namespace) -> Plan:
     elif options.grid == "default":
         grid = parse_grid(default_grid(pipe, smaller_model(model)))
     else:
-        grid = parse_grid(RELEASE_GRIDS[pipe.family])
-    size = SIZES[pipe.family]
-    images = size.images if options.images is None else options.images
+        grid = parse_grid(defaults.release)
+    images = defaults.images if options.images is None else options.images
     if pipe.config.get("class_names") is not None:
         raise InputError(f"{model} draws classes, so no prompt can be judged; leave it out.")
-    batches = tuple(options.batch or size.batches)
+    batches = tuple(options.batch or defaults.batches)
     name = Path(model).name
     return Plan(model, tuple(grid), images, batches, options.out / name, pipe.family != "var")
 
@@ -118,8 +101,7 @@ def measure(plan: Plan, options: argparse.Namespace) -> Section:
     All models of a run are measured against the same true images, which are rendered once.
     """
     print(f"{plan.model}: {len(plan.grid)} accelerators, {plan.images} images of each", flush=True)
-    pipe: Any = load_pipeline(plan.model, quiet=True)
-    move(pipe, options.device, options.dtype)
+    pipe: Any = open_pipeline(plan.model, options.device, options.dtype, quiet=True)
     report = bench_held_out(
         pipe,
         plan.grid,
@@ -128,13 +110,13 @@ def measure(plan: Plan, options: argparse.Namespace) -> Section:
         scenes=options.scenes,
         batches=plan.batches,
         repeats=options.repeats,
-        reference_start=options.images or max(size.images for size in SIZES.values()),
+        reference_start=options.images or max(defaults.images for defaults in DEFAULTS.values()),
         seed=options.seed,
         drawn_together=options.drawn_together,
         finished=earlier_report(plan.json) if options.resume else None,
         on_rows=lambda rows: write_report(rows, plan.json),
     )
-    write_text(report.markdown(), plan.file(".md"))
+    write_text(bench_markdown(report), plan.file(".md"))
     plot(report, plan.file(".png"))
     samples, maps = plan.file("-samples.png"), plan.file("-maps.png")
     wanted = [samples, maps] if plan.maps else [samples]
@@ -208,8 +190,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--grid", choices=GRIDS, default="release", help="what to compare without -a: few settings, or many"
     )
     sizes = "; ".join(
-        f"{family} {size.images}, batch {' and '.join(map(str, size.batches))}"
-        for family, size in SIZES.items()
+        f"{family} {defaults.images}, batch {' and '.join(map(str, defaults.batches))}"
+        for family, defaults in DEFAULTS.items()
     )
     parser.add_argument("--images", type=int, help=f"per accelerator, to be judged (by family: {sizes})")
     parser.add_argument(

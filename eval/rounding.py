@@ -27,9 +27,9 @@ def main() -> int:
     add_run_arguments(parser)
     options = parser.parse_args()
     try:
-        from varaccel.cli.commands import write_text
         from varaccel.evaluation.metrics.rounding import compare_batch_sizes
         from varaccel.evaluation.speed.machine import describe_machine
+        from varaccel.files import write_text
 
         started = start_run(options, Path())
         settings = started.run.settings

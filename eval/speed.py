@@ -18,25 +18,7 @@ from pathlib import Path
 from typing import Any
 
 
-def usual(pipe: Any, model: str) -> list[str]:
-    """What is compared if nothing is asked for, as typed on a command line."""
-    from varaccel.cli.commands import smaller_model
-
-    small = smaller_model(model)
-    if pipe.family == "var":
-        own = "refiner" in pipe.drafters
-        if not own and small is None:
-            return []
-        half = max(1, len(pipe.transformer.schedule) // 2)
-        return [f"code{at}" + ("" if own else f",refiner={small}") for at in (f":draft_scales={half}", ":")]
-    if pipe.family == "mar":
-        half = max(1, pipe.transformer.num_tokens // 2)
-        drafting = ["cspd:mode=reference"] if "draft" in pipe.drafters else []
-        return [f"fewer_steps:iterations={half}", "feature_cache:refresh=4", *drafting]
-    return ["jacobi", "zipar:window=4"]
-
-
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,67 +38,78 @@ def main() -> int:
         "--out", type=Path, help="also write everything as JSON here, from the first batch on"
     )
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> int:
+    options = parse_arguments()
+
+    from varaccel.errors import VaraccelError
+
+    try:
+        measure(options)
+    except VaraccelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Run the sweep, save it and print it.
+
+    Raises:
+        VaraccelError: what is asked for cannot be measured or written.
+    """
     from rich.console import Console
 
-    from varaccel.cli.commands import (
-        call_options,
-        check_place,
-        examples,
-        load_pipeline,
-        move,
-        quiet_loading,
-        write_text,
-    )
-    from varaccel.errors import InputError, VaraccelError
-    from varaccel.evaluation.bench.run import parse_grid
+    from varaccel.accelerators.notation import parse_grid
+    from varaccel.errors import InputError
+    from varaccel.evaluation.bench.grids import speed_grid
     from varaccel.evaluation.metrics.adherence import held_out_prompts
-    from varaccel.evaluation.speed.speed_sweep import SweepReport, sweep
+    from varaccel.evaluation.sampling.example_prompts import examples
+    from varaccel.evaluation.speed.speed_sweep import sweep
+    from varaccel.evaluation.speed.sweep_report import SweepReport
+    from varaccel.files import write_text
+    from varaccel.pipelines.call_options import call_options
+    from varaccel.pipelines.placement import open_pipeline, quiet_loading
+    from varaccel.shipped import smaller_model
 
     def save(report: SweepReport) -> None:
         if options.out:
             write_text(json.dumps(report.to_dict(), indent=2, default=str) + "\n", options.out)
 
-    try:
-        batches = options.batch or [1]
-        if min(batches) < 1 or options.repeats < 1:
-            raise InputError("--batch and --repeats must be at least 1.")
-        typed = None if options.accelerator is None else parse_grid(options.accelerator)
-        check_place(options.device, options.dtype)
-        pipe: Any = load_pipeline(options.model, quiet=True)
-        call = call_options(
+    batches = options.batch or [1]
+    if min(batches) < 1 or options.repeats < 1:
+        raise InputError("--batch and --repeats must be at least 1.")
+    typed = None if options.accelerator is None else parse_grid(options.accelerator)
+    pipe: Any = open_pipeline(options.model, options.device, options.dtype, quiet=True)
+    call = call_options(
+        pipe,
+        options.model,
+        guidance_scale=options.guidance_scale,
+        num_iterations=options.num_iterations,
+        head_steps=options.head_steps,
+    )
+    captions = held_out_prompts(max(batches) * options.repeats).values()
+    with quiet_loading():  # networks that accelerators name are loaded on the way
+        report = sweep(
             pipe,
-            options.model,
-            guidance_scale=options.guidance_scale,
-            num_iterations=options.num_iterations,
-            head_steps=options.head_steps,
+            parse_grid(speed_grid(pipe, smaller_model(options.model))) if typed is None else typed,
+            examples(pipe, [caption.text for caption in captions]),
+            batches,
+            options.repeats,
+            compiled={"off": (False,), "on": (True,), "both": (False, True)}[options.compile],
+            seed=options.seed,
+            decode=not options.tokens_only,
+            model=options.model,
+            on_entries=save,
+            **call,
         )
-        move(pipe, options.device, options.dtype)
-        captions = held_out_prompts(max(batches) * options.repeats).values()
-        with quiet_loading():  # networks that accelerators name are loaded on the way
-            report = sweep(
-                pipe,
-                parse_grid(usual(pipe, options.model)) if typed is None else typed,
-                examples(pipe, [caption.text for caption in captions]),
-                batches,
-                options.repeats,
-                compiled={"off": (False,), "on": (True,), "both": (False, True)}[options.compile],
-                seed=options.seed,
-                decode=not options.tokens_only,
-                model=options.model,
-                on_entries=save,
-                **call,
-            )
-        if options.markdown:
-            print(report.markdown(), end="")
-        else:
-            Console().print(report.table())
-        save(report)
-    except VaraccelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if options.markdown:
+        print(report.markdown(), end="")
+    else:
+        Console().print(report.table())
+    save(report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our plain VAR decoding against the published loop, said again without our savings: time of both.
+"""Our plain VAR decoding against a rewrite of the published loop without our optimisations: time of both.
 
     python eval/var_loop.py                       # mini-var, shipped weights
     python eval/var_loop.py --size d16 --dtype bfloat16
@@ -16,9 +16,10 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,31 +33,45 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON here")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def load(options: argparse.Namespace) -> tuple[Any, list[str | int]]:
+    """The pipeline and its prompts."""
+    import torch
+
+    from varaccel import AutoPipeline, MultiScaleVQModel, VARPipeline, VARTransformer
+
+    torch.manual_seed(0)
+    prompts: list[str | int]
+    if options.size:
+        transformer = VARTransformer.from_preset(options.size).eval()
+        # the tokenizer's convolutions are not measured, so its smallest size will do
+        vq = MultiScaleVQModel(base_channels=32, scales=transformer.schedule.sides).eval()
+        pipe: Any = VARPipeline(transformer, vq)
+        prompts = [i % 1000 for i in range(options.batch)]
+    else:
+        pipe = AutoPipeline.from_pretrained(options.model)
+        prompts = ["a red sphere"] * options.batch
+    pipe.to(options.device, getattr(torch, options.dtype))
+    pipe.vq_model.float()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, prompts
+
+
+def main() -> int:
+    options = parse_arguments()
 
     import torch
     from tqdm import tqdm
 
-    from varaccel import AutoPipeline, MultiScaleVQModel, VARPipeline, VARTransformer
-    from varaccel.cli.commands import write_text
     from varaccel.errors import VaraccelError
     from varaccel.evaluation.published.var import published_loop
     from varaccel.evaluation.speed.machine import describe_machine
+    from varaccel.files import write_text
 
     try:
-        torch.manual_seed(0)
-        if options.size:
-            transformer = VARTransformer.from_preset(options.size).eval()
-            # the tokenizer's convolutions are not measured, so its smallest size will do
-            vq = MultiScaleVQModel(base_channels=32, scales=transformer.schedule.sides).eval()
-            pipe = VARPipeline(transformer, vq)
-            prompts: list[str | int] = [i % 1000 for i in range(options.batch)]
-        else:
-            pipe = AutoPipeline.from_pretrained(options.model)
-            prompts = ["a red sphere"] * options.batch
-        pipe.to(options.device, getattr(torch, options.dtype))
-        pipe.vq_model.float()
-        pipe.set_progress_bar_config(disable=True)
+        pipe, prompts = load(options)
         top_k = min(options.top_k, pipe.vq_model.codebook_size)
         with torch.inference_mode():
             given = pipe._condition(prompts)

@@ -26,6 +26,6 @@ def watch(record: str) -> None:
 if __name__ == "__main__":
     watch(sys.argv.pop(1))
     sys.argv[1:1] = ["app"]
-    from varaccel.cli.commands import main
+    from varaccel.__main__ import main
 
     main()

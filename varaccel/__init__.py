@@ -15,42 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
-_HOMES = {
-    "Accelerator": "varaccel.accelerators",
-    "Auto": "varaccel.accelerators.auto",
-    "CoDe": "varaccel.accelerators.code",
-    "CSpD": "varaccel.accelerators.cspd",
-    "DynamicTree": "varaccel.speculation.tree",
-    "Jacobi": "varaccel.accelerators.jacobi",
-    "Lantern": "varaccel.accelerators.lantern",
-    "LayerSkip": "varaccel.speculation.drafters",
-    "Speculative": "varaccel.accelerators.speculative",
-    "Topology": "varaccel.speculation.tree",
-    "EagleHead": "varaccel.models.eagle",
-    "FeatureCache": "varaccel.accelerators.feature_cache",
-    "FewerSteps": "varaccel.accelerators.fewer_steps",
-    "Plain": "varaccel.accelerators.plain",
-    "ZipAR": "varaccel.accelerators.zipar",
-    "make_accelerator": "varaccel.accelerators",
-    "Guidance": "varaccel.hosts.causal.guidance",
-    "Sampling": "varaccel.hosts.causal.sampling",
-    "ScaleGuidance": "varaccel.hosts.next_scale.sampling",
-    "ScaleSampling": "varaccel.hosts.next_scale.sampling",
-    "AutoPipeline": "varaccel.pipelines.auto",
-    "LlamaGenPipeline": "varaccel.pipelines.llamagen",
-    "LlamaGenTransformer": "varaccel.models.llamagen",
-    "MARPipeline": "varaccel.pipelines.mar",
-    "MARTransformer": "varaccel.models.mar",
-    "VARPipeline": "varaccel.pipelines.var",
-    "VARTransformer": "varaccel.models.var",
-    "MultiScaleVQModel": "varaccel.tokenizers.multiscale_vq",
-    "VQModel": "varaccel.tokenizers.vq",
-    "VaraccelError": "varaccel.errors",
-    "InputError": "varaccel.errors",
-    "CheckpointError": "varaccel.errors",
-}
+from varaccel.public_names import PUBLIC_NAMES
+from varaccel.version import __version__
 
 __all__ = [
     "Accelerator",
@@ -119,9 +85,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in PUBLIC_NAMES:
         raise AttributeError(f"module 'varaccel' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(PUBLIC_NAMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from varaccel.errors import InputError
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -29,3 +31,35 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file whole or not at all.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text)
+    except OSError as error:
+        raise InputError(f"nothing could be written to {path}: {error}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before hours of work, a path that no file can be written to.
+
+    Raises:
+        InputError: it is a folder, or its folder cannot be made.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"nothing could be written to {path}: {error}") from error
+
+
+def numbered(path: Path, index: int) -> Path:
+    """`path` with a number at the end of its stem: image.png becomes image-0.png."""
+    return path.with_name(f"{path.stem}-{index}{path.suffix}")

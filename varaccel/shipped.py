@@ -19,8 +19,21 @@ def weights_folder() -> Path:
     )
 
 
+def release_report_folder() -> Path | None:
+    """Where the report of this release is, inside the installed package or beside it; None if it is in neither."""
+    package = Path(__file__).parent
+    folders = (package / "report", package.parent / "docs" / "report")
+    return next((folder for folder in folders if any(folder.glob("*.json"))), None)
+
+
 def shipped_models() -> dict[str, Path]:
     """Names and folders of the models that ship with the library."""
     folder = weights_folder()
     manifest = json.loads((folder / "manifest.json").read_text())
     return {name: folder / name for name in manifest["models"]}
+
+
+def smaller_model(model: str) -> str | None:
+    """The shipped model that is a smaller version of `model`, if there is one."""
+    name = f"{model}-small"
+    return name if name in shipped_models() else None

@@ -24,9 +24,18 @@ from varaccel.errors import CheckpointError, InputError
 
 gradio = pytest.importorskip("gradio")
 
-from varaccel.app import compare as tab  # noqa: E402 - needs gradio
+from varaccel.app.compare_settings import (  # noqa: E402 - needs gradio
+    default_lines,
+    proposed_lines,
+    settings_lines,
+    with_plain,
+)
+from varaccel.app.compare_tab import compare_tab  # noqa: E402
+from varaccel.app.compare_view import row_html  # noqa: E402
+from varaccel.app.comparison import compare, sheet  # noqa: E402
 from varaccel.app.models import ModelShelf  # noqa: E402
 from varaccel.app.race import WARM_UP_PASSES  # noqa: E402
+from varaccel.app.snippet import DrawRequest  # noqa: E402
 from varaccel.app.studio import Studio  # noqa: E402
 from varaccel.app.turns import Stopped  # noqa: E402
 
@@ -58,14 +67,14 @@ def test_settings_are_read_line_by_line() -> None:
     speculative:tree=[[0], [1]],drafter=small
     plain
     """
-    assert tab.settings_lines(text, "llamagen") == [
+    assert settings_lines(text, "llamagen") == [
         ZipAR(4, "published"),
         ZipAR(),
         make_accelerator("speculative", {"tree": [[0], [1]], "drafter": "small"}),
         Plain(),
     ]
     # a # within an option is none of a comment
-    assert tab.settings_lines("code:refiner=a#b", "var") == [make_accelerator("code", {"refiner": "a#b"})]
+    assert settings_lines("code:refiner=a#b", "var") == [make_accelerator("code", {"refiner": "a#b"})]
 
 
 @pytest.mark.parametrize(
@@ -84,32 +93,32 @@ def test_settings_are_read_line_by_line() -> None:
 )
 def test_settings_that_cannot_be_used(text: str, family: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as told:
-        tab.settings_lines(text, family)
+        settings_lines(text, family)
     assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("family", KINDS)
 def test_what_is_proposed_fits_the_family(family: str) -> None:
-    proposed = tab.settings_lines(tab.default_lines(family), family)
+    proposed = settings_lines(default_lines(family), family)
     assert proposed[0] == Plain()
     assert len(proposed) > 2
 
 
 def test_what_is_proposed_has_its_networks() -> None:
     shipped = ("mini-llamagen", "mini-var", "mini-var-small", "mini-mar")
-    assert tab.proposed_lines("mini-var", "var", shipped) == tab.default_lines("var")
-    assert "refiner=" not in tab.proposed_lines("mini-var", "var", ["mini-var"])
-    assert tab.proposed_lines("var-d30", "var", shipped) == "plain"
-    assert tab.proposed_lines("var-code-8", "var", shipped, ["refiner"]).splitlines() == [
+    assert proposed_lines("mini-var", "var", shipped) == default_lines("var")
+    assert "refiner=" not in proposed_lines("mini-var", "var", ["mini-var"])
+    assert proposed_lines("var-d30", "var", shipped) == "plain"
+    assert proposed_lines("var-code-8", "var", shipped, ["refiner"]).splitlines() == [
         *("plain", *(f"code:draft_scales={n}" for n in (6, 5, 4, 3)), "refiner")
     ]
-    assert "cspd" not in tab.proposed_lines("mar-base", "mar", shipped)
-    assert "cspd" in tab.proposed_lines("mar-base", "mar", shipped, ["draft"])
-    assert tab.proposed_lines("llamagen-c2i-b-256", "llamagen", ()) == tab.default_lines("llamagen")
+    assert "cspd" not in proposed_lines("mar-base", "mar", shipped)
+    assert "cspd" in proposed_lines("mar-base", "mar", shipped, ["draft"])
+    assert proposed_lines("llamagen-c2i-b-256", "llamagen", ()) == default_lines("llamagen")
 
 
 def test_plain_decoding_is_first_and_nothing_is_drawn_twice() -> None:
-    assert tab.with_plain([ZipAR(2), Plain(), ZipAR(window=2), ZipAR(3)]) == [Plain(), ZipAR(2), ZipAR(3)]
+    assert with_plain([ZipAR(2), Plain(), ZipAR(window=2), ZipAR(3)]) == [Plain(), ZipAR(2), ZipAR(3)]
 
 
 # -- the comparison ------------------------------------------------------------------------------------
@@ -119,7 +128,7 @@ def test_plain_decoding_is_first_and_nothing_is_drawn_twice() -> None:
 def test_rows_are_what_the_pipeline_draws(family: str) -> None:
     pipe = pipeline(KINDS[family])
     settings = SETTINGS[family]
-    rows = list(tab.compare(pipe, "a red sphere", settings, count=2, allowed=freely, **CALL))
+    rows = list(compare(pipe, "a red sphere", settings, count=2, allowed=freely, **CALL))
     assert [row.accelerator for row in rows] == [Plain(), *settings]
     for row in rows:
         expected = pipe(
@@ -127,7 +136,7 @@ def test_rows_are_what_the_pipeline_draws(family: str) -> None:
         )
         assert [p.tobytes() for p in row.output.images] == [p.tobytes() for p in expected.images]
         assert (row.stats.passes, row.stats.label) == (expected.stats.passes, expected.stats.label)
-        assert row.distribution == ("lossless" if expected.stats.lossless else "approximate")
+        assert row.stats.lossless == expected.stats.lossless
         assert row.speedup == rows[0].stats.seconds["tokens"] / row.stats.seconds["tokens"] > 0
     assert rows[0].speedup == 1
 
@@ -135,8 +144,8 @@ def test_rows_are_what_the_pipeline_draws(family: str) -> None:
 def test_guidance_is_the_models_own_unless_it_is_given() -> None:
     pipe = pipeline("t2i")
     arguments: dict[str, Any] = {"seed": 0, "count": 1, "allowed": freely}
-    own = next(tab.compare(pipe, "a cube", [], guidance_scale=None, **arguments))
-    off = next(tab.compare(pipe, "a cube", [], guidance_scale=1.0, **arguments))
+    own = next(compare(pipe, "a cube", [], guidance_scale=None, **arguments))
+    off = next(compare(pipe, "a cube", [], guidance_scale=1.0, **arguments))
     assert own.output.images[0].tobytes() == pipe("a cube", seed=0).images[0].tobytes()
     assert own.stats.rows == 2 * off.stats.rows
 
@@ -156,7 +165,7 @@ class Watched:
 @pytest.mark.parametrize("family", KINDS)
 def test_rows_come_as_they_are_finished_and_every_call_is_warm(family: str) -> None:
     pipe = Watched(pipeline(KINDS[family]))
-    drawing = tab.compare(pipe, "a cube", SETTINGS[family], count=1, allowed=freely, **CALL)
+    drawing = compare(pipe, "a cube", SETTINGS[family], count=1, allowed=freely, **CALL)
     for number, name in enumerate(["plain", *(one.name for one in SETTINGS[family])], start=1):
         next(drawing)
         assert pipe.calls[2 * number - 2 :] == [(name, "latent"), (name, "pil")]
@@ -165,9 +174,7 @@ def test_rows_come_as_they_are_finished_and_every_call_is_warm(family: str) -> N
 @pytest.mark.parametrize("family", KINDS)
 def test_permission_is_asked_after_every_pass(family: str) -> None:
     pipe, asked = pipeline(KINDS[family]), []
-    rows = list(
-        tab.compare(pipe, "a cube", SETTINGS[family], count=1, allowed=lambda: asked.append(1), **CALL)
-    )
+    rows = list(compare(pipe, "a cube", SETTINGS[family], count=1, allowed=lambda: asked.append(1), **CALL))
     passes = [row.stats.passes for row in rows]
     warm = passes if family == "var" else [min(WARM_UP_PASSES, n) for n in passes]
     assert len(asked) == sum(passes) + sum(warm)
@@ -186,17 +193,17 @@ class Paused:
 def test_waiting_is_not_on_the_clock() -> None:
     pipe = pipeline("t2i")
     arguments: dict[str, Any] = {"count": 1, **CALL}
-    quick = next(tab.compare(pipe, "a cube", [], allowed=freely, **arguments)).stats.seconds["tokens"]
-    slow = next(tab.compare(pipe, "a cube", [], allowed=lambda: time.sleep(0.05), **arguments)).stats.seconds[
+    quick = next(compare(pipe, "a cube", [], allowed=freely, **arguments)).stats.seconds["tokens"]
+    slow = next(compare(pipe, "a cube", [], allowed=lambda: time.sleep(0.05), **arguments)).stats.seconds[
         "tokens"
     ]
     assert slow < quick + GRID**2 * 0.05 / 2
-    partly = next(tab.compare(pipe, "a cube", [], allowed=Paused(), **arguments)).stats.seconds["tokens"]
+    partly = next(compare(pipe, "a cube", [], allowed=Paused(), **arguments)).stats.seconds["tokens"]
     assert partly > GRID**2 * 0.006
 
 
 def test_errors_name_the_setting() -> None:
-    drawing = tab.compare(
+    drawing = compare(
         pipeline("t2i"), "a cube", [make_accelerator("lantern", {"k": 1000})], count=1, allowed=freely, **CALL
     )
     assert next(drawing).accelerator == Plain()
@@ -207,15 +214,15 @@ def test_errors_name_the_setting() -> None:
 @pytest.mark.parametrize("prompt", ["a red sphere", 1000 * "a very long prompt "], ids=len)
 def test_the_sheet_shows_all_rows(prompt: str) -> None:
     pipe = pipeline("t2i")
-    rows = list(tab.compare(pipe, "a red sphere", [ZipAR(2)], count=3, allowed=freely, **CALL))
-    one, two = tab.sheet(rows[:1], prompt), tab.sheet(rows, prompt)
+    rows = list(compare(pipe, "a red sphere", [ZipAR(2)], count=3, allowed=freely, **CALL))
+    one, two = sheet(rows[:1], prompt), sheet(rows, prompt)
     assert one.width == two.width
     assert one.height < two.height < 1000
     inside = {color for _, color in two.getcolors(two.width * two.height)}
     for row in rows:
         for image in row.output.images:  # enlarged, so only what is even inside survives
             assert {color for count, color in image.getcolors() if count > 20} <= inside
-    narrow = tab.sheet(list(tab.compare(pipe, "a red sphere", [], count=1, allowed=freely, **CALL)), prompt)
+    narrow = sheet(list(compare(pipe, "a red sphere", [], count=1, allowed=freely, **CALL)), prompt)
     assert narrow.width < one.width
 
 
@@ -236,7 +243,7 @@ def studio() -> Studio:
 @pytest.fixture(scope="module")
 def page(studio: Studio) -> Iterator[Any]:
     with gradio.Blocks(analytics_enabled=False) as page:
-        tab.compare_tab(studio)
+        compare_tab(studio)
     yield page
     page.close()
 
@@ -301,8 +308,8 @@ def test_the_table_grows_row_by_row(draw: Draw) -> None:
     assert [size > (1, 1) for *_, size in seen] == [False] * 4 + [True]
     assert not Path(path).exists(), "the file is the page's own copy from now on"
     last = seen[-1][2]
-    for row, accelerator, distribution in zip(
-        rows_of(last), [Plain(), ZipAR(2), Jacobi(3)], ["exact", "near", "exact"], strict=True
+    for row, accelerator, quality in zip(
+        rows_of(last), [Plain(), ZipAR(2), Jacobi(3)], ["lossless", "approximate", "lossless"], strict=True
     ):
         expected = pipeline("t2i")(
             "a red sphere", seed=3, guidance_scale=1.5, num_images_per_prompt=2, accelerator=accelerator
@@ -311,7 +318,7 @@ def test_the_table_grows_row_by_row(draw: Draw) -> None:
         assert f'<th scope="row">{accelerator.name}' in row
         assert f'<td data-title="passes">{expected.stats.passes}</td>' in row
         assert f'<td data-title="tokens per pass">{expected.stats.tokens_per_pass:.2f}</td>' in row
-        assert re.search(rf'<b>\d+\.\d\dx</b> <span class="va-distribution {distribution}">', row)
+        assert re.search(rf'<b>\d+\.\d\dx</b> <span class="va-quality {quality}">', row)
     assert "<b>1.00x</b>" in rows_of(last)[0]
     assert "timed once, on this machine" in last
     assert "varaccel generate &#x27;a red sphere&#x27; --model t2i --seed 3 --count 2" in last
@@ -467,7 +474,7 @@ def test_settings_follow_the_model(
 ) -> None:
     settings, kept = event(page, "propose").fn(model, text, prompt)
     assert (settings.splitlines()[0], kept) == expected
-    assert tab.settings_lines(settings, pipeline(model).family)
+    assert settings_lines(settings, pipeline(model).family)
 
 
 def test_no_event_is_part_of_the_api(page: Any) -> None:
@@ -476,19 +483,17 @@ def test_no_event_is_part_of_the_api(page: Any) -> None:
 
 
 def test_large_images_are_shown_smaller() -> None:
-    row = next(tab.compare(pipeline("t2i"), "a cube", [], count=1, allowed=freely, **CALL))
+    row = next(compare(pipeline("t2i"), "a cube", [], count=1, allowed=freely, **CALL))
     row.output.images[0] = Image.new("RGB", (512, 384), "red")
-    wanted = tab.DrawRequest("t2i", "a cube", "plain")
-    assert 'width="256" height="192"' in tab.row_html(row, wanted)
+    wanted = DrawRequest("t2i", "a cube", "plain")
+    assert 'width="256" height="192"' in row_html(row, wanted)
 
 
 @pytest.mark.parametrize("name", [n for n, cls in ACCELERATORS.items() if "llamagen" in cls.hosts])
 def test_every_accelerator_can_be_compared(name: str) -> None:
-    rows = list(
-        tab.compare(pipeline("t2i"), "a cube", [make_accelerator(name)], count=1, allowed=freely, **CALL)
-    )
+    rows = list(compare(pipeline("t2i"), "a cube", [make_accelerator(name)], count=1, allowed=freely, **CALL))
     assert len(rows) == (1 if name == "plain" else 2)
-    shown = tab.row_html(rows[-1], tab.DrawRequest("t2i", "a cube", "plain"))
+    shown = row_html(rows[-1], DrawRequest("t2i", "a cube", "plain"))
     assert f'<th scope="row">{name}' in shown
     assert math.isfinite(rows[-1].speedup)
 
@@ -498,4 +503,4 @@ def test_stopping_is_no_error() -> None:
         raise Stopped
 
     with pytest.raises(Stopped):
-        next(tab.compare(pipeline("t2i"), "a cube", [], count=1, allowed=stop, **CALL))
+        next(compare(pipeline("t2i"), "a cube", [], count=1, allowed=stop, **CALL))

@@ -18,11 +18,13 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-import varaccel
 from tests.scripts import ROOT
-from varaccel.evaluation.bench.figures import fronts
+from varaccel import shipped
+from varaccel.evaluation.bench.fronts import fronts
+from varaccel.evaluation.bench.report import BenchReport
 from varaccel.evaluation.bench.report_page import best_sentences
-from varaccel.evaluation.bench.run import BenchReport
+from varaccel.evaluation.bench.tables import quality_cells, quality_notes, speed_cells
+from varaccel.version import __version__
 
 gradio = pytest.importorskip("gradio")
 
@@ -60,7 +62,7 @@ def test_the_report_of_the_release_is_found(tmp_path: Path, monkeypatch: pytest.
     assert tab.report_folders() == [RELEASE]
     reports = tab.found_reports(tab.report_folders())
     assert [one.title for one in reports] == list(MODELS)
-    assert {one.measured for one in reports} == {f"for varaccel {varaccel.__version__}"}
+    assert {one.measured for one in reports} == {f"for varaccel {__version__}"}
 
 
 def test_my_own_report_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +95,9 @@ def test_the_same_report_is_listed_once(tmp_path: Path) -> None:
 def test_the_wheel_and_a_clone_have_it_in_other_places(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(varaccel, "__file__", str(tmp_path / "varaccel" / "__init__.py"))
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "varaccel" / "shipped.py"))
     write(tmp_path / place / "m.json", report_of("mini-var"))
-    assert tab.release_folder() == (None if place == "elsewhere" else tmp_path / place)
+    assert tab.release_report_folder() == (None if place == "elsewhere" else tmp_path / place)
 
 
 # -- what is shown -------------------------------------------------------------------------------------
@@ -111,13 +113,13 @@ def cells(shown: str) -> list[str]:
 def test_everything_of_a_report_is_on_the_page(model: str, batch: int) -> None:
     report = report_of(model)
     shown = tab.measured_html(tab.Found(RELEASE / f"{model}.json", model, "on a day"), batch)
-    for sentence in (*best_sentences(report), *report.notes(), report.settings.machine, "on a day"):
+    for sentence in (*best_sentences(report), *quality_notes(report), report.settings.machine, "on a day"):
         assert html.escape(sentence) in shown
     told = cells(shown)
-    for line in (*report.speed_cells(batch), *report.quality_cells()):
+    for line in (*speed_cells(report, batch), *quality_cells(report)):
         for cell in line:
             words = cell.replace(" (", " ").removesuffix(")").replace("\n", " ")
-            assert {"lossless": "exact"}.get(words, words) in told
+            assert words in told
     other = next((one for one in report.batches if one != batch), None)
     assert f"Batch {batch}, median of 3 rounds" in shown
     assert other is None or f"Batch {other}, median" not in shown
@@ -163,23 +165,24 @@ def test_plots_show_speed_against_quality(model: str, batch: int) -> None:
         bars = [one for one in plot.iter("path") if "bar" in one.attrib["class"].split()]
         assert len(bars) == len(points)
         for point, row in zip(points, report.rows, strict=True):
-            distribution = "plain" if row.accelerator == "plain" else "exact" if row.lossless else "near"
-            assert distribution in point.attrib["class"].split()
+            style = "plain" if row.accelerator == "plain" else "lossless" if row.lossless else "approximate"
+            assert style in point.attrib["class"].split()
             assert f"{row.speed[batch].speedup:.2f}x" in point.attrib["aria-label"]
             inside = [float(text.attrib["x"]) for text in point.iter("text")]
             assert all(left - 20 < x < right + 20 for x in inside)
     assert shown.count("<li ") == len(report.rows)
 
 
-def test_distributions_differ_in_shape_and_colour() -> None:
+def test_qualities_differ_in_shape_and_colour() -> None:
     shapes = {
-        distribution: re.sub(r"[\d.,\s-]", "", trade_off._shape(distribution, 9, 9))
-        for distribution in ("exact", "near")
+        quality: re.sub(r"[\d.,\s-]", "", trade_off._shape(quality, 9, 9))
+        for quality in ("lossless", "approximate")
     }
-    assert shapes["exact"] != shapes["near"]
-    assert trade_off._shape("plain", 9, 9) != trade_off._shape("near", 9, 9)
+    assert shapes["lossless"] != shapes["approximate"]
+    assert trade_off._shape("plain", 9, 9) != trade_off._shape("approximate", 9, 9)
     for scope in (".va-explore", ".dark .va-explore"):
-        colours = re.search(rf"\n{re.escape(scope)}[^{{]*{{--va-exact:(#\w+);--va-near:(#\w+)", tab.CSS)
+        found = rf"\n{re.escape(scope)}[^{{]*{{--va-lossless:(#\w+);--va-approximate:(#\w+)"
+        colours = re.search(found, tab.CSS)
         assert colours is not None
         assert colours[1] != colours[2]
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 from tests.scripts import load_script
 from tests.tiny import GRID, pipeline
+from varaccel.__main__ import main
 from varaccel.accelerators import ACCELERATORS
 from varaccel.app.inpaint_tab import image_and_mask
 from varaccel.app.models import ModelShelf, accelerators_of, family_of
@@ -30,7 +31,6 @@ from varaccel.app.notices import shown_on_page
 from varaccel.app.option_controls import chosen_options, options_of
 from varaccel.app.page import PageSettings, build, calls_in_memory, new_studio, serve
 from varaccel.app.studio import Studio, checked_count, checked_guidance, checked_seed
-from varaccel.cli.commands import main
 from varaccel.errors import CheckpointError, InputError
 
 HOSTS = {"raster": "t2i", "scales": "var-class", "masked": "mar-class"}

@@ -20,7 +20,7 @@ from varaccel import CoDe, FewerSteps, Jacobi, Plain, ZipAR
 from varaccel.accelerators import Accelerator
 from varaccel.app import race as racing
 from varaccel.app.cost import quality_cost
-from varaccel.app.explore import distribution_badge
+from varaccel.app.markup import quality_badge
 from varaccel.app.race import Race, Side
 from varaccel.app.race_view import pass_layer, race_html, veil
 from varaccel.app.snippet import DrawRequest
@@ -202,7 +202,7 @@ def test_the_end_of_a_race_says_what_was_gained_and_what_it_cost() -> None:
     assert "7 passes instead of 16" in page
     assert "Approximate: it costs." in page
     assert page.count('class="side ahead"') == 1
-    assert page.count(distribution_badge("lossless")) == page.count(distribution_badge("approximate")) == 1
+    assert page.count(quality_badge(True)) == page.count(quality_badge(False)) == 1
 
 
 def test_a_race_under_way_says_how_far_both_are() -> None:

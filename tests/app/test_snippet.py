@@ -20,10 +20,13 @@ from typer.testing import CliRunner
 
 import varaccel
 from tests.tiny import pipeline
-from varaccel import AutoPipeline, ZipAR, cli, make_accelerator
+from varaccel import AutoPipeline, ZipAR, make_accelerator
+from varaccel.__main__ import command_line
 from varaccel.accelerators import ACCELERATORS
 from varaccel.app.snippet import DrawRequest, given_options, reproduce_command, reproduce_python
+from varaccel.engine.option_text import parse_options
 from varaccel.errors import InputError
+from varaccel.pipelines import placement
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "jacobi": {"window": 3, "coupling": "maximal"},
@@ -78,14 +81,14 @@ def run_python(code: str, monkeypatch: pytest.MonkeyPatch, model: str, pipe: Any
 
 
 def run_command(command: str, monkeypatch: pytest.MonkeyPatch, model: str, pipe: Any) -> str:
-    def load(name: str, *, quiet: bool = False) -> Any:
+    def opened(name: str, *, quiet: bool = False) -> Any:
         assert name == model
         return pipe
 
-    monkeypatch.setattr(cli, "load_pipeline", load)
+    monkeypatch.setattr(placement, "open_pipeline", opened)
     program, *words = shlex.split(command)
     assert program == "varaccel"
-    result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+    result = CliRunner().invoke(command_line, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -199,7 +202,7 @@ VALUES = st.recursive(
 
 @cache
 def generate_command() -> click.Command:
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(command_line)
     return group.commands["generate"]
 
 
@@ -225,7 +228,7 @@ def test_the_command_parses_back(
     request = DrawRequest("-m 'x'", prompt, "code", {"refiner": value}, seed, guidance, count, {"top_k": 9})
     typed = as_typed(reproduce_command(request))
     assert typed["prompt"] == [prompt]
-    assert cli.parse_options(typed["option"]) == {"refiner": value}
+    assert parse_options(typed["option"]) == {"refiner": value}
     assert (typed["seed"], typed["count"], typed["top_k"]) == (seed, count, 9)
     assert (typed["model"], typed["accelerator"]) == ("-m 'x'", "code")
     assert typed["guidance_scale"] == guidance

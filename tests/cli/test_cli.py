@@ -15,12 +15,16 @@ import torch
 from PIL import Image
 
 from tests.tiny import CLASSES, GRID, new_pipeline, pipeline
-from varaccel import Jacobi, ZipAR, cli
+from varaccel import Jacobi, ZipAR
+from varaccel.__main__ import main
 from varaccel.accelerators import ACCELERATORS
+from varaccel.engine.option_text import parse_options
 from varaccel.errors import InputError
+from varaccel.evaluation.bench import grids
 from varaccel.pipelines.catalog import PUBLISHED
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.mar import MARPipeline
+from varaccel.pipelines.placement import move, quiet_loading
 
 SIZE = GRID * 2
 """Side of an image of the tiny models in pixels."""
@@ -46,7 +50,7 @@ class Shell:
         self.capsys.readouterr()
         code: Any = 0
         try:
-            cli.main()
+            main()
         except SystemExit as end:
             code = end.code
         return Run(code or 0, *self.capsys.readouterr())
@@ -387,7 +391,7 @@ def test_demo_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None:
 
 def test_demo_of_a_masked_model(varaccel: Shell, mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = ("feature_cache:refresh=4", "fewer_steps:iterations=4,head_steps=2")
-    monkeypatch.setitem(cli.DEMO_ACCELERATORS, "mar", shown)
+    monkeypatch.setattr(grids, "DEFAULTS", {"mar": grids.Defaults(demo=shown)})
     run = varaccel("demo", "--model", mar, "--out", ".", "--prompt", "a red sphere")
     assert run.code == 0
     plain, cached, fewer = run.out.splitlines()[-3:]
@@ -519,7 +523,7 @@ def test_bench_of_compiled_networks(varaccel: Shell, mar: Path, monkeypatch: pyt
 
 def test_networks_that_decide_tokens_change_precision() -> None:
     pipe: Any = new_pipeline("mar-caption")
-    cli.move(pipe, "cpu", "bfloat16")
+    move(pipe, "cpu", "bfloat16")
     assert pipe.transformer.dtype == pipe.draft_transformer.dtype == torch.bfloat16
     assert pipe.vae.dtype == torch.float32
     assert next(pipe.text_encoder.parameters()).dtype == torch.float32
@@ -591,12 +595,12 @@ def test_bench_counts(varaccel: Shell, option: tuple[str, int]) -> None:
 
 def test_options_are_json_where_they_parse() -> None:
     pairs = ["a=1", "b=0.5", "c=true", "d=null", "e=masked", "f=", "g=x=y", 'h="1"', "i=[1]"]
-    assert cli.parse_options(pairs) == {
+    assert parse_options(pairs) == {
         **{"a": 1, "b": 0.5, "c": True, "d": None, "e": "masked"},
         **{"f": "", "g": "x=y", "h": "1", "i": [1]},
     }
     with pytest.raises(InputError, match="key=value"):
-        cli.parse_options(["a=1", "b"])
+        parse_options(["a=1", "b"])
 
 
 def test_progress_bars_return_after_a_failure() -> None:
@@ -607,7 +611,7 @@ def test_progress_bars_return_after_a_failure() -> None:
     before = [s.is_progress_bar_enabled() for s in switches]
 
     def fail() -> None:
-        with cli.quiet_loading():
+        with quiet_loading():
             assert not any(s.is_progress_bar_enabled() for s in switches)
             raise InputError("no")
 

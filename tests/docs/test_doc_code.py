@@ -345,10 +345,10 @@ def without_dots(words: tuple[str, ...]) -> list[str]:
 
 def check_varaccel(words: tuple[str, ...]) -> None:
     """Raises what the command line would say, and runs nothing; accelerators and options must exist."""
-    from varaccel.cli.commands import app
-    from varaccel.evaluation.bench.run import parse_grid
+    from varaccel.__main__ import command_line
+    from varaccel.accelerators.notation import parse_grid
 
-    command: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(command_line)
     arguments = without_dots(words)
     if arguments[:1] in ([], ["--help"]):
         return

@@ -19,24 +19,17 @@ from rich.console import Console
 from tests.tiny import GRID, PROMPTS, pipeline
 from varaccel import CSpD, FeatureCache, FewerSteps, InputError, Plain, ZipAR
 from varaccel.accelerators import ACCELERATORS, Accelerator, register
+from varaccel.accelerators.notation import parse_accelerator, parse_grid
 from varaccel.engine.job import Job
-from varaccel.evaluation.bench import figures as bench_figures
-from varaccel.evaluation.bench.run import (
-    DEFAULT_GRID,
-    BenchReport,
-    Distance,
-    Quality,
-    Row,
-    compare,
-    default_grid,
-    judge_images,
-    parse_accelerator,
-    parse_grid,
-    reference_statistics,
-    run_bench,
-    sign_test,
-    true_images,
-)
+from varaccel.evaluation.bench.comparison import Distance, Quality, compare, sign_test
+from varaccel.evaluation.bench.fronts import pareto_front, telling_options
+from varaccel.evaluation.bench.grids import CAUSAL_GRID, default_grid
+from varaccel.evaluation.bench.judging import judge_images, reference_statistics, true_images
+from varaccel.evaluation.bench.plot import plot
+from varaccel.evaluation.bench.report import BenchReport, Row
+from varaccel.evaluation.bench.run import run_bench
+from varaccel.evaluation.bench.samples import sample_sheet
+from varaccel.evaluation.bench.tables import bench_markdown, bench_table
 from varaccel.evaluation.metrics.adherence import Rate, held_out_captions, held_out_prompts
 from varaccel.evaluation.metrics.frechet import FeatureStatistics, FrechetSpread
 from varaccel.evaluation.speed.call_speed import Measurement, measure_speed
@@ -155,7 +148,7 @@ def test_accelerators_that_are_none(text: str, words: str) -> None:
 
 
 def test_default_grid() -> None:
-    grid = parse_grid(DEFAULT_GRID)
+    grid = parse_grid(CAUSAL_GRID)
     assert len(set(grid)) == len(grid)
     assert {ZipAR(2), ZipAR(4), ZipAR(8), ZipAR(12)} <= set(grid)
 
@@ -280,7 +273,7 @@ def test_only_speed() -> None:
     assert report.settings.images == 0
     assert report.settings.reference is None
     assert all(row.quality is None for row in report.rows)
-    assert "adherence" not in report.markdown()
+    assert "adherence" not in bench_markdown(report)
     assert through_json(report) == report
 
 
@@ -353,7 +346,9 @@ def test_the_whole_grid_of_a_masked_model() -> None:
             assert details["draft_passes"][0] > 0
         if iterations := row.options.get("iterations"):
             assert row.speed[1].passes == iterations
-    assert BenchReport.from_dict(json.loads(json.dumps(report.to_dict()))).markdown() == report.markdown()
+    assert bench_markdown(BenchReport.from_dict(json.loads(json.dumps(report.to_dict())))) == bench_markdown(
+        report
+    )
 
 
 @pytest.mark.parametrize(
@@ -504,7 +499,7 @@ def shown() -> BenchReport:
 def words_of(report: BenchReport, width: int = 80) -> str:
     console = Console(width=width)
     with console.capture() as captured:
-        console.print(report.table())
+        console.print(bench_table(report))
     return captured.get()
 
 
@@ -524,7 +519,7 @@ def test_table(shown: BenchReport) -> None:
 
 
 def test_markdown(shown: BenchReport) -> None:
-    text = shown.markdown()
+    text = bench_markdown(shown)
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert [len(lines) for lines in tables] == [2 + 3, 2 + 4]
     for lines in tables:
@@ -549,7 +544,7 @@ def drafting_report() -> BenchReport:
 
 def test_what_drafts_cost_is_shown() -> None:
     report = drafting_report()
-    table = report.markdown().split("\n\n")[1].splitlines()
+    table = bench_markdown(report).split("\n\n")[1].splitlines()
     assert table[0].endswith("| speed-up (spread) | drafter passes | kept |")
     assert table[2].startswith("| plain |")
     assert table[2].endswith("| - | - |")
@@ -563,8 +558,8 @@ def test_what_drafts_cost_is_shown() -> None:
 
 
 def test_no_columns_of_drafts_without_drafts(shown: BenchReport) -> None:
-    assert "drafter passes" not in shown.markdown()
-    assert "kept" not in shown.markdown()
+    assert "drafter passes" not in bench_markdown(shown)
+    assert "kept" not in bench_markdown(shown)
 
 
 def test_the_place_says_how_it_ran(shown: BenchReport) -> None:
@@ -572,7 +567,7 @@ def test_the_place_says_how_it_ran(shown: BenchReport) -> None:
     assert settings.place == settings.machine
     quick = replace(settings, dtype="bfloat16", compiled=True)
     assert quick.place == f"{settings.machine}, bfloat16, compiled"
-    assert f"{quick.place}:" in replace(shown, settings=quick).markdown()
+    assert f"{quick.place}:" in bench_markdown(replace(shown, settings=quick))
 
 
 def test_reports_of_before_there_was_compiling(shown: BenchReport) -> None:
@@ -585,9 +580,9 @@ def test_plot_of_many_rows(tmp_path: Path) -> None:
     """Close points, values that differ a lot, a legend of two dozen lines."""
     pytest.importorskip("matplotlib")
     report = drafting_report()
-    bench_figures.plot(report, tmp_path / "near.png")
+    plot(report, tmp_path / "near.png")
     far = replace(report, rows=(*report.rows[:-1], replace(report.rows[-1], quality=quality("0" * 100, 90))))
-    bench_figures.plot(far, tmp_path / "far.png")
+    plot(far, tmp_path / "far.png")
     for path in tmp_path.iterdir():
         with Image.open(path) as image:
             assert image.height > 600
@@ -596,7 +591,7 @@ def test_plot_of_many_rows(tmp_path: Path) -> None:
 
 def test_labels_of_a_masked_model() -> None:
     rows = drafting_report().rows
-    labels = [bench_figures.telling_options(r, rows) for r in rows]
+    labels = [telling_options(r, rows) for r in rows]
     assert len(set(labels[1:])) == len(labels) - 1
     assert labels[1] == "iterations=8"
     assert "refresh=4, iterations=4, head_steps=20, head_sampler=dpm++" in labels
@@ -606,40 +601,38 @@ def test_labels_of_a_masked_model() -> None:
 
 def test_front() -> None:
     points = [(1.0, 9.0), (2.0, 9.5), (2.0, 7.0), (3.0, 8.0), (4.0, 3.0), (3.5, 2.0)]
-    assert bench_figures._front(points, more=True) == [(4.0, 3.0), (3.0, 8.0), (2.0, 9.5)]
-    assert bench_figures._front(points, more=False) == [(4.0, 3.0), (3.5, 2.0)]
+    assert pareto_front(points, more=True) == [(4.0, 3.0), (3.0, 8.0), (2.0, 9.5)]
+    assert pareto_front(points, more=False) == [(4.0, 3.0), (3.5, 2.0)]
 
 
 def test_plot(shown: BenchReport, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    bench_figures.plot(shown, tmp_path / "plot.png")
+    plot(shown, tmp_path / "plot.png")
     without = replace(
         shown, truth=None, rows=tuple(replace(r, quality=quality("100000000")) for r in shown.rows)
     )
-    bench_figures.plot(without, tmp_path / "sub" / "plot.jpg")
+    plot(without, tmp_path / "sub" / "plot.jpg")
     with Image.open(tmp_path / "plot.png") as wide, Image.open(tmp_path / "sub" / "plot.jpg") as narrow:
         assert wide.width > narrow.width
         assert np.asarray(wide).std() > 5
     with pytest.raises(InputError, match="images to be judged"):
-        bench_figures.plot(report_of(row(Plain(), 1, None)), tmp_path / "none.png")
+        plot(report_of(row(Plain(), 1, None)), tmp_path / "none.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plot.png", "sub"]
 
 
 def test_plot_without_matplotlib(shown: BenchReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("varaccel.evaluation.extra.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install varaccel\[eval\]"):
-        bench_figures.plot(shown, tmp_path / "plot.png")
+        plot(shown, tmp_path / "plot.png")
 
 
 def test_labels_say_what_differs(shown: BenchReport) -> None:
-    assert [bench_figures.telling_options(r, shown.rows) for r in shown.rows] == ["", "window=8", "window=2"]
+    assert [telling_options(r, shown.rows) for r in shown.rows] == ["", "window=8", "window=2"]
 
 
 def test_samples(wishes: type[_Wishes]) -> None:
     side = 40
-    sheet = bench_figures.sample_sheet(
-        pipeline("t2i"), [ZipAR(1), Plain()], PROMPTS["t2i"][:2], seed=3, side=side
-    )
+    sheet = sample_sheet(pipeline("t2i"), [ZipAR(1), Plain()], PROMPTS["t2i"][:2], seed=3, side=side)
     for index, accelerator in enumerate((Plain(), ZipAR(1))):
         images = pipeline("t2i")(PROMPTS["t2i"][:2], seed=3, accelerator=accelerator).images
         for column, image in enumerate(images):
@@ -648,9 +641,9 @@ def test_samples(wishes: type[_Wishes]) -> None:
             part = sheet.crop((left, top, left + side, top + side))
             assert part.tobytes() == image.resize((side, side), Image.Resampling.LANCZOS).tobytes()
     with pytest.raises(InputError, match="at least one prompt"):
-        bench_figures.sample_sheet(pipeline("t2i"), [], [])
+        sample_sheet(pipeline("t2i"), [], [])
     with pytest.raises(InputError, match="test-wishes"):
-        bench_figures.sample_sheet(pipeline("t2i"), [wishes()], ["a cube"])
+        sample_sheet(pipeline("t2i"), [wishes()], ["a cube"])
 
 
 # -- true images -------------------------------------------------------------------------------------

@@ -389,7 +389,7 @@ def test_sources_fit_the_model() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_runnable_as_they_stand(name: str) -> None:
     """Their models exist, and their calls and accelerators are accepted by a model of the family."""
-    from varaccel.evaluation.bench.run import parse_accelerator
+    from varaccel.accelerators.notation import parse_accelerator
 
     preset = get_preset(name)
     assert preset.model in {*PUBLISHED, *shipped_models()}

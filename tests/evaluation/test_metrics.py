@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from torch import nn
 
 from varaccel import CheckpointError, InputError
-from varaccel.evaluation.bench.run import true_images
+from varaccel.evaluation.bench.judging import true_images
 from varaccel.evaluation.metrics import set_metrics as measuring
 from varaccel.evaluation.metrics.adherence import held_out_prompts, score_adherence
 from varaccel.evaluation.metrics.feature_spaces import (

@@ -22,18 +22,22 @@ from tests.scripts import load_script
 from tests.tiny import PROMPTS, new_mar_pipeline, pipeline
 from varaccel import Jacobi, Plain, ZipAR
 from varaccel.accelerators import ACCELERATORS, Accelerator
+from varaccel.accelerators.notation import parse_grid
 from varaccel.errors import InputError
-from varaccel.evaluation.bench.figures import Samples, acceptance_sheet, draw_samples, fronts
+from varaccel.evaluation.bench.comparison import Distance, Quality
+from varaccel.evaluation.bench.fronts import fronts
+from varaccel.evaluation.bench.grids import DEFAULTS
 from varaccel.evaluation.bench.held_out import bench_held_out
+from varaccel.evaluation.bench.report import BenchReport, Row, Settings
 from varaccel.evaluation.bench.report_page import Section, best_sentences, report_page
-from varaccel.evaluation.bench.run import (
-    RELEASE_GRIDS,
-    BenchReport,
-    Distance,
-    Quality,
-    Row,
-    Settings,
-    parse_grid,
+from varaccel.evaluation.bench.samples import Samples, acceptance_sheet, draw_samples
+from varaccel.evaluation.bench.tables import (
+    bench_markdown,
+    quality_cells,
+    quality_header,
+    quality_notes,
+    speed_cells,
+    speed_header,
 )
 from varaccel.evaluation.metrics.adherence import Rate
 from varaccel.evaluation.metrics.frechet import FrechetSpread
@@ -41,6 +45,7 @@ from varaccel.evaluation.speed.call_speed import Measurement
 from varaccel.pipelines.base import TokenPipeline
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.mar import MARPipeline
+from varaccel.pipelines.placement import open_pipeline
 from varaccel.pipelines.var import VARPipeline
 
 # -- a page, read --------------------------------------------------------------------------------------
@@ -193,18 +198,18 @@ def test_the_page_stands_alone(report: BenchReport) -> None:
 def test_every_figure_is_on_the_page(report: BenchReport) -> None:
     page = Page(report_page([section(report)]))
     for batch in report.batches:
-        for call, *cells in report.speed_cells(batch):
+        for call, *cells in speed_cells(report, batch):
             assert any(line[1 : len(cells) + 1] == cells for line in page.line(call.replace("\n", " ")))
-    for call, *cells in report.quality_cells():
+    for call, *cells in quality_cells(report):
         (line,) = [line for line in page.line(call.replace("\n", " ")) if len(line) == len(cells) + 1][-1:]
         for told, shown in zip(cells, line[1:], strict=True):
             # what a verdict rests on stands in a line of its own
             assert shown == (
                 told if told[0].isdigit() or told == "-" else told.replace(" (", " ").removesuffix(")")
             )
-    for title in (*report.speed_header(), *report.quality_header()):
+    for title in (*speed_header(report), *quality_header(report)):
         assert title in page.words
-    for told in (*report.notes(), *best_sentences(report)):
+    for told in (*quality_notes(report), *best_sentences(report)):
         assert told in page.words
     for told in (
         *(
@@ -401,16 +406,14 @@ def hosts(family: str) -> TokenPipeline | str:
     return "mini-var"
 
 
-@pytest.mark.parametrize("family", list(RELEASE_GRIDS))
+@pytest.mark.parametrize("family", list(DEFAULTS))
 def test_release_grids_fit_their_families(family: str) -> None:
-    from varaccel.cli.commands import load_pipeline
-
-    grid = parse_grid(RELEASE_GRIDS[family])
+    grid = parse_grid(DEFAULTS[family].release)
     assert len(set(grid)) == len(grid) > 3
     assert all(family in one.hosts for one in grid)
     pipe: Any = hosts(family)
     if isinstance(pipe, str):
-        pipe = load_pipeline(pipe, quiet=True)
+        pipe = open_pipeline(pipe, quiet=True)
     assert pipe.family == family
     for one in grid:
         assert pipe("a red sphere", seed=0, accelerator=one, output_type="latent").stats.passes > 0
@@ -418,7 +421,7 @@ def test_release_grids_fit_their_families(family: str) -> None:
 
 def test_every_family_has_a_release_grid() -> None:
     families = {family for cls in ACCELERATORS.values() for family in cls.hosts}
-    assert families == set(RELEASE_GRIDS) == set(script().SIZES)
+    assert families == set(DEFAULTS)
 
 
 # -- the script ----------------------------------------------------------------------------------------
@@ -479,8 +482,8 @@ def test_script(
         assert [one.accelerator for one in report.rows] == ["plain", accelerator]
         assert report.settings.model == str(model)
         assert "6 true images" in (report.settings.reference or "")
-        assert (out / f"{model.name}.md").read_text() == report.markdown()
-        for call, *cells in report.speed_cells(1):
+        assert (out / f"{model.name}.md").read_text() == bench_markdown(report)
+        for call, *cells in speed_cells(report, 1):
             assert any(line[1 : len(cells) + 1] == cells for line in page.line(call.replace("\n", " ")))
     references = {json.loads(path.read_text())["settings"]["reference"] for path in out.glob("*.json")}
     assert len(references) == 1, "the same true images for all models"

@@ -17,7 +17,9 @@ from tests.scripts import ROOT, load_script
 from tests.tiny import GRID, PROMPTS, new_pipeline, pipeline, var_transformer
 from varaccel import CoDe, InputError, Plain, ZipAR
 from varaccel.accelerators.code import Refiner
-from varaccel.evaluation.bench.run import BenchReport
+from varaccel.accelerators.notation import parse_grid
+from varaccel.evaluation.bench.grids import speed_grid
+from varaccel.evaluation.bench.report import BenchReport
 from varaccel.evaluation.speed.call_speed import Measurement, measure_speed
 from varaccel.evaluation.speed.peak_memory import PeakMemory
 from varaccel.evaluation.speed.roofline import (
@@ -30,7 +32,8 @@ from varaccel.evaluation.speed.roofline import (
     mean_work,
     measure_bandwidth,
 )
-from varaccel.evaluation.speed.speed_sweep import CompileGain, SweepReport, sweep
+from varaccel.evaluation.speed.speed_sweep import sweep
+from varaccel.evaluation.speed.sweep_report import CompileGain, SweepReport
 
 CPU = torch.device("cpu")
 FAMILIES = ("c2i", "t2i", "var-class", "var-caption", "mar-class")
@@ -484,10 +487,8 @@ def test_the_script_refuses_in_one_sentence(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_the_script_compares_by_itself(script: ModuleType, family: str) -> None:
-    from varaccel.evaluation.bench.run import parse_grid
-
+def test_what_the_script_compares_by_itself(family: str) -> None:
     pipe = pipeline(family)
-    grid = parse_grid(script.usual(pipe, "tiny"))
+    grid = parse_grid(speed_grid(pipe))
     assert grid
     assert all(pipe.family in one.hosts for one in grid)

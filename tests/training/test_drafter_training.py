@@ -296,7 +296,7 @@ def test_command_trains_and_installs(
     output, error = command("--scenes", workshop / "scenes", "--install", tmp_path / "installed")
     assert error is None, output
     assert "3 steps" in output
-    assert "chance that guess 1, 2, 3" in output
+    assert "chance that draft token 1, 2, 3" in output
     target = LlamaGenTransformer.from_pretrained(workshop / "t2i" / "transformer")
     exported = EagleHead.from_pretrained(tmp_path / "run" / "export")
     exported.check_fits(target)

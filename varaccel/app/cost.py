@@ -9,7 +9,8 @@ from pathlib import Path
 from varaccel.app.explore import Found, read_report
 from varaccel.app.snippet import DrawRequest
 from varaccel.errors import InputError
-from varaccel.evaluation.bench.run import BenchReport, Quality, Row
+from varaccel.evaluation.bench.comparison import Quality
+from varaccel.evaluation.bench.report import BenchReport, Row
 
 
 def quality_cost(folders: Sequence[Path], drawn: DrawRequest) -> str:
@@ -20,14 +21,14 @@ def quality_cost(folders: Sequence[Path], drawn: DrawRequest) -> str:
     """
     accelerator = drawn.accelerator_object()
     if accelerator.lossless:
-        return "Exact: the images follow the distribution of plain decoding, so that nothing is lost."
+        return "Lossless: the images follow the distribution of plain decoding."
     report = _report(folders, drawn.model)
     asked = Row.of(accelerator)
     row = None if report is None else next((row for row in report.rows if row.key == asked.key), None)
     if report is None or row is None or row.quality is None or report.plain.quality is None:
         return (
-            "Approximate: the images follow another distribution than plain decoding. What this setting costs has not been "
-            "measured in the last report; `varaccel bench` measures it."
+            "Approximate: the images follow another distribution than plain decoding. The last report has no "
+            "measurement of what this setting costs; `varaccel bench` makes one."
         )
     versus = report.against_plain(row)
     assert versus is not None  # both were judged
@@ -39,7 +40,8 @@ def quality_cost(folders: Sequence[Path], drawn: DrawRequest) -> str:
             f"{report.plain.quality.distance.value:.1f}"
         )
         told += ", within noise" if versus.same_distance else ""
-    return f"Approximate: another distribution than plain decoding's. Measured on {report.settings.images} prompts: {told}."
+    prompts = report.settings.images
+    return f"Approximate: another distribution than plain decoding's. Measured on {prompts} prompts: {told}."
 
 
 def _percent(quality: Quality) -> str:

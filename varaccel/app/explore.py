@@ -13,27 +13,29 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-import varaccel
-from varaccel.app.markup import data_uri, distribution_badge
+from varaccel.app.markup import data_uri, quality_badge
 from varaccel.app.trade_off import trade_off
 from varaccel.errors import InputError
+from varaccel.evaluation.bench.report import BenchReport
 from varaccel.evaluation.bench.report_page import best_sentences
-from varaccel.evaluation.bench.run import BenchReport
+from varaccel.evaluation.bench.tables import (
+    quality_cells,
+    quality_header,
+    quality_notes,
+    speed_cells,
+    speed_header,
+)
+from varaccel.evaluation.call_text import quality_label
+from varaccel.shipped import release_report_folder
+from varaccel.version import __version__
 
 _HIGHLIGHTED = 48
 """Rows that light up in a plot when they are pointed at; larger reports have more, which stay as they are."""
 
 
-def release_folder() -> Path | None:
-    """Where the report of this release is: inside the installed package, or beside it in a checkout."""
-    package = Path(varaccel.__file__).parent
-    folders = (package / "report", package.parent / "docs" / "report")
-    return next((folder for folder in folders if any(folder.glob("*.json"))), None)
-
-
 def report_folders() -> list[Path]:
     """Folders with a report, the newest first: that of `make bench` in the working folder, that of this release."""
-    own, release = Path.cwd() / "outputs" / "report", release_folder()
+    own, release = Path.cwd() / "outputs" / "report", release_report_folder()
     return [*([own] if any(own.glob("*.json")) else []), *([] if release is None else [release])]
 
 
@@ -61,7 +63,7 @@ def found_reports(folders: Sequence[Path]) -> list[Found]:
 
     A title says where its report is from only if there are several of that model.
     """
-    release = release_folder()
+    release = release_report_folder()
     found: list[tuple[Path, bool]] = []
     seen: set[bytes] = set()
     for folder in folders:
@@ -75,7 +77,7 @@ def found_reports(folders: Sequence[Path]) -> list[Found]:
         Found(
             path,
             path.stem if stems.count(path.stem) == 1 else f"{path.stem} ({_place(path.parent, released)})",
-            f"for varaccel {varaccel.__version__}" if released else _date(path),
+            f"for varaccel {__version__}" if released else _date(path),
         )
         for path, released in found
     ]
@@ -176,7 +178,7 @@ def _batch_choice(found: Found) -> Any:
 
 
 def measured_html(found: Found, batch: int | None = None) -> str:
-    """VerificationResult, plots, tables and settings of a report; one sentence if it is damaged.
+    """Verdict, plots, tables and settings of a report; one sentence if it is damaged.
 
     Args:
         batch: images per call whose speed is shown; the smallest measured if None or not measured.
@@ -233,20 +235,20 @@ def _page(parts: Iterable[str]) -> str:
 def _speed(report: BenchReport, batch: int) -> list[str]:
     rounds = report.settings.repeats
     caption = f"Batch {batch}, {f'median of {rounds} rounds' if rounds > 1 else 'one round'}"
-    return ["<h3>Speed</h3>", _table(report.speed_header(), report.speed_cells(batch), caption)]
+    return ["<h3>Speed</h3>", _table(speed_header(report), speed_cells(report, batch), caption)]
 
 
 def _quality(report: BenchReport) -> list[str]:
-    lines = report.quality_cells()
+    lines = quality_cells(report)
     if not lines:
         return []
     caption = f"{report.settings.images} images per row"
-    return ["<h3>Quality</h3>", _table(report.quality_header(), lines, caption)]
+    return ["<h3>Quality</h3>", _table(quality_header(report), lines, caption)]
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
-    """A table that scrolls in its own box; the first cell of a line may have lines, a distribution becomes a badge."""
-    words = {"accelerator", "distribution", "against plain"}
+    """A table that scrolls in its own box; the first cell of a line may have lines, a quality becomes a badge."""
+    words = {"accelerator", "quality", "against plain"}
     kinds = ["words" if name in words else "number" for name in header]
     titles = "".join(
         f'<th scope="col" class="{kind}">{escape(name)}</th>'
@@ -259,7 +261,7 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]], caption: str) 
         body.append(
             f'<tr><th scope="row" class="words">{escape(name)}{told}</th>'
             + "".join(
-                f'<td class="{kind}">{distribution_badge(cell) if title == "distribution" else _verdict(cell)}</td>'
+                f'<td class="{kind}">{_cell(title, cell)}</td>'
                 for title, kind, cell in zip(header[1:], kinds[1:], cells, strict=True)
             )
             + "</tr>"
@@ -271,8 +273,10 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]], caption: str) 
     )
 
 
-def _verdict(cell: str) -> str:
-    """A cell; what stands in brackets goes on in a line of its own."""
+def _cell(title: str, cell: str) -> str:
+    """A cell under its column's title; what stands in brackets goes on in a line of its own."""
+    if title == "quality":
+        return quality_badge(cell == quality_label(True))
     word, bracket, rest = cell.partition(" (")
     return f"{escape(word)}<small>{escape(rest.removesuffix(')'))}</small>" if bracket else escape(cell)
 
@@ -293,7 +297,7 @@ def _method(found: Found, report: BenchReport) -> str:
         "distance",
     }
     if settings.images:
-        told["Quality"] = " ".join(report.notes())
+        told["Quality"] = " ".join(quality_notes(report))
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(words)}</dd>" for name, words in told.items())
     return f"<details><summary>How this was measured</summary><dl>{rows}</dl></details>"
 
@@ -328,18 +332,18 @@ def _highlights() -> str:
 
 # gradio takes selectors apart at every comma, so none may stand within brackets
 CSS = """
-.va-explore,.va-distribution{--va-exact:#0b62a3;--va-near:#b4480a;--va-truth:#0f6b4a}
-.dark .va-explore,.dark .va-distribution{--va-exact:#7cbcf0;--va-near:#f5a066;--va-truth:#7fdcb4}
-.va-distribution{display:inline-block;padding:0 .5em;border:1px solid currentColor;border-radius:99px;font-size:.8em;
+.va-explore,.va-quality{--va-lossless:#0b62a3;--va-approximate:#b4480a;--va-truth:#0f6b4a}
+.dark .va-explore,.dark .va-quality{--va-lossless:#7cbcf0;--va-approximate:#f5a066;--va-truth:#7fdcb4}
+.va-quality{display:inline-block;padding:0 .5em;border:1px solid currentColor;border-radius:99px;font-size:.8em;
 font-weight:600;white-space:nowrap;line-height:1.5}
-.va-distribution.exact{color:var(--va-exact)}
-.va-distribution.near{color:var(--va-near)}
+.va-quality.lossless{color:var(--va-lossless)}
+.va-quality.approximate{color:var(--va-approximate)}
 .va-explore{--va-soft:color-mix(in srgb,var(--body-text-color) 72%,var(--background-fill-primary));
 color:var(--body-text-color);font-size:var(--text-md);line-height:1.5;overflow-wrap:break-word}
 .va-explore h3{font-size:var(--text-lg);font-weight:600;margin:1.25rem 0 .4rem}
 .va-explore p{margin:.3rem 0}
 .va-explore small,.va-explore figcaption,.va-explore .caption{color:var(--va-soft);font-size:var(--text-sm)}
-.va-explore .verdict{padding:.4rem .9rem;border-left:4px solid var(--va-exact);
+.va-explore .verdict{padding:.4rem .9rem;border-left:4px solid var(--va-lossless);
 background:var(--background-fill-secondary)}
 .va-explore .key{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;font-size:var(--text-sm);margin-bottom:.6rem}
 .va-explore .key span{display:inline-flex;align-items:center;gap:.35rem}
@@ -352,12 +356,12 @@ background:var(--background-fill-secondary)}
 .va-explore .truth{stroke:var(--va-truth);stroke-dasharray:5 4;fill:none}
 .va-explore .plot text.truth{stroke:none;fill:var(--va-truth)}
 .va-explore .front{stroke:var(--va-soft);stroke-width:1.5;fill:none;opacity:.7}
-.va-explore .exact{--mark:var(--va-exact)}
-.va-explore .near{--mark:var(--va-near)}
+.va-explore .lossless{--mark:var(--va-lossless)}
+.va-explore .approximate{--mark:var(--va-approximate)}
 .va-explore .plain{--mark:var(--body-text-color)}
 .va-explore .bar{stroke:var(--mark);stroke-width:1;opacity:.55;fill:none}
 .va-explore .point{fill:var(--mark);outline:none;cursor:default}
-.va-explore .point.near polygon{fill:var(--background-fill-primary);stroke:var(--mark);stroke-width:2}
+.va-explore .point.approximate polygon{fill:var(--background-fill-primary);stroke:var(--mark);stroke-width:2}
 .va-explore .plot .point text{fill:var(--mark);font-weight:600;paint-order:stroke;
 stroke:var(--background-fill-primary);stroke-width:3px}
 .va-explore .point .reach{fill:transparent;stroke:none}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from varaccel.accelerators import ACCELERATORS
+from varaccel.app.events import device_event
 from varaccel.app.notices import notice, shown_on_page
 from varaccel.app.studio import MAX_IMAGES, MAX_SEED, Studio, checked_count, checked_seed
 from varaccel.app.turns import Stopped
@@ -30,6 +32,23 @@ def paints(studio: Studio, model: str) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Controls:
+    """What a visitor fills in, paints and presses, and where the result is shown."""
+
+    model: gr.Dropdown
+    first_prompt: gr.Textbox
+    draw: gr.Button
+    board: gr.ImageEditor
+    prompt: gr.Textbox
+    seed: gr.Number
+    count: gr.Slider
+    accelerator: gr.Dropdown
+    paint: gr.Button
+    result: gr.Gallery
+    told: gr.Markdown
+
+
 def inpaint_tab(studio: Studio) -> None:
     """The content of the tab, inside an open `gr.Blocks`."""
     models = [name for name in studio.shelf.names if paints(studio, name)]
@@ -41,9 +60,13 @@ def inpaint_tab(studio: Studio) -> None:
     families = {studio.shelf.family(name) for name in models}
     accelerators = [name for name, cls in ACCELERATORS.items() if families <= set(cls.hosts)]
     gr.Markdown(
-        "Draw an image or upload one, paint over what should change, and say what should be there. Nothing was "
+        "Draw an image or upload one, paint over what should change, and say what should be there. The model was not "
         "trained for this: tokens outside of the mask are given, the others are drawn as always."
     )
+    _events(studio, _controls(models, accelerators))
+
+
+def _controls(models: list[str], accelerators: list[str]) -> _Controls:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             model = gr.Dropdown(models, value=models[0], label="model")
@@ -82,6 +105,11 @@ def inpaint_tab(studio: Studio) -> None:
                 elem_id="painted",
             )
             told = gr.Markdown()
+    return _Controls(model, first_prompt, draw, board, prompt, seed, count, accelerator, paint, result, told)
+
+
+def _events(studio: Studio, form: _Controls) -> None:
+    """What the buttons do."""
 
     def drawn(call: str, model: str, request: gr.Request, *arguments: Any, **options: Any) -> Any:
         """What a method of the pipeline makes, None if it took too long."""
@@ -126,17 +154,13 @@ def inpaint_tab(studio: Studio) -> None:
         captions = [f"{wanted or 'whatever fits'}, seed {first + i}" for i in range(len(out.images))]
         return list(zip(out.images, captions, strict=True)), f"`{out.stats}`"
 
-    shared: dict[str, Any] = {
-        "concurrency_id": "device",
-        "concurrency_limit": studio.concurrency,
-        "api_visibility": "private",
-    }
-    draw.click(start, [model, first_prompt, seed], board, **shared)
+    shared = device_event(studio)
+    form.draw.click(start, [form.model, form.first_prompt, form.seed], form.board, **shared)
     gr.on(
-        [paint.click, prompt.submit],
+        [form.paint.click, form.prompt.submit],
         painted,
-        [model, board, prompt, seed, count, accelerator],
-        [result, told],
+        [form.model, form.board, form.prompt, form.seed, form.count, form.accelerator],
+        [form.result, form.told],
         **shared,
     )
 

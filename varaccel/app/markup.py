@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-from html import escape
 from typing import Any
 
 from PIL import Image
 
+from varaccel.evaluation.call_text import quality_label
 
-def distribution_badge(distribution: str) -> str:
-    """A distribution as a label of its own colour; its style is in `varaccel.app.explore.CSS`."""
-    exact = distribution == "lossless"
-    return f'<span class="va-distribution {"exact" if exact else "near"}">{"exact" if exact else escape(distribution)}</span>'
+
+def quality_badge(lossless: bool) -> str:
+    """What an accelerator does to quality as a label of its own colour; its style is in `varaccel.app.explore.CSS`."""
+    quality = quality_label(lossless)
+    return f'<span class="va-quality {quality}">{quality}</span>'
 
 
 def data_uri(image: Image.Image, format: str = "PNG", **options: Any) -> str:

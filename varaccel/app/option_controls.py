@@ -17,7 +17,7 @@ from gradio.components import Component
 from varaccel.accelerators import ACCELERATORS, Accelerator
 from varaccel.accelerators.speculative import DRAFTERS
 from varaccel.app.models import NETWORK_OPTIONS
-from varaccel.cli.commands import parse_options
+from varaccel.engine.option_text import parse_options
 from varaccel.errors import InputError
 
 Kind = Literal["integer", "number", "choice", "switch", "text"]

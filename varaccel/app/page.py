@@ -10,8 +10,9 @@ from typing import Any
 
 import gradio as gr
 
-from varaccel.app import compare, explore, race_view
+from varaccel.app import compare_view, explore, race_view
 from varaccel.app.api import draw_endpoint
+from varaccel.app.compare_tab import compare_tab
 from varaccel.app.inpaint_tab import inpaint_tab
 from varaccel.app.models import ModelShelf
 from varaccel.app.race_tab import race_tab
@@ -21,7 +22,7 @@ from varaccel.errors import InputError
 
 HEADING = """# varaccel
 Visual autoregressive models draw an image token by token. An **accelerator** decides several tokens in one pass of the
-network. *Exact* ones keep the distribution of the images; *approximate* ones trade some quality for speed.
+network. *Lossless* ones keep the distribution of the images; *approximate* ones trade some quality for speed.
 """
 CSS = """
 .gradio-container {max-width: 1400px !important}
@@ -44,7 +45,7 @@ class PageSettings:
         models: what visitors may choose, the first one at first; the shipped ones if empty.
         published: offer the published models as well, which are downloaded when they are chosen.
         any_model: let visitors type folders and hub ids.
-        device, dtype: where models run and in which precision, see `varaccel.cli.commands.move`.
+        device, dtype: where models run and in which precision, see `varaccel.pipelines.placement.move`.
         concurrency: calls under way at a time; as many as fit into the free memory, up to 4, if None.
         seconds_limit: of a call.
         host: address to listen on; this machine alone if None, unless GRADIO_SERVER_NAME says otherwise.
@@ -68,8 +69,8 @@ def new_studio(settings: PageSettings) -> Studio:
     Raises:
         InputError: settings that cannot be used.
     """
-    from varaccel.cli.commands import check_place, load_pipeline, move
     from varaccel.pipelines.catalog import PUBLISHED
+    from varaccel.pipelines.placement import check_place, open_pipeline
     from varaccel.shipped import shipped_models
 
     check_place(settings.device, settings.dtype)
@@ -81,9 +82,7 @@ def new_studio(settings: PageSettings) -> Studio:
         names += [name for name in PUBLISHED if name not in names]
 
     def load(name: str) -> Any:
-        pipe = load_pipeline(name, quiet=True)
-        move(pipe, settings.device, settings.dtype)
-        return pipe
+        return open_pipeline(name, settings.device, settings.dtype, quiet=True)
 
     concurrency = calls_in_memory(settings.device) if settings.concurrency is None else settings.concurrency
     if concurrency < 1:
@@ -125,7 +124,7 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tab("Race"):
             race_tab(studio)
         with gr.Tab("Compare"):
-            compare.compare_tab(studio)
+            compare_tab(studio)
         with gr.Tab("Paint"):
             inpaint_tab(studio)
         with gr.Tab("Explore"):
@@ -160,7 +159,7 @@ def serve(page: gr.Blocks, host: str | None = None, port: int | None = None, **o
             footer_links=["api"],
             quiet=True,
             theme=theme,
-            css=CSS + race_view.CSS + compare.CSS + explore.CSS,
+            css=CSS + race_view.CSS + compare_view.CSS + explore.CSS,
             **options,
         )
     except OSError as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -12,7 +12,8 @@ from PIL import Image
 from varaccel.accelerators import ACCELERATORS
 from varaccel.accelerators.plain import Plain
 from varaccel.app.cost import quality_cost
-from varaccel.app.models import accelerators_of, fitting_prompt
+from varaccel.app.events import PRIVATE, device_event, ready, start_and_stop
+from varaccel.app.models import ModelShelf, accelerators_of, fitting_prompt
 from varaccel.app.notices import notice, shown_on_page
 from varaccel.app.option_controls import MODELS_OWN, chosen_options, control, options_of, takes_models
 from varaccel.app.race import Race, Side
@@ -28,25 +29,15 @@ from varaccel.app.studio import (
     visitor,
 )
 from varaccel.app.turns import Stopped
-from varaccel.cli.commands import smaller_model
+from varaccel.evaluation.bench.grids import APP_OPTIONS, defaults_of
+from varaccel.evaluation.call_text import quality_label
+from varaccel.shipped import smaller_model
 
 PROMPTS = (
     "a yellow cylinder on a blue floor",
     "a shiny blue cylinder on a wood floor",
     "a red sphere left of a blue cube at sunset",
 )
-FIRST_CHOICE = {"llamagen": "zipar", "var": "code", "mar": "fewer_steps"}
-"""What the page proposes for a family."""
-
-FIRST_OPTIONS: Mapping[tuple[str, str], Any] = {
-    ("zipar", "window"): 4,
-    ("code", "draft_scales"): 4,
-    ("code", "refiner"): "mini-var-small",
-    ("fewer_steps", "iterations"): 32,
-    ("fewer_steps", "head_steps"): 20,
-    ("fewer_steps", "head_sampler"): "dpm++",
-}
-"""Where the page starts from another value than the default: settings of the release's report that show something."""
 
 SHOWN_OPTIONS = 3
 """Options of an accelerator that are always in sight; the others are folded away."""
@@ -57,71 +48,121 @@ GALLERY_LIMIT = 24
 Gallery = list[tuple[Image.Image, str]]
 
 
+@dataclass(frozen=True)
+class _Form:
+    """What a visitor fills in and presses.
+
+    Attributes:
+        groups: the controls of every accelerator's options, of which one group is in sight.
+        options: these controls by accelerator and option.
+    """
+
+    prompt: gr.Textbox
+    start: gr.Button
+    stop: gr.Button
+    model: gr.Dropdown
+    accelerator: gr.Dropdown
+    groups: Mapping[str, gr.Column]
+    options: Mapping[tuple[str, str], gr.components.Component]
+    seed: gr.Number
+    guidance: gr.Textbox
+    count: gr.Slider
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Where a race and what comes of it are shown."""
+
+    panel: gr.HTML
+    gallery: gr.Gallery
+    python: gr.Code
+    command: gr.Code
+
+
 def race_tab(studio: Studio) -> None:
     """The content of the tab, inside an open `gr.Blocks`."""
-    shelf = studio.shelf
-    first_model = shelf.names[0]
-    family = shelf.family(first_model)
     kept: gr.State = gr.State([], time_to_live=3600)
     asked = gr.State(0.0)
     with gr.Row(equal_height=False):
-        with gr.Column(scale=1, min_width=280):
-            prompt = gr.Textbox(
-                PROMPTS[0],
-                label="prompt, or a class of a class-conditional model",
-                lines=2,
-                max_lines=4,
-                submit_btn=False,
-                elem_id="prompt",
-            )
-            with gr.Row():
-                start = gr.Button("Race", variant="primary", elem_id="race", min_width=80)
-                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=80)
-            model = gr.Dropdown(
-                list(shelf.names),
-                value=first_model,
-                label="model",
-                allow_custom_value=shelf.any_model,
-                elem_id="model",
-            )
-            accelerator = gr.Dropdown(
-                _choices(family), value=_first_choice(family), label="accelerator", elem_id="accelerator"
-            )
-            groups, controls = _option_groups(shelf.names, _first_choice(family))
-            with gr.Accordion("Seed, guidance, number of images", open=False):
-                seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
-                guidance = gr.Textbox(
-                    "",
-                    label="guidance",
-                    info="how strictly to follow the prompt",
-                    placeholder=MODELS_OWN,
-                    max_lines=1,
-                    elem_id="guidance",
-                )
-                count = gr.Slider(1, MAX_IMAGES, 1, step=1, label="images", elem_id="count")
-            gr.Examples([[text] for text in PROMPTS], [prompt], label="prompts", cache_examples=False)
-        with gr.Column(scale=3, min_width=300, elem_id="race-view"):
-            panel = gr.HTML(NOTHING_YET, elem_id="race-panel")
-            # styles look at it, so that it works while a race is under way
-            gr.Checkbox(False, label="show which pass wrote each token, dark to bright", elem_id="passes")
-            gallery = gr.Gallery(
-                label="images of this visit",
-                format="png",
-                columns=6,
-                fit_columns=False,
-                height=240,
-                object_fit="contain",
-                interactive=False,
-                buttons=["download", "download_all", "fullscreen"],
-                elem_id="gallery",
-            )
-            with gr.Accordion("Reproduce the accelerated image", open=False):
-                python = gr.Code(language="python", label="Python", interactive=False, elem_id="python")
-                command = gr.Code(
-                    language="shell", label="command line", interactive=False, lines=2, wrap_lines=True
-                )
+        form = _form(studio.shelf)
+        results = _results()
+    _race_events(studio, form, results, kept, asked)
+    _form_events(studio.shelf, form)
 
-    names = list(controls)
+
+def _form(shelf: ModelShelf) -> _Form:
+    first_model = shelf.names[0]
+    family = shelf.family(first_model)
+    with gr.Column(scale=1, min_width=280):
+        prompt = gr.Textbox(
+            PROMPTS[0],
+            label="prompt, or a class of a class-conditional model",
+            lines=2,
+            max_lines=4,
+            submit_btn=False,
+            elem_id="prompt",
+        )
+        with gr.Row():
+            start = gr.Button("Race", variant="primary", elem_id="race", min_width=80)
+            stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=80)
+        model = gr.Dropdown(
+            list(shelf.names),
+            value=first_model,
+            label="model",
+            allow_custom_value=shelf.any_model,
+            elem_id="model",
+        )
+        accelerator = gr.Dropdown(
+            _choices(family), value=_first_choice(family), label="accelerator", elem_id="accelerator"
+        )
+        groups, controls = _option_groups(shelf.names, _first_choice(family))
+        with gr.Accordion("Seed, guidance, number of images", open=False):
+            seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
+            guidance = gr.Textbox(
+                "",
+                label="guidance",
+                info="how strictly to follow the prompt",
+                placeholder=MODELS_OWN,
+                max_lines=1,
+                elem_id="guidance",
+            )
+            count = gr.Slider(1, MAX_IMAGES, 1, step=1, label="images", elem_id="count")
+        gr.Examples([[text] for text in PROMPTS], [prompt], label="prompts", cache_examples=False)
+    return _Form(prompt, start, stop, model, accelerator, groups, controls, seed, guidance, count)
+
+
+def _results() -> _Results:
+    with gr.Column(scale=3, min_width=300, elem_id="race-view"):
+        panel = gr.HTML(NOTHING_YET, elem_id="race-panel")
+        # styles look at it, so that it works while a race is under way
+        gr.Checkbox(False, label="show which pass wrote each token, dark to bright", elem_id="passes")
+        gallery = gr.Gallery(
+            label="images of this visit",
+            format="png",
+            columns=6,
+            fit_columns=False,
+            height=240,
+            object_fit="contain",
+            interactive=False,
+            buttons=["download", "download_all", "fullscreen"],
+            elem_id="gallery",
+        )
+        with gr.Accordion("Reproduce the accelerated image", open=False):
+            python = gr.Code(language="python", label="Python", interactive=False, elem_id="python")
+            command = gr.Code(
+                language="shell", label="command line", interactive=False, lines=2, wrap_lines=True
+            )
+    return _Results(panel, gallery, python, command)
+
+
+def _race_events(studio: Studio, form: _Form, results: _Results, kept: gr.State, asked: gr.State) -> None:
+    """What the buttons do.
+
+    Args:
+        kept: images of the visit.
+        asked: when the visitor asked for the race.
+    """
+    names = list(form.options)
 
     def race(
         request: gr.Request,
@@ -143,7 +184,7 @@ def race_tab(studio: Studio) -> None:
                 for (owner, option), value in zip(names, values, strict=True)
                 if owner == accelerator
             }
-            shelf.check(model)  # before its name leads to a file of a report
+            studio.shelf.check(model)  # before its name leads to a file of a report
             drawn = DrawRequest(
                 model,
                 prompt,
@@ -161,42 +202,24 @@ def race_tab(studio: Studio) -> None:
                 snippets = reproduce_python(drawn), reproduce_command(drawn)
                 yield gr.skip(), images, images, *snippets
 
-    def stop_all(request: gr.Request) -> None:
-        studio.visits.stop(visitor(request))
-
-    begun = gr.on(
-        [start.click, prompt.submit],
-        lambda: (time.monotonic(), gr.update(interactive=False), gr.update(interactive=True)),
-        None,
-        [asked, start, stop],
-        queue=False,
-        show_progress="hidden",
-        api_visibility="private",
-    )
+    begun = start_and_stop(studio, form.prompt, form.start, form.stop, asked)
+    call = [form.model, form.prompt, form.accelerator, form.seed, form.guidance, form.count]
     run = begun.then(
         race,
-        [asked, kept, model, prompt, accelerator, seed, guidance, count, *controls.values()],
-        [panel, gallery, kept, python, command],
-        concurrency_id="device",
-        concurrency_limit=studio.concurrency,
+        [asked, kept, *call, *form.options.values()],
+        [results.panel, results.gallery, kept, results.python, results.command],
         show_progress="hidden",
         scroll_to_output=True,
-        api_visibility="private",
+        **device_event(studio),
     )
-    ready = gr.update(interactive=True), gr.update(interactive=False)
-    after: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    run.success(lambda: ready, None, [start, stop], **after)
+    run.success(ready, None, [form.start, form.stop], **PRIVATE)
     # what there was stands for a race that did not come about; the notice says why
-    run.failure(lambda: (*ready, NOTHING_YET), None, [start, stop, panel], **after)
-    stop.click(
-        stop_all,
-        None,
-        None,
-        queue=False,
-        api_visibility="private",
-    )
+    run.failure(lambda: (*ready(), NOTHING_YET), None, [form.start, form.stop, results.panel], **PRIVATE)
 
-    second = {key: c for key, c in controls.items() if takes_models(*key)}
+
+def _form_events(shelf: ModelShelf, form: _Form) -> None:
+    """What changes with the model and with the accelerator."""
+    second = {key: c for key, c in form.options.items() if takes_models(*key)}
 
     def changed_model(name: str, prompt: str) -> tuple[Any, ...]:
         with shown_on_page():
@@ -208,24 +231,19 @@ def race_tab(studio: Studio) -> None:
         return (
             gr.update(choices=_choices(family), value=chosen),
             fitting_prompt(pipe, prompt, PROMPTS[0]),
-            *_visible(groups, chosen),
+            *_visible(form.groups, chosen),
             *[network] * len(second),
         )
 
-    model.change(
+    form.model.change(
         changed_model,
-        [model, prompt],
-        [accelerator, prompt, *groups.values(), *second.values()],
-        show_progress_on=[model],
+        [form.model, form.prompt],
+        [form.accelerator, form.prompt, *form.groups.values(), *second.values()],
+        show_progress_on=[form.model],
         api_visibility="private",
     )
-    accelerator.input(
-        lambda name: _visible(groups, name),
-        accelerator,
-        list(groups.values()),
-        queue=False,
-        show_progress="hidden",
-        api_visibility="private",
+    form.accelerator.input(
+        lambda name: _visible(form.groups, name), form.accelerator, list(form.groups.values()), **PRIVATE
     )
 
 
@@ -255,16 +273,12 @@ def running(studio: Studio, drawn: DrawRequest, request: gr.Request | None) -> I
 def _choices(family: str) -> list[tuple[str, str]]:
     """What a family offers, said for a list."""
     names = [name for name in accelerators_of(family) if name != Plain.name]
-    return [(f"{name} ({_distribution(name)})", name) for name in names]
-
-
-def _distribution(accelerator: str) -> str:
-    return "exact" if ACCELERATORS[accelerator]().lossless else "approximate"
+    return [(f"{name} ({quality_label(ACCELERATORS[name]().lossless)})", name) for name in names]
 
 
 def _first_choice(family: str) -> str:
     names = [name for name in accelerators_of(family) if name != Plain.name]
-    return FIRST_CHOICE.get(family, (names or [Plain.name])[0])
+    return defaults_of(family).first_choice or (names or [Plain.name])[0]
 
 
 def _option_groups(
@@ -278,7 +292,7 @@ def _option_groups(
         with gr.Column(visible=name == shown, elem_classes="options") as groups[name]:
             gr.Markdown(f"*{cls.summary}*")
             for option in options[:SHOWN_OPTIONS]:
-                start = FIRST_OPTIONS.get((name, option.name))
+                start = APP_OPTIONS.get((name, option.name))
                 known = option.kind != "choice" or start in option.choices
                 controls[name, option.name] = control(option, start if known else None)
             if options[SHOWN_OPTIONS:]:

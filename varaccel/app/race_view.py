@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from varaccel.app.markup import data_uri, distribution_badge
+from varaccel.app.markup import data_uri, quality_badge
 from varaccel.app.race import Side
 from varaccel.pipelines.acceptance_map import pass_colors
 
@@ -72,7 +72,6 @@ def race_html(sides: Sequence[Side], prompt: str, cost: str = "") -> str:
 
 
 def _side(side: Side, prompt: str, *, ahead: bool) -> str:
-    distribution = distribution_badge("lossless" if side.lossless else "approximate")
     counters = (
         ("passes", f"{side.passes}"),
         ("tokens", f"{side.tokens:.0f} of {side.of or '?'}"),
@@ -83,7 +82,7 @@ def _side(side: Side, prompt: str, *, ahead: bool) -> str:
     label = html.escape(side.label)
     return (
         f'<section class="side{" ahead" if ahead else ""}" data-phase="{side.phase}" aria-label="{label}">'
-        f"<h3>{label} {distribution}</h3>"
+        f"<h3>{label} {quality_badge(side.lossless)}</h3>"
         f'<div class="images">{_images(side, prompt)}</div>'
         f'<div class="bar" role="progressbar" aria-valuenow="{100 * side.progress:.0f}" aria-valuemin="0" '
         f'aria-valuemax="100"><div style="width: {100 * side.progress:.1f}%"></div></div>'
@@ -94,7 +93,7 @@ def _side(side: Side, prompt: str, *, ahead: bool) -> str:
 def _images(side: Side, prompt: str) -> str:
     if not side.images:
         return f"<figure><figcaption>{side.phase}…</figcaption></figure>"
-    # what is replaced in a moment need not be exact
+    # what is replaced in a moment may be a rough copy
     saved: dict[str, Any] = {} if side.phase == "finished" else {"format": "JPEG", "quality": 85}
     figures = []
     for index, image in enumerate(side.images):

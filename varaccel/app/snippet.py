@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import varaccel
 from varaccel.accelerators import ACCELERATORS, Accelerator, make_accelerator
 from varaccel.errors import InputError
+from varaccel.public_names import PUBLIC_NAMES
 
 COMMAND_OPTIONS = ("guidance_scale", "temperature", "top_k", "top_p", "num_iterations", "head_steps")
 """Arguments of a pipeline call that `varaccel generate` has options for."""
@@ -133,7 +133,7 @@ def _accelerator_python(request: DrawRequest) -> tuple[str, str]:
     """The name to import, and the call that makes the accelerator."""
     cls = ACCELERATORS[request.accelerator]
     public = cls.__name__
-    if public in varaccel.__all__ and getattr(varaccel, public) is cls:
+    if PUBLIC_NAMES.get(public) == cls.__module__:
         options = (f"{key}={_literal(value)}" for key, value in request.options.items())
         return public, f"{public}({', '.join(options)})"
     options_given = f", {_literal(dict(request.options))}" if request.options else ""
@@ -206,7 +206,7 @@ def reproduce_command(request: DrawRequest) -> str:
 
 
 def _typed(value: Any) -> str:
-    """A value as `varaccel.cli.commands.parse_options` reads it: JSON, plain names without quotes.
+    """A value as `varaccel.engine.option_text.parse_options` reads it: JSON, plain names without quotes.
 
     Raises:
         InputError: it is not plain.

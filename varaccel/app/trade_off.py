@@ -8,8 +8,9 @@ from html import escape
 from math import ceil, floor, log, log10
 
 from varaccel.accelerators.plain import Plain
-from varaccel.evaluation.bench.figures import Kind, fronts, telling_options
-from varaccel.evaluation.bench.run import BenchReport, Row
+from varaccel.evaluation.bench.fronts import Kind, fronts, telling_options
+from varaccel.evaluation.bench.report import BenchReport, Row
+from varaccel.evaluation.call_text import quality_label
 
 _PANEL = (360, 280)
 """Width and height of a plot in its own units, which are pixels on a phone."""
@@ -45,13 +46,13 @@ class _Mark:
     value: tuple[float, float, float]
 
     @property
-    def distribution(self) -> str:
-        return _distribution(self.row)
+    def style(self) -> str:
+        return _style(self.row)
 
 
-def _distribution(row: Row) -> str:
-    """What marker and colour say of a row."""
-    return "plain" if row.accelerator == Plain.name else "exact" if row.lossless else "near"
+def _style(row: Row) -> str:
+    """What marker and colour say of a row: "plain", "lossless" or "approximate"."""
+    return "plain" if row.accelerator == Plain.name else quality_label(row.lossless)
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,11 @@ def trade_off(report: BenchReport, batch: int) -> list[str]:
     panels = "".join(_panel(report, rows, batch, kind, front) for kind, front in found.items())
     entries = "".join(_entry(report, rows, number, batch, found) for number, _ in enumerate(rows, start=1))
     key = "".join(
-        f"<span>{_symbol(distribution)} {words}</span>"
-        for distribution, words in (
+        f"<span>{_symbol(style)} {words}</span>"
+        for style, words in (
             ("plain", "plain decoding"),
-            ("exact", "exact (lossless)"),
-            ("near", "approximate"),
+            ("lossless", "lossless"),
+            ("approximate", "approximate"),
         )
     )
     return [
@@ -204,7 +205,7 @@ def _bars(mark: _Mark, x: _Axis, y: _Axis) -> str:
     (speed, slow, fast), (value, low, high) = mark.speed, mark.value
     along, across = x.at(speed), y.at(value)
     return (
-        f'<path class="bar {mark.distribution} n{mark.number}" d="M{x.at(slow):.1f} {across:.1f}H{x.at(fast):.1f}'
+        f'<path class="bar {mark.style} n{mark.number}" d="M{x.at(slow):.1f} {across:.1f}H{x.at(fast):.1f}'
         f'M{along:.1f} {y.at(low):.1f}V{y.at(high):.1f}"/>'
     )
 
@@ -218,27 +219,28 @@ def _point(mark: _Mark, x: _Axis, y: _Axis, place: tuple[float, float], kind: Ki
     far = abs(place[0]) + abs(place[1]) > 40
     tie = f'<path class="tie" d="M{along:.1f} {across:.1f}L{left:.1f} {top:.1f}"/>' if far else ""
     return (
-        f'<g class="point {mark.distribution} n{mark.number}" tabindex="0" role="img" aria-label="{words}"><title>{words}'
-        f'</title>{tie}<circle class="reach" cx="{along:.1f}" cy="{across:.1f}" r="10"/>'
-        f"{_shape(mark.distribution, along, across)}"
+        f'<g class="point {mark.style} n{mark.number}" tabindex="0" role="img" aria-label="{words}">'
+        f"<title>{words}</title>{tie}"
+        f'<circle class="reach" cx="{along:.1f}" cy="{across:.1f}" r="10"/>'
+        f"{_shape(mark.style, along, across)}"
         f'<text x="{left:.1f}" y="{top + 4:.1f}" text-anchor="middle">{mark.number}</text></g>'
     )
 
 
-def _shape(distribution: str, x: float, y: float) -> str:
-    """The marker of a row: distributions differ in shape as well as in colour."""
-    if distribution == "exact":
+def _shape(style: str, x: float, y: float) -> str:
+    """The marker of a row: styles differ in shape as well as in colour."""
+    if style == "lossless":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
     corners = ((0, -6.5), (6.5, 0), (0, 6.5), (-6.5, 0))
-    if distribution == "plain":
+    if style == "plain":
         corners = ((-5, -5), (5, -5), (5, 5), (-5, 5))
     return f'<polygon points="{" ".join(f"{x + right:.1f},{y + down:.1f}" for right, down in corners)}"/>'
 
 
-def _symbol(distribution: str) -> str:
+def _symbol(style: str) -> str:
     return (
-        f'<svg class="symbol" viewBox="0 0 16 16" aria-hidden="true"><g class="point {distribution}">{_shape(distribution, 8, 8)}</g>'
-        "</svg>"
+        '<svg class="symbol" viewBox="0 0 16 16" aria-hidden="true">'
+        f'<g class="point {style}">{_shape(style, 8, 8)}</g></svg>'
     )
 
 
@@ -288,6 +290,7 @@ def _entry(
     if best:
         figures.append(f"on the front of {' and '.join(best)}")
     return (
-        f'<li class="n{number}" tabindex="0">{_symbol(_distribution(row))}<span><b>{number} {escape(row.accelerator)}</b> '
+        f'<li class="n{number}" tabindex="0">{_symbol(_style(row))}'
+        f"<span><b>{number} {escape(row.accelerator)}</b> "
         f"{escape(telling_options(row, rows))}<small>{escape('; '.join(figures))}</small></span></li>"
     )

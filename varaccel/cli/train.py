@@ -26,56 +26,59 @@ def train() -> None:
     """Train helpers of a finished pipeline."""
 
 
+CodesFolder = Annotated[
+    Path, typer.Option(help="Folder of token ids, from `python -m varaccel.training.codes`.")
+]
+ScenesFolder = Annotated[Path | None, typer.Option(help="Folder of the encoded images, for their captions.")]
+LabelsFile = Annotated[
+    Path | None, typer.Option(help="Class labels of the images (.npy), for class-conditional targets.")
+]
+RunFolder = Annotated[Path, typer.Option(help="Folder of the run; the drafter is written to OUT/export.")]
+TrainGuidance = Annotated[
+    float | None,
+    typer.Option(
+        help="Train on the distributions of this guidance; 1 = on unguided ones.",
+        show_default="the target's own",
+    ),
+]
+TrainTemperature = Annotated[
+    float | None, typer.Option(help="Temperature of the distributions.", show_default="the target's own")
+]
+DistributionWeight = Annotated[float, typer.Option(help="Weight of the cross-entropy of distributions.")]
+InstallFolder = Annotated[Path | None, typer.Option(help="Also write the drafter here, in half precision.")]
+
+
 @train_app.command()
 def drafter(
-    codes: Annotated[Path, typer.Option(help="Folder of codes, from `python -m varaccel.training.codes`.")],
+    codes: CodesFolder,
     target: Annotated[str, typer.Option(help="The pipeline to draft for.")] = "mini-llamagen",
-    scenes: Annotated[
-        Path | None, typer.Option(help="Folder of the encoded images, for their captions.")
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Class labels of the images (.npy), for class-conditional targets.")
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the run; the drafter is written to OUT/export.")
-    ] = Path("runs/drafter"),
+    scenes: ScenesFolder = None,
+    labels: LabelsFile = None,
+    out: RunFolder = Path("runs/drafter"),
     minutes: Annotated[float | None, typer.Option(help="Training time.", show_default="20")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of or beside a time.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images per optimiser step.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Compute a batch in this many parts, to save memory.")] = 1,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    distribution_weight: Annotated[
-        float, typer.Option(help="Weight of the cross-entropy of distributions.")
-    ] = 0.1,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(
-            help="Train on the distributions of this guidance; 1 = on unguided ones.",
-            show_default="the target's own",
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Temperature of the distributions.", show_default="the target's own")
-    ] = None,
+    distribution_weight: DistributionWeight = 0.1,
+    guidance_scale: TrainGuidance = None,
+    temperature: TrainTemperature = None,
     noise: Annotated[float, typer.Option(help="Half-width of noise on the features that are read.")] = 0.0,
     unroll: Annotated[
-        int, typer.Option(help="Guesses in a row that are trained; 2 makes later ones better.")
+        int, typer.Option(help="Drafts in a row that are trained; 2 makes later ones better.")
     ] = 1,
     validation: Annotated[int, typer.Option(help="Images that are held out.")] = 256,
     seed: Annotated[int, typer.Option(help="Of weights, sample order and noise.")] = 0,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
     compile: Annotated[bool, typer.Option("--compile", help="Compile both networks first.")] = False,
-    install: Annotated[
-        Path | None, typer.Option(help="Also write the drafter here, in half precision.")
-    ] = None,
+    install: InstallFolder = None,
 ) -> None:
     """Train a drafter for speculative decoding of a LlamaGen pipeline. Run it again to resume."""
     import torch
 
     from varaccel.models.eagle import EagleHead
     from varaccel.pipelines.auto import AutoPipeline
-    from varaccel.training.codes import fingerprint, read_codes
-    from varaccel.training.drafter import MEASURED_DEPTH, DrafterRecipe, train_drafter
+    from varaccel.training.drafter import DrafterRecipe, train_drafter
     from varaccel.training.run import Budget
 
     if batch_size < 1 or accumulate < 1 or validation < 0:
@@ -92,13 +95,7 @@ def drafter(
         unroll=unroll,
         seed=seed,
     )
-    tokens, made_by = read_codes(codes)
-    own = fingerprint(pipe.vq_model)
-    if made_by != own:
-        raise InputError(
-            f"the codes in {codes} were made by another image tokenizer ({made_by}) than that of {target} "
-            f"({own}); encode the images with the target's vq_model."
-        )
+    tokens, made_by = _own_tokens(pipe, codes, target)
     pipe.transformer.to(device)
     tokens, condition = _conditions(pipe, tokens, scenes, labels, device)
     torch.manual_seed(seed)
@@ -113,8 +110,33 @@ def drafter(
         recipe=recipe,
         validation=validation,
         compile=compile,
-        settings={"image_tokenizer": own, "images": len(tokens)},
+        settings={"image_tokenizer": made_by, "images": len(tokens)},
     )
+    _write_and_tell(run, head, out, install)
+
+
+def _own_tokens(pipe: Any, codes: Path, target: str) -> tuple[Tensor, str]:
+    """The token ids in a folder, and the fingerprint of the image tokenizer that made them.
+
+    Raises:
+        InputError: that was another tokenizer than the pipeline's.
+    """
+    from varaccel.training.codes import fingerprint, read_codes
+
+    tokens, made_by = read_codes(codes)
+    own = fingerprint(pipe.vq_model)
+    if made_by != own:
+        raise InputError(
+            f"the token ids in {codes} were made by another image tokenizer ({made_by}) than that of {target} "
+            f"({own}); encode the images with the target's vq_model."
+        )
+    return tokens, own
+
+
+def _write_and_tell(run: Any, head: EagleHead, out: Path, install: Path | None) -> None:
+    """Write the drafter and the plot of its training, and print what was measured last."""
+    from varaccel.training.drafter import MEASURED_DEPTH
+
     save_drafter(head, out / "export")
     with contextlib.suppress(ImportError):  # matplotlib comes with the `train` extra only
         run.plot(["loss", *(f"acceptance_{depth}" for depth in range(1, MEASURED_DEPTH + 1))])
@@ -125,7 +147,7 @@ def drafter(
     measured = [row for row in run.history() if "acceptance_1" in row]
     if measured:
         chances = [f"{v:.3f}" for k, v in sorted(measured[-1].items()) if k.startswith("acceptance_")]
-        typer.echo(f"chance that guess 1, 2, 3 in a row is accepted: {', '.join(chances)}")
+        typer.echo(f"chance that draft token 1, 2, 3 in a row is accepted: {', '.join(chances)}")
 
 
 def _conditions(

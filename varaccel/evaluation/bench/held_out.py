@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from varaccel.accelerators import Accelerator
-from varaccel.cli.commands import DEMO_PROMPTS, examples
 from varaccel.errors import InputError
-from varaccel.evaluation.bench.run import BenchReport, reference_statistics, run_bench, true_images
+from varaccel.evaluation.bench.judging import reference_statistics, true_images
+from varaccel.evaluation.bench.report import BenchReport
+from varaccel.evaluation.bench.run import run_bench
 from varaccel.evaluation.metrics.adherence import held_out_captions, held_out_prompts
+from varaccel.evaluation.sampling.example_prompts import DEMO_PROMPTS, examples
 from varaccel.models.detector import load_detector
 
 

@@ -8,17 +8,26 @@ from dataclasses import dataclass
 from html import escape
 
 from varaccel.errors import InputError
-from varaccel.evaluation.bench.figures import fronts
-from varaccel.evaluation.bench.run import BenchReport, Comparison, Row
+from varaccel.evaluation.bench.comparison import Comparison
+from varaccel.evaluation.bench.fronts import fronts
+from varaccel.evaluation.bench.report import BenchReport, Row
+from varaccel.evaluation.bench.tables import (
+    quality_cells,
+    quality_header,
+    quality_notes,
+    speed_cells,
+    speed_header,
+)
+from varaccel.evaluation.call_text import quality_label
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 _STYLE = """
 :root{color-scheme:light dark;--ground:#fbfbf9;--card:#fff;--ink:#1c1d1f;--soft:#5b6067;--line:#dcdee0;
---accent:#0b62a3;--exact:#0f6b4a;--exact-ground:#e0f3ea;--near:#8a4a00;--near-ground:#fdeeda;--bad:#a32626;
+--accent:#0b62a3;--lossless:#0f6b4a;--lossless-ground:#e0f3ea;--approximate:#8a4a00;--approximate-ground:#fdeeda;--bad:#a32626;
 --front:#eef5fb}
 @media (prefers-color-scheme:dark){:root{--ground:#141517;--card:#1c1e21;--ink:#e8e9eb;--soft:#a2a8b0;--line:#34373c;
---accent:#7cbcf0;--exact:#7fdcb4;--exact-ground:#123528;--near:#f2bd77;--near-ground:#3d2a10;--bad:#ff9a91;
+--accent:#7cbcf0;--lossless:#7fdcb4;--lossless-ground:#123528;--approximate:#f2bd77;--approximate-ground:#3d2a10;--bad:#ff9a91;
 --front:#1b2935}}
 *{box-sizing:border-box}
 html{scroll-behavior:smooth;-webkit-text-size-adjust:100%}
@@ -56,9 +65,9 @@ tr.front th:first-child{box-shadow:inset 4px 0 0 var(--accent)}
 tr.truth{font-style:italic}
 .badge{display:inline-block;padding:.05rem .55rem;border-radius:99px;font-size:.78rem;font-weight:600;
 white-space:nowrap}
-.lossless{color:var(--exact);background:var(--exact-ground)}
-.approximate{color:var(--near);background:var(--near-ground)}
-.better{color:var(--exact)}.worse{color:var(--bad)}
+.lossless{color:var(--lossless);background:var(--lossless-ground)}
+.approximate{color:var(--approximate);background:var(--approximate-ground)}
+.better{color:var(--lossless)}.worse{color:var(--bad)}
 td .why{display:block;color:var(--soft);font-size:.8rem}
 figure{margin:.6rem 0}
 figure .scroll{background:#fff;padding:.5rem}
@@ -82,9 +91,9 @@ class Section:
         title: its heading.
         report: what was measured.
         measured: when, in words; such as a date.
-        plot: PNG of speed against quality, as `bench_figures.plot` writes it; None if no images were judged.
-        samples: PNG of what the accelerators draw, see `bench_figures.Samples.sheet`.
-        maps: PNG of which pass decided each token, see `bench_figures.Samples.maps`; None for models without.
+        plot: PNG of speed against quality, as `bench.plot.plot` writes it; None if no images were judged.
+        samples: PNG of what the accelerators draw, see `bench.samples.Samples.sheet`.
+        maps: PNG of which pass decided each token, see `bench.samples.Samples.maps`; None for models without.
     """
 
     title: str
@@ -128,9 +137,9 @@ def report_page(sections: Sequence[Section], heading: str = "Speed against quali
 <p>Accelerators of visual autoregressive models beside plain decoding of the same model: every speed-up is a ratio to
 plain decoding of the same prompts and seeds, taken within a round of the same run, and quality is judged on images
 of the same prompts and seeds.</p>
-<p>{_badge("lossless")} draws from the same distribution as plain decoding;
-{_badge("approximate")} does not, so its quality has to be looked at. Rows with a bar at their left are on the Pareto
-front: no other row beats them in both speed and the quality that is named.</p>
+<p>{_badge(True)} draws from the same distribution as plain decoding; {_badge(False)} does not, so its
+quality has to be looked at. Rows with a bar at their left are on the Pareto front: no other row beats them in both
+speed and the quality that is named.</p>
 <nav aria-label="Models"><ul>{links}</ul></nav>
 </header>
 <main>
@@ -152,12 +161,13 @@ def best_sentences(report: BenchReport) -> list[str]:
     sentences = []
     for batch in report.batches:
         told = []
-        for distribution in ("lossless", "approximate"):
-            row = report.best(batch, lossless=distribution == "lossless")
+        for lossless in (True, False):
+            row, kind = report.best(batch, lossless=lossless), quality_label(lossless)
             told.append(
-                f"no {distribution} setting is faster than plain decoding and within noise of its quality"
+                f"no {kind} setting is faster than plain decoding and within noise of its quality"
                 if row is None
-                else f"the fastest {distribution} setting within noise of the quality of plain decoding is {_named(row, batch)}"
+                else f"the fastest {kind} setting within noise of the quality of plain decoding is "
+                f"{_named(row, batch)}"
             )
         sentences.append(f"Batch {batch}: {'; '.join(told)}.")
     return sentences
@@ -194,9 +204,9 @@ def _section(section: Section, place: str) -> str:
         ]
     parts.append("<h3>Speed</h3>")
     parts += [_speed_table(report, batch) for batch in report.batches]
-    if report.quality_cells():
+    if quality_cells(report):
         parts += ["<h3>Quality</h3>", _quality_table(report)]
-        parts += [f'<p class="note soft">{escape(note)}</p>' for note in report.notes()]
+        parts += [f'<p class="note soft">{escape(note)}</p>' for note in quality_notes(report)]
     parts += [
         "<h3>Samples</h3>",
         _figure(
@@ -255,17 +265,17 @@ def _speed_table(report: BenchReport, batch: int) -> str:
         for row in (rows if found else [])
     }
     lines = []
-    for row, (call, distribution, *cells) in zip(rows, report.speed_cells(batch), strict=True):
+    for row, (call, _, *cells) in zip(rows, speed_cells(report, batch), strict=True):
         mark = marks.get(row.key, "")
         lines.append(
-            f'<tr class="{"front" if mark else "behind"}">{_head(call)}<td class="words">{_badge(distribution)}</td>'
+            f'<tr class="{"front" if mark else "behind"}">{_head(call)}<td class="words">{_badge(row.lossless)}</td>'
             + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
             + (f'<td class="words">{mark or "-"}</td>' if found else "")
             + "</tr>"
         )
-    header = report.speed_header() + (["Pareto front"] if found else [])
+    header = speed_header(report) + (["Pareto front"] if found else [])
     title = f"Batch {batch}, {_rounds(report.settings.repeats)}"
-    return _table(header, lines, title, {"distribution", "Pareto front"})
+    return _table(header, lines, title, {"quality", "Pareto front"})
 
 
 def _quality_table(report: BenchReport) -> str:
@@ -273,7 +283,7 @@ def _quality_table(report: BenchReport) -> str:
     if report.truth is not None:
         rows.append(None)
     lines = []
-    for row, (call, *cells) in zip(rows, report.quality_cells(), strict=True):
+    for row, (call, *cells) in zip(rows, quality_cells(report), strict=True):
         versus = None if row is None else report.against_plain(row)
         shown = [
             _verdict(cell, versus, place) if place in _GROUNDS else f"<td>{escape(cell)}</td>"
@@ -282,7 +292,7 @@ def _quality_table(report: BenchReport) -> str:
         kind = "truth" if row is None else "judged"
         lines.append(f'<tr class="{kind}">{_head(call)}{"".join(shown)}</tr>')
     title = f"Quality of {report.settings.images} images per row"
-    return _table(report.quality_header(), lines, title, {"against plain"})
+    return _table(quality_header(report), lines, title, {"against plain"})
 
 
 _GROUNDS: Mapping[int, Callable[[Comparison], tuple[bool, bool]]] = {
@@ -309,9 +319,10 @@ def _head(call: str) -> str:
     return f'<th scope="row">{escape(name)}{"".join(f"<small>{escape(one)}</small>" for one in options)}</th>'
 
 
-def _badge(distribution: str) -> str:
-    kind = "lossless" if distribution == "lossless" else "approximate"
-    return f'<span class="badge {kind}">{escape(distribution)}</span>'
+def _badge(lossless: bool) -> str:
+    """The label of an accelerator in its own colour."""
+    quality = quality_label(lossless)
+    return f'<span class="badge {quality}">{quality}</span>'
 
 
 def _table(header: Sequence[str], lines: Sequence[str], title: str, words: set[str]) -> str:

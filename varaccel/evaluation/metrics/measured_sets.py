@@ -12,7 +12,6 @@ import torch
 import torch_fidelity
 from torchmetrics.multimodal.clip_score import CLIPScore
 
-import varaccel
 from varaccel.errors import InputError
 from varaccel.evaluation.metrics.adherence import (
     VerificationResult,
@@ -42,6 +41,7 @@ from varaccel.evaluation.sampling.image_run import RunSettings, read_prompts
 from varaccel.evaluation.sampling.presets import Preset
 from varaccel.evaluation.sampling.prompt_lists import SCENES
 from varaccel.models.detector import load_detector
+from varaccel.version import __version__
 
 _JUDGED_TOGETHER = 256
 """Images that are in memory at one time while adherence is judged."""
@@ -111,7 +111,7 @@ def measure_sets(
             SetReport(images.name, len(own), own.digest, own.size, (*figures, *prompted), tuple(notes), run)
         )
     versions = {
-        "varaccel": varaccel.__version__,
+        "varaccel": __version__,
         "torch": str(torch.__version__),
         "torch_fidelity": torch_fidelity.__version__,
     }

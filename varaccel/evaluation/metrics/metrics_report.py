@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from varaccel.evaluation.bench.run import parse_accelerator
+from varaccel.accelerators.notation import parse_accelerator
 from varaccel.evaluation.metrics.feature_spaces import STANDARD_SPACE
 from varaccel.evaluation.metrics.set_metrics import Difference, Figure, SetReport, difference
 from varaccel.evaluation.sampling.presets import Preset

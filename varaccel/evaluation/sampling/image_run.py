@@ -28,13 +28,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import varaccel
 from varaccel.accelerators import Accelerator
 from varaccel.errors import InputError, unknown_name
 from varaccel.evaluation.digests import text_digest, weights_digest
 from varaccel.evaluation.metrics.image_sets import RUN_IMAGES
 from varaccel.files import atomic_path
 from varaccel.pipelines.pixels import Rounding, to_uint8
+from varaccel.version import __version__
 
 SETTINGS, PROMPTS, STATISTICS, BATCH_FILE = "run.json", "prompts.json", "statistics", "samples.npz"
 
@@ -81,7 +81,7 @@ class RunSettings:
     threads: int | None = None
     compiled: bool = False
     versions: dict[str, str] = field(
-        default_factory=lambda: {"varaccel": varaccel.__version__, "torch": str(torch.__version__)}
+        default_factory=lambda: {"varaccel": __version__, "torch": str(torch.__version__)}
     )
 
     def __post_init__(self) -> None:

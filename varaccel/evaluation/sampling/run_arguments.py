@@ -100,10 +100,11 @@ def start_run(options: argparse.Namespace, folder: Path) -> Started:
 
     import torch
 
-    from varaccel.cli.commands import call_options, check_place, load_pipeline, move
-    from varaccel.evaluation.bench.run import parse_accelerator
+    from varaccel.accelerators.notation import parse_accelerator
     from varaccel.evaluation.sampling.image_run import ImageRun, RunSettings, launch_state
     from varaccel.evaluation.sampling.prompt_lists import default_source, list_prompts
+    from varaccel.pipelines.call_options import call_options
+    from varaccel.pipelines.placement import check_place, move, open_pipeline
 
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads must be at least 1, got {options.threads}.")
@@ -119,7 +120,7 @@ def start_run(options: argparse.Namespace, folder: Path) -> Started:
         import logging
 
         logging.disable(logging.WARNING)  # said once is enough
-    pipe: Any = load_pipeline(model, quiet=True)
+    pipe: Any = open_pipeline(model, quiet=True)
     call = {**({} if preset is None else preset.call)}
     call |= call_options(pipe, model, **{name: getattr(options, name) for name in _CALL})
     for name in inspect.signature(type(pipe).__call__).parameters:

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from varaccel import Plain
 from varaccel.accelerators import Accelerator
+from varaccel.accelerators.plain import Plain
 from varaccel.engine.statistics import Statistics, call_label
 from varaccel.errors import InputError
 from varaccel.evaluation.speed.machine import describe_machine

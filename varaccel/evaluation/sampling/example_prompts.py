@@ -1,0 +1,22 @@
+"""Prompts for demonstrations and measurements, for models of descriptions and of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from varaccel.pipelines.loading import LoadablePipeline
+
+DEMO_PROMPTS = (
+    "a large yellow cone on a wooden floor at night",
+    "a green cube on a checkered floor",
+    "a large purple ball at sunset",
+    "a red cylinder left of a blue cube in daylight",
+)
+
+
+def examples(pipe: LoadablePipeline, descriptions: Sequence[str]) -> list[str]:
+    """The descriptions, or as many class names for a class-conditional model."""
+    names = pipe.config.get("class_names")
+    if names is None:
+        return list(descriptions)
+    return [names[i % len(names)].split(",")[0] for i in range(len(descriptions))]
