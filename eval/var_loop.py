@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", help="a published size with random weights instead, such as d16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--guidance-scale", type=float, default=1.5)
+    parser.add_argument("--cfg", type=float, default=1.5, help="guidance as the published code counts it")
     parser.add_argument("--top-k", type=int, default=900)
     parser.add_argument("--top-p", type=float, default=0.96)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -81,7 +81,7 @@ def main() -> int:
             return pipe(
                 prompts,
                 seed=0,
-                guidance_scale=options.guidance_scale,
+                guidance_scale=1 + options.cfg,
                 top_k=top_k,
                 top_p=options.top_p,
                 output_type="latent",
@@ -93,7 +93,7 @@ def main() -> int:
                 pipe.transformer,
                 pipe.vq_model.quantize,
                 vectors,
-                cfg=options.guidance_scale,
+                cfg=options.cfg,
                 top_k=top_k,
                 top_p=options.top_p,
             )

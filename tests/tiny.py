@@ -211,7 +211,7 @@ def new_var_pipeline(condition_type: str) -> VARPipeline:
         words,
         refiner=var_transformer(condition_type, seed=1, depth=2),
         class_names=CLASSES if condition_type == "class" else None,
-        guidance_scale=2.0,
+        guidance_scale=3.0,
     )
 
 

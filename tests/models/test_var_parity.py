@@ -206,7 +206,7 @@ class Run:
         smooth = draws.gumbel(codebook.codebook_size) if options.get("more_smooth") else None
         features = FeatureMap(codebook.quantize, len(labels), smooth=smooth)
         settings = {
-            "guidance": ScaleGuidance(options["cfg"]),
+            "guidance": ScaleGuidance.published(options["cfg"]),
             "sampling": ScaleSampling(options.get("temperature", 1.0), options["top_k"], options["top_p"]),
         }
         canvas = Canvas.empty(len(labels), first.num_tokens)

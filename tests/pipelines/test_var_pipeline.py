@@ -64,7 +64,7 @@ def repeats(
 ) -> None:
     """A pipeline call gives the tokens and the images of a published run."""
     arguments: dict[str, Any] = {
-        "guidance_scale": options["cfg"],
+        "guidance_scale": 1 + options["cfg"],
         "top_k": options["top_k"],
         "top_p": options["top_p"],
         "temperature": options.get("temperature", 1.0),
@@ -99,7 +99,7 @@ def test_published_collaboration(run: str) -> None:
 def test_previews_leave_the_published_stream_alone() -> None:
     """Smooth images spend noise when a scale is taken in, which a preview does early."""
     options = GENERATION["runs"]["smooth"]
-    settings = {"guidance_scale": options["cfg"], "top_k": options["top_k"], "top_p": options["top_p"]}
+    settings = {"guidance_scale": 1 + options["cfg"], "top_k": options["top_k"], "top_p": options["top_p"]}
 
     def look(pipe: Any, step: int, tokens: int, state: dict[str, Any]) -> None:
         state["preview"]()
@@ -213,7 +213,7 @@ def test_refiner_alone(host: str) -> None:
         pipeline(host).text_encoder,
         pipeline(host).tokenizer,
         class_names=CLASSES,
-        guidance_scale=2.0,
+        guidance_scale=3.0,
     )
     expected = small(PROMPTS[host], seed=3, output_type="latent").images
     assert torch.equal(codes(host, accelerator="refiner"), expected)
@@ -241,7 +241,7 @@ def test_options_of_refined_scales(
 @on_hosts
 @pytest.mark.parametrize(
     "options",
-    [{"refiner_guidance_scale": 9.0}, {"refiner_guidance_scale": 0.0}, {"refiner_top_p": 0.1}],
+    [{"refiner_guidance_scale": 10.0}, {"refiner_guidance_scale": 1.0}, {"refiner_top_p": 0.1}],
     ids=str,
 )
 def test_further_options_of_refined_scales(host: str, options: dict[str, float]) -> None:
@@ -265,9 +265,9 @@ def test_lists_have_an_entry_per_scale() -> None:
 @on_hosts
 def test_guidance_is_off_at_zero(host: str) -> None:
     one = PROMPTS[host][0]
-    assert pipeline(host)(one, seed=0, guidance_scale=0).stats.rows == 1
-    assert pipeline(host)(one, seed=0, guidance_scale=0.1).stats.rows == 2
-    off, on = (codes(host, guidance_scale=scale) for scale in (0.0, 6.0))
+    assert pipeline(host)(one, seed=0, guidance_scale=1).stats.rows == 1
+    assert pipeline(host)(one, seed=0, guidance_scale=1.1).stats.rows == 2
+    off, on = (codes(host, guidance_scale=scale) for scale in (1.0, 7.0))
     assert torch.equal(off[:, :1], on[:, :1]), "the first scale is never guided"
     assert not torch.equal(off, on)
 
@@ -402,7 +402,7 @@ def refused(message: str, error: type[Exception] = InputError) -> Any:
         ({"prompt": "goldfisch"}, "did you mean 'goldfish'"),
         ({"prompt": 5}, "from 0 to 4"),
         ({"prompt": [-1, 0]}, "from 0 to 4"),
-        ({"guidance_scale": -1}, "guidance_scale"),
+        ({"guidance_scale": 0.9}, "guidance_scale"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"guidance_scale": float("inf")}, "guidance_scale"),
         ({"top_k": CODES + 1}, f"{CODES} codes"),
@@ -420,7 +420,7 @@ def refused(message: str, error: type[Exception] = InputError) -> Any:
         ({"output_type": "jpeg"}, "pil"),
         ({"accelerator": CoDe(draft_scales=4)}, "3 scales"),
         ({"accelerator": CoDe(refiner_top_k=CODES + 1)}, f"{CODES} codes"),
-        ({"accelerator": CoDe(refiner_guidance_scale=-1.0)}, "guidance_scale"),
+        ({"accelerator": CoDe(refiner_guidance_scale=0.0)}, "guidance_scale"),
         ({"accelerator": CoDe(refiner_temperature=-1.0)}, "temperature"),
         ({"accelerator": CoDe(refiner=nn.Linear(1, 1))}, "got Linear"),
         ({"accelerator": CoDe(refiner=3)}, "got int"),
@@ -597,7 +597,7 @@ def test_inpainting_without_a_prompt_is_unconditional(host: str) -> None:
     """Greedy tokens are the most likely ones of a network that is told nothing, of one pass over all scales."""
     pipe = pipeline(host)
     options = {"seed": 0, "temperature": 0.0, "output_type": "latent"}
-    out = pipe.inpaint(source_image(), right_half(), guidance_scale=9.0, **options)
+    out = pipe.inpaint(source_image(), right_half(), guidance_scale=10.0, **options)
     assert out.stats.rows == 1
     with torch.no_grad():
         given = pipe._condition(PROMPTS[host][:1])
@@ -605,7 +605,7 @@ def test_inpainting_without_a_prompt_is_unconditional(host: str) -> None:
         inputs = pipe.vq_model.quantize.inputs(out.images)
         logits = pipe.transformer(condition, inputs, mask, dropped=torch.ones(1, dtype=torch.bool))
     assert torch.equal(logits.argmax(-1)[:, ~KEPT], out.images[:, ~KEPT])
-    prompted = pipe.inpaint(source_image(), right_half(), PROMPTS[host][1], guidance_scale=9.0, **options)
+    prompted = pipe.inpaint(source_image(), right_half(), PROMPTS[host][1], guidance_scale=10.0, **options)
     assert not torch.equal(prompted.images, out.images)
 
 
@@ -718,7 +718,7 @@ def test_save_and_load(host: str, tmp_path: Path) -> None:
         loaded = loader.from_pretrained(tmp_path / "model")
         loaded.set_progress_bar_config(disable=True)
         assert isinstance(loaded, VARPipeline)
-        assert loaded.config.guidance_scale == 2.0
+        assert loaded.config.guidance_scale == 3.0
         assert len(loaded.refiner.blocks) == 2
         assert not loaded.refiner.training
         for accelerator in (None, "code", "refiner"):
@@ -783,7 +783,7 @@ def test_published_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert pipe.refiner is None
     assert pipe.vq_model.schedule == pipe.transformer.schedule
     settings = pipe.config
-    assert (settings.guidance_scale, settings.top_k, settings.top_p) == (1.5, 900, 0.96)
+    assert (settings.guidance_scale, settings.top_k, settings.top_p) == (2.5, 900, 0.96)
     assert len(settings.class_names) == 1000
     assert pipe.class_label("goldfish") == 1
     with refused("top_k=900 is more than the model's 64 codes"):
@@ -800,7 +800,7 @@ def test_published_pair_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert pipe.transformer.dtype == pipe.refiner.dtype == torch.bfloat16
     assert pipe.vq_model.dtype == torch.float32
     settings = pipe.config
-    assert (settings.guidance_scale, settings.top_k, settings.top_p) == (1.5, 600, 0.96)
+    assert (settings.guidance_scale, settings.top_k, settings.top_p) == (2.5, 600, 0.96)
     stats = pipe(3, seed=0, top_k=0, accelerator="code").stats
     assert stats.options["draft_scales"] == 3
     assert [stage.passes for stage in stats.stages] == [3, 1]

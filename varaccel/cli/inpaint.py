@@ -22,7 +22,7 @@ def inpaint(
     seed: Annotated[int, typer.Option(help="Seed of the first version.")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Versions to make.")] = 1,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="How strictly to follow the prompt; 0 = off.")
+        float | None, typer.Option(help="How strictly to follow the prompt; 1 = off.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:

@@ -59,7 +59,8 @@ def _text_conditional(stage: int, resolution: int) -> PublishedModel:
 
 _VAR_TOKENIZER = "vae_ch160v4096z32.pth"
 # the published settings for figures; the authors' demo uses guidance 4 and top-p 0.95
-_VAR_SETTINGS = {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96}
+# 1 + the published cfg
+_VAR_SETTINGS = {"guidance_scale": 2.5, "top_k": 900, "top_p": 0.96}
 
 
 def _var(depth: int) -> PublishedModel:
@@ -73,7 +74,7 @@ def _code_pair(draft_scales: int) -> PublishedModel:
         "Zigeng/VAR_CoDe",
         f"drafter_{draft_scales}.pth",
         _VAR_TOKENIZER,
-        {"guidance_scale": 1.5, "top_k": 600, "top_p": 0.96},
+        {"guidance_scale": 2.5, "top_k": 600, "top_p": 0.96},
         tokenizer_repository="FoundationVision/var",
         refiner=f"refiner_{draft_scales}.pth",
     )

@@ -87,7 +87,7 @@ class VARPipeline(TokenPipeline):
         tokenizer: Any = None,
         refiner: VARTransformer | None = None,
         class_names: Sequence[str] | None = None,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = 2.5,
         top_k: int = 0,
         top_p: float = 1.0,
         temperature: float = 1.0,
@@ -200,7 +200,7 @@ class VARPipeline(TokenPipeline):
 
         Args:
             prompt: one description or several; for class-conditional models a label or class name.
-            guidance_scale: how strictly to follow the prompt, see `ScaleGuidance`; 0 switches guidance off and
+            guidance_scale: how strictly to follow the prompt, see `ScaleGuidance`; 1 switches guidance off and
                 halves the work. The model's own default if None.
             num_images_per_prompt: images of each prompt, at least 1.
             seed: image i uses seed + i and can be made again alone with it.
@@ -283,7 +283,7 @@ class VARPipeline(TokenPipeline):
         pixels = image_tensor(image, self.image_size).to(self._execution_device, self.vq_model.dtype)
         kept = kept_tokens(mask_tensor(mask, self.image_size), self.transformer.schedule)
         settings = VARSettings(
-            self._guidance(0.0 if prompt is None else guidance_scale),
+            self._guidance(1.0 if prompt is None else guidance_scale),
             self._sampling(temperature, top_k, top_p),
             smooth,
             source=(self.vq_model.encode(pixels).indices, kept.to(pixels.device)),

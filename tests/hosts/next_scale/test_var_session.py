@@ -147,7 +147,7 @@ class Run:
         features = FeatureMap(tokenizer().quantize, batch)
         self.canvas = canvas or Canvas.empty(batch, TOKENS)
         randomness = Randomness.draw(image_generators(batch, seed=seed), TOKENS)
-        options |= {"guidance": ScaleGuidance(guidance), "sampling": sampling}
+        options |= {"guidance": ScaleGuidance.published(guidance), "sampling": sampling}
         session = ScaleSession(network, features, given_of(*condition), until=handover, **options)
         self.sessions = [session]
         self.logits: list[Tensor] = []
@@ -238,7 +238,9 @@ def test_prediction() -> None:
     network, given = transformer(), condition("class")
     run = Run(network, given)
     features = FeatureMap(tokenizer().quantize, 3)
-    session = ScaleSession(network, features, given_of(*given), guidance=ScaleGuidance(3.0), sampling=DRAWN)
+    session = ScaleSession(
+        network, features, given_of(*given), guidance=ScaleGuidance.published(3.0), sampling=DRAWN
+    )
     for inputs in Scales(SCHEDULE).step_inputs(run.canvas):
         distribution = session.predict(run.canvas, inputs)
         kept = DRAWN.keep(run.logits[inputs.scale], inputs.scale)
@@ -279,7 +281,7 @@ def test_skipping_scales() -> None:
         network,
         FeatureMap(tokenizer().quantize, 3),
         given_of(*given),
-        guidance=ScaleGuidance(3.0),
+        guidance=ScaleGuidance.published(3.0),
         sampling=DRAWN,
     )
     assert_same([session.logits(run.canvas, 1)], run.logits[1:2])
@@ -297,7 +299,7 @@ def test_cache_holds_what_will_be_looked_at(until: int, guidance: float) -> None
         network,
         FeatureMap(tokenizer().quantize, 3),
         given_of(*given),
-        guidance=ScaleGuidance(guidance),
+        guidance=ScaleGuidance.published(guidance),
         until=until,
     )
     for scale in range(until):
@@ -328,7 +330,7 @@ def test_half_precision_cache() -> None:
     """bfloat16 keeps 8 bits: logits of size 10 move by some hundredths at most, and memory halves."""
     network, given = transformer(), condition("class")
     exact = Run(network, given)
-    options = {"guidance": ScaleGuidance(3.0), "cache_dtype": torch.bfloat16}
+    options = {"guidance": ScaleGuidance.published(3.0), "cache_dtype": torch.bfloat16}
     session = ScaleSession(network, FeatureMap(tokenizer().quantize, 3), given_of(*given), **options)
     logits = [session.logits(exact.canvas, scale) for scale in range(SCALES)]
     assert all(part.dtype == torch.float32 for part in logits)
@@ -446,7 +448,7 @@ def smooth_run(canvas: Canvas, smooth: bool = True) -> FeatureMap:
     draws = PublishedDraws(torch.Generator().manual_seed(3))
     features = FeatureMap(tokenizer().quantize, 3, smooth=draws.gumbel(CODES) if smooth else None)
     session = ScaleSession(
-        transformer(), features, given_of(*condition("class")), guidance=ScaleGuidance(3.0)
+        transformer(), features, given_of(*condition("class")), guidance=ScaleGuidance.published(3.0)
     )
     for inputs in Scales(SCHEDULE).step_inputs(canvas):
         distribution = session.predict(canvas, inputs)
@@ -470,7 +472,7 @@ def test_smooth_vectors_stay_codes_where_fixed() -> None:
     draws = PublishedDraws(torch.Generator().manual_seed(3))
     features = Spy(quantizer, 3, smooth=draws.gumbel(CODES))
     session = ScaleSession(
-        transformer(), features, given_of(*condition("class")), guidance=ScaleGuidance(3.0)
+        transformer(), features, given_of(*condition("class")), guidance=ScaleGuidance.published(3.0)
     )
     canvas = Canvas.given(given, fixed)
     for inputs in Scales(SCHEDULE).step_inputs(canvas):
@@ -621,17 +623,21 @@ def test_filters_that_just_fit() -> None:
     ScaleSampling(temperature=[0.0] * SCALES, top_k=[CODES] * SCALES, top_p=1.0).check(SCHEDULE, CODES)
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -0.5])
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 0.9, -0.5])
 def test_impossible_guidance(scale: float) -> None:
     with pytest.raises(InputError, match="guidance_scale of a next-scale model"):
         ScaleGuidance(scale)
 
 
 def test_guidance_grows_with_the_scale() -> None:
-    assert [ScaleGuidance(3.0).strength(SCHEDULE, s) for s in range(SCALES)] == pytest.approx([0, 1, 2, 3])
-    assert ScaleGuidance(3.0).strength(SCHEDULE, 0) == 0
-    assert not ScaleGuidance(0.0).enabled
-    assert ScaleGuidance(0.1).enabled
+    assert [ScaleGuidance.published(3.0).strength(SCHEDULE, s) for s in range(SCALES)] == pytest.approx(
+        [0, 1, 2, 3]
+    )
+    assert ScaleGuidance.published(3.0).strength(SCHEDULE, 0) == 0
+    assert not ScaleGuidance.published(0.0).enabled
+    assert ScaleGuidance.published(0.1).enabled
+    assert ScaleGuidance.published(3.0) == ScaleGuidance(4.0)
+    assert not ScaleGuidance(1.0).enabled
 
 
 # -- schedules, models and codes -----------------------------------------------------------------------
@@ -843,7 +849,7 @@ def test_half_precision_transformer(dtype: torch.dtype, bound: float) -> None:
         network,
         FeatureMap(tokenizer().quantize, 3),
         given_of(*condition("class")),
-        guidance=ScaleGuidance(1.0),
+        guidance=ScaleGuidance.published(1.0),
     )
     logits = [session.logits(exact.canvas, scale) for scale in range(SCALES)]
     assert session.cache is not None

@@ -81,7 +81,7 @@ def _zipar(size: str, window: int) -> Preset:
 def _var(depth: int, fid: float) -> Preset:
     return Preset(
         f"var-d{depth}",
-        {"guidance_scale": 1.5, "top_k": 900, "top_p": 0.96},
+        {"guidance_scale": 2.5, "top_k": 900, "top_p": 0.96},
         {"fid": fid},
         "VAR (arXiv 2404.02905), table of the authors' repository",
         rounding="down",
@@ -92,7 +92,7 @@ def _var(depth: int, fid: float) -> Preset:
 def _code(draft_scales: int, fid: float, inception_score: float) -> Preset:
     return Preset(
         f"var-code-{draft_scales}",
-        {"guidance_scale": 1.5, "top_k": 600, "top_p": 0.96, "temperature": [1.1] * 7 + [1.0] * 3},
+        {"guidance_scale": 2.5, "top_k": 600, "top_p": 0.96, "temperature": [1.1] * 7 + [1.0] * 3},
         {"fid": fid, "is": inception_score},
         "CoDe (arXiv 2411.17787), table of the authors' repository",
         accelerator=f"code:draft_scales={draft_scales}",

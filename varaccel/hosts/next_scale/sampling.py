@@ -17,34 +17,40 @@ from varaccel.nn.scale_schedule import ScaleSchedule
 
 @dataclass(frozen=True)
 class ScaleGuidance:
-    """Classifier-free guidance that grows with the scale: logits (1 + t) c - t u with t = `scale` * progress.
+    """Classifier-free guidance that grows with the scale: logits c + t (c - u) with t = (`scale` - 1) * progress.
 
-    The first scale is never guided, the last one fully (VAR, published sampler). In the words of other models, the
-    last scale has a guidance scale of 1 + `scale`.
+    The first scale is never guided, the last one fully (VAR, published sampler). The published samplers call
+    t of the last scale `cfg`, so `scale` is 1 + `cfg`: as in other families, 1 means no guidance.
 
     Attributes:
-        scale: published `cfg`; 0 means no guidance, and halves the work.
+        scale: guidance of the last scale; 1 means no guidance, and halves the work.
 
     Raises:
-        InputError: not a finite number of at least 0.
+        InputError: not a finite number of at least 1.
     """
 
-    scale: float = 0.0
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         number = isinstance(self.scale, (int, float)) and math.isfinite(self.scale)
-        if not number or self.scale < 0:
+        if not number or self.scale < 1:
             raise InputError(
-                f"guidance_scale of a next-scale model must be a number >= 0 (0 = off), got {self.scale}."
+                f"guidance_scale of a next-scale model must be a number >= 1 (1 = off; 1 + the published cfg), "
+                f"got {self.scale}."
             )
+
+    @classmethod
+    def published(cls, cfg: float) -> ScaleGuidance:
+        """The guidance that the published samplers call `cfg`."""
+        return cls(1 + cfg)
 
     @property
     def enabled(self) -> bool:
-        return self.scale > 0
+        return self.scale > 1
 
     def strength(self, schedule: ScaleSchedule, scale: int) -> float:
         """t of a scale."""
-        return self.scale * schedule.progress(scale)
+        return (self.scale - 1) * schedule.progress(scale)
 
 
 @dataclass(frozen=True)
