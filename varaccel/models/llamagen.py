@@ -281,7 +281,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin, PrefixConditioned):
             return self.cls_embedding.uncond_embedding.expand_as(values).to(values.dtype)
         return torch.full_like(values, self.config.num_classes)
 
-    def positional(self, prefix: int, grids: Sequence[Grid]) -> Tensor:
+    def positional(self, prefix: int, grids: Sequence[Grid], mask: Tensor | None = None) -> Tensor:
         """The rotary table [1, prefix + grid_size ** 2, head_dim / 2, 2]."""
         return self.rotary_table(prefix=prefix).unsqueeze(0)
 

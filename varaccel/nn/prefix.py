@@ -89,8 +89,8 @@ class PrefixConditioned:
     def unconditional(self, values: Tensor) -> Tensor:
         """The condition that means "none", in the shape of `values`."""
 
-    def positional(self, prefix: int, grids: Sequence[Grid]) -> Tensor | None:
-        """See `Prefix.positional`, for `prefix` slots and the positions of `grids`."""
+    def positional(self, prefix: int, grids: Sequence[Grid], mask: Tensor | None) -> Tensor | None:
+        """See `Prefix.positional`, for `prefix` slots (used ones by `mask` [R, T], see `Prefix`) and `grids`."""
         return None
 
     def modulation(self, values: Tensor) -> Tensor | None:
@@ -114,7 +114,7 @@ class PrefixConditioned:
                 values = torch.cat([values, self.unconditional(values)])
                 mask = None if mask is None else mask.repeat(2, 1)
             embeddings, modulation = self.embed_condition(values), self.modulation(values)
-        return Prefix(embeddings, mask, self.positional(embeddings.shape[1], grids), modulation)
+        return Prefix(embeddings, mask, self.positional(embeddings.shape[1], grids, mask), modulation)
 
     def possible_tokens(self, positions: Tensor, grids: Sequence[Grid]) -> Tensor | None:
         """Which tokens may stand at `positions` ([P] or [B, P]): bool [..., V]; None if all may everywhere."""
