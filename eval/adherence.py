@@ -59,7 +59,7 @@ def render_scenes(seeds: Sequence[int], size: int) -> list[Image.Image]:
 def reconstruct(
     images: Sequence[Image.Image], tokenizer: ImageTokenizer, batch_size: int
 ) -> list[Image.Image]:
-    """Images after a round trip through an image tokenizer: the best that a model on its codes can do."""
+    """Images after a round trip through an image tokenizer: the best that a model of its tokens can do."""
     size = images[0].size[0]
     pixels = as_batch(images, size)
     result: list[Image.Image] = []

@@ -413,7 +413,7 @@ def test_presets_are_runnable_as_they_stand(name: str) -> None:
             call["temperature"] = call["temperature"][: len(pipe.transformer.schedule)]
     output = pipe(0, seed=0, output_type="latent", **call)
     assert len(output.images) == 1
-    assert accelerator.hosts is None or family in accelerator.hosts
+    assert issubclass(pipe.job_type, accelerator.job_type)
 
 
 def test_an_unknown_preset_is_told() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.errors import InputError, unknown_name
 from varaccel.models.detector import Detection, Observation, SceneDetector
 from varaccel.scenes.grammar import Caption, Mention, caption
@@ -348,7 +348,7 @@ def draw_captions(
     batch_size: int,
     seed: int,
     guidance_scale: float | None = None,
-    accelerator: Accelerator | None = None,
+    accelerator: AnyAccelerator | None = None,
 ) -> list[Image.Image]:
     """One image per caption; image i is drawn with seed `seed` + i, whatever the batch size.
 

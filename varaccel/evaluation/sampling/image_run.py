@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.errors import InputError, unknown_name
 from varaccel.evaluation.digests import text_digest, weights_digest
 from varaccel.evaluation.metrics.image_sets import RUN_IMAGES
@@ -98,7 +98,7 @@ class RunSettings:
         cls,
         pipe: Any,
         prompts: Sequence[str | int],
-        accelerator: Accelerator,
+        accelerator: AnyAccelerator,
         *,
         model: str,
         source: str,
@@ -255,7 +255,7 @@ class ImageRun:
     def draw(
         self,
         pipe: Any,
-        accelerator: Accelerator,
+        accelerator: AnyAccelerator,
         *,
         state: PartialState | None = None,
         progress: bool = True,
@@ -304,7 +304,7 @@ class ImageRun:
             raise InputError(plan[1])
         return list(plan[0])
 
-    def _draw_batch(self, pipe: Any, accelerator: Accelerator, batch: int) -> None:
+    def _draw_batch(self, pipe: Any, accelerator: AnyAccelerator, batch: int) -> None:
         indices = self.indices(batch)
         output = pipe(
             self.prompts[indices.start : indices.stop],
