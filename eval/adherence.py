@@ -29,7 +29,7 @@ from varaccel.engine.option_text import parse_options
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.metrics.adherence import (
     Adherence,
-    VerificationResult,
+    CaptionVerdict,
     draw_captions,
     held_out_prompts,
     score_adherence,
@@ -95,7 +95,7 @@ def run_images(folder: Path, settings: RunSettings) -> list[Image.Image]:
     return [Image.fromarray(images[index].permute(1, 2, 0).numpy()) for index in range(len(images))]
 
 
-def _remark(verdict: VerificationResult) -> str:
+def _remark(verdict: CaptionVerdict) -> str:
     if verdict.correct:
         return "correct" if verdict.alone else f"correct, {verdict.detected} objects"
     if not verdict.complete:
