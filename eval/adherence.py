@@ -35,8 +35,8 @@ from varaccel.evaluation.metrics.adherence import (
     score_adherence,
 )
 from varaccel.evaluation.metrics.image_sets import ImageFolder
-from varaccel.evaluation.sampling.image_run import RunSettings
 from varaccel.evaluation.sampling.prompt_lists import SCENES
+from varaccel.evaluation.sampling.run_settings import RunSettings
 from varaccel.files import atomic_path
 from varaccel.models.detector import as_batch, load_detector
 from varaccel.pipelines.pixels import to_output

@@ -25,9 +25,10 @@ from tests.tiny import CLASSES, PROMPTS, pipeline
 from varaccel import InputError, Plain, ZipAR
 from varaccel.evaluation.metrics.rounding import compare_batch_sizes
 from varaccel.evaluation.sampling import image_run as image_run
-from varaccel.evaluation.sampling.image_run import ImageRun, RunSettings, read_prompts, to_pixels
+from varaccel.evaluation.sampling.image_run import ImageRun, read_prompts, to_pixels
 from varaccel.evaluation.sampling.presets import IMAGENET_256, PRESETS, get_preset
 from varaccel.evaluation.sampling.prompt_lists import default_source, list_prompts
+from varaccel.evaluation.sampling.run_settings import RunSettings
 from varaccel.pipelines.catalog import PUBLISHED
 from varaccel.pipelines.memory import OutOfMemory
 from varaccel.shipped import shipped_models

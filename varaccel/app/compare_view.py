@@ -130,4 +130,4 @@ color:color-mix(in srgb,var(--body-text-color) 72%,var(--background-fill-primary
 .va-compare .images img{width:100%}
 }
 """
-"""Styles of the tab; those of the badges are in `varaccel.app.explore.CSS`."""
+"""Styles of the tab; those of the badges are in `varaccel.app.report_view.CSS`."""

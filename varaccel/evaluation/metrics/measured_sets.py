@@ -29,9 +29,10 @@ from varaccel.evaluation.metrics.image_sets import ImageFolder, ImageSet, open_i
 from varaccel.evaluation.metrics.metrics_report import MetricsReport
 from varaccel.evaluation.metrics.references import Reference, load_reference, needs_images, statistics_of
 from varaccel.evaluation.metrics.set_metrics import METRICS, SetReport, cautions, measure
-from varaccel.evaluation.sampling.image_run import RunSettings, read_prompts
+from varaccel.evaluation.sampling.image_run import read_prompts
 from varaccel.evaluation.sampling.presets import Preset
 from varaccel.evaluation.sampling.prompt_lists import SCENES
+from varaccel.evaluation.sampling.run_settings import RunSettings
 from varaccel.models.detector import load_detector
 from varaccel.version import __version__
 
