@@ -2,7 +2,7 @@
 
     python eval/greedy.py --model mini-llamagen --count 64 -a jacobi -a speculative:drafter=eagle,tree=5
 
-A lossless accelerator must reproduce plain decoding at temperature 0. Rounding can part them where two tokens are equally
+A lossless accelerator must reproduce plain decoding at temperature 0. Rounding can part them where two tokens are as
 likely to the last digits, since a pass over several tokens adds up in another order than a pass over one. Where
 images differ, the position of each first difference is shown.
 """
