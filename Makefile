@@ -8,7 +8,7 @@ RUN := OMP_WAIT_POLICY=passive $(BIN)/python
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo        pictures from prompts with the shipped model, plain and accelerated side by side"
+	@echo "make demo        images from prompts with the shipped model, plain and accelerated side by side"
 	@echo "make test        the test suite"
 	@echo "make bench       outputs/report/index.html: speed and quality of accelerators on the shipped models (half an hour)"
 	@echo "make app         the demo in the browser"

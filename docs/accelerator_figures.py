@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from varaccel import AutoPipeline, CoDe, CSpD, FeatureCache, FewerSteps, Jacobi, Lantern, Speculative, ZipAR
+from varaccel.evaluation.call_text import quality_label
 from varaccel.files import atomic_path
 from varaccel.pipelines.acceptance_map import pass_colors
 
@@ -80,10 +81,6 @@ def pipeline(name: str) -> Any:
 @lru_cache(maxsize=8)
 def plain(model: str, prompt: str, seed: int) -> Any:
     return pipeline(model)(prompt, seed=seed)
-
-
-def distribution(stats: Any) -> str:
-    return "exact" if stats.lossless else "approximate"
 
 
 def passes(stats: Any) -> str:
@@ -163,8 +160,8 @@ def strip(name: str) -> Image.Image:
     before = plain(case.model, case.prompt, case.seed)
     after = pipeline(case.model)(case.prompt, seed=case.seed, accelerator=case.accelerator, **case.call)
     panels = [
-        Panel(before.images[0], ("plain", passes(before.stats), distribution(before.stats))),
-        Panel(after.images[0], (case.label, passes(after.stats), distribution(after.stats))),
+        Panel(before.images[0], ("plain", passes(before.stats), quality_label(before.stats.lossless))),
+        Panel(after.images[0], (case.label, passes(after.stats), quality_label(after.stats.lossless))),
         passes_map(after),
     ]
     return sheet(title(case.model, case.prompt, case.seed), panels, 3)
@@ -193,7 +190,7 @@ def same_image() -> Image.Image:
     panels = []
     for label, accelerator in choices.items():
         out = pipe(CONE["prompt"], seed=CONE["seed"], accelerator=accelerator)
-        panels.append(Panel(out.images[0], (label, passes(out.stats), distribution(out.stats))))
+        panels.append(Panel(out.images[0], (label, passes(out.stats), quality_label(out.stats.lossless))))
     if any(p.image.tobytes() != panels[0].image.tobytes() for p in panels):
         raise RuntimeError("the three images are not equal.")
     return sheet(title(**CONE) + ": what Auto chooses from", panels, 3)

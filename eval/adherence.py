@@ -29,14 +29,14 @@ from varaccel.engine.option_text import parse_options
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.metrics.adherence import (
     Adherence,
-    VerificationResult,
+    CaptionVerdict,
     draw_captions,
     held_out_prompts,
     score_adherence,
 )
 from varaccel.evaluation.metrics.image_sets import ImageFolder
-from varaccel.evaluation.sampling.image_run import RunSettings
 from varaccel.evaluation.sampling.prompt_lists import SCENES
+from varaccel.evaluation.sampling.run_settings import RunSettings
 from varaccel.files import atomic_path
 from varaccel.models.detector import as_batch, load_detector
 from varaccel.pipelines.pixels import to_output
@@ -59,7 +59,7 @@ def render_scenes(seeds: Sequence[int], size: int) -> list[Image.Image]:
 def reconstruct(
     images: Sequence[Image.Image], tokenizer: ImageTokenizer, batch_size: int
 ) -> list[Image.Image]:
-    """Images after a round trip through an image tokenizer: the best that a model on its codes can do."""
+    """Images after a round trip through an image tokenizer: the best that a model of its tokens can do."""
     size = images[0].size[0]
     pixels = as_batch(images, size)
     result: list[Image.Image] = []
@@ -95,7 +95,7 @@ def run_images(folder: Path, settings: RunSettings) -> list[Image.Image]:
     return [Image.fromarray(images[index].permute(1, 2, 0).numpy()) for index in range(len(images))]
 
 
-def _remark(verdict: VerificationResult) -> str:
+def _remark(verdict: CaptionVerdict) -> str:
     if verdict.correct:
         return "correct" if verdict.alone else f"correct, {verdict.detected} objects"
     if not verdict.complete:

@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _follow_preset(options: argparse.Namespace) -> None:
     """Take from the preset what was not typed."""
-    from varaccel.evaluation.metrics.set_metrics import ADM_REFERENCE
+    from varaccel.evaluation.metrics.references import ADM_REFERENCE
 
     preset = get_preset(options.preset)
     if options.out is None:
@@ -118,7 +118,8 @@ def _drawn(options: argparse.Namespace) -> bool:
 def _space(options: argparse.Namespace) -> str:
     """The feature space, if all that it needs is there."""
     from varaccel.evaluation.metrics.feature_spaces import check_space
-    from varaccel.evaluation.metrics.set_metrics import check_metrics, holds_inception_statistics
+    from varaccel.evaluation.metrics.references import holds_inception_statistics
+    from varaccel.evaluation.metrics.set_metrics import check_metrics
 
     if options.metrics is not None:
         check_metrics(options.metrics)

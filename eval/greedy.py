@@ -1,8 +1,8 @@
-"""Whether exact accelerators, taking the likeliest token, draw what plain decoding draws, token for token.
+"""Whether lossless accelerators draw what plain decoding draws, token for token, when the most likely token is taken.
 
     python eval/greedy.py --model mini-llamagen --count 64 -a jacobi -a speculative:drafter=eagle,tree=5
 
-A method that is exact by its distribution must also be exact here; rounding can part them where two tokens are equally
+A lossless accelerator must reproduce plain decoding at temperature 0. Rounding can part them where two tokens are as
 likely to the last digits, since a pass over several tokens adds up in another order than a pass over one. Where
 images differ, the position of each first difference is shown.
 """
@@ -25,7 +25,7 @@ from varaccel.evaluation.sampling.example_prompts import examples
 from varaccel.files import write_text
 from varaccel.pipelines.placement import open_pipeline
 
-EXACT = (
+LOSSLESS = (
     *("jacobi:coupling=none", "jacobi:coupling=gumbel", "jacobi:coupling=maximal"),
     *("speculative:tree=5", "speculative:tree=5,verification=k_sequential", "speculative:tree=mc_sim_7b_63"),
     *("speculative:tree=dynamic", "speculative:drafter=layers,tree=3", "lantern:k=0"),
@@ -52,7 +52,7 @@ def main() -> int:
     try:
         if options.count < 1 or options.batch_size < 1:
             raise InputError("--count and --batch-size must be at least 1.")
-        accelerators = parse_grid(options.accelerator or EXACT)
+        accelerators = parse_grid(options.accelerator or LOSSLESS)
         pipe = open_pipeline(options.model, quiet=True)
         prompts = examples(pipe, [caption.text for caption in held_out_captions(options.count)])
         plain = draw(pipe, prompts, None, options.batch_size).flatten(1)

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.accelerators.notation import parse_grid
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.bench.grids import DEFAULTS, default_grid, defaults_of
@@ -32,6 +32,7 @@ from varaccel.evaluation.bench.samples import draw_samples
 from varaccel.evaluation.bench.tables import bench_markdown
 from varaccel.evaluation.extra import check_extra
 from varaccel.files import check_writable, write_text
+from varaccel.hosts.next_scale.job import ScaleJob
 from varaccel.image_files import write_image
 from varaccel.pipelines.placement import check_place, open_pipeline
 from varaccel.shipped import smaller_model
@@ -53,7 +54,7 @@ class Plan:
     """
 
     model: str
-    grid: tuple[Accelerator, ...]
+    grid: tuple[AnyAccelerator, ...]
     images: int
     batches: tuple[int, ...]
     stem: Path
@@ -76,9 +77,9 @@ def make_plan(model: str, options: argparse.Namespace) -> Plan:
     """
     typed = parse_grid(options.accelerator or [])
     pipe: Any = open_pipeline(model, quiet=True)
-    defaults = defaults_of(pipe.family)
+    defaults = defaults_of(pipe.job_type)
     if typed:
-        grid = [one for one in typed if pipe.family in one.hosts]
+        grid = [one for one in typed if issubclass(pipe.job_type, one.job_type)]
         if not grid:
             raise InputError(
                 f"none of the accelerators works on {model}, a {pipe.family} model; add one with -a."
@@ -91,8 +92,9 @@ def make_plan(model: str, options: argparse.Namespace) -> Plan:
     if pipe.config.get("class_names") is not None:
         raise InputError(f"{model} draws classes, so no prompt can be judged; leave it out.")
     batches = tuple(options.batch or defaults.batches)
+    maps = not issubclass(pipe.job_type, ScaleJob)
     name = Path(model).name
-    return Plan(model, tuple(grid), images, batches, options.out / name, pipe.family != "var")
+    return Plan(model, tuple(grid), images, batches, options.out / name, maps)
 
 
 def measure(plan: Plan, options: argparse.Namespace) -> Section:
@@ -190,10 +192,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--grid", choices=GRIDS, default="release", help="what to compare without -a: few settings, or many"
     )
     sizes = "; ".join(
-        f"{family} {defaults.images}, batch {' and '.join(map(str, defaults.batches))}"
-        for family, defaults in DEFAULTS.items()
+        f"{defaults.label} {defaults.images}, batch {' and '.join(map(str, defaults.batches))}"
+        for defaults in DEFAULTS.values()
     )
-    parser.add_argument("--images", type=int, help=f"per accelerator, to be judged (by family: {sizes})")
+    parser.add_argument(
+        "--images", type=int, help=f"per accelerator, to be judged (by kind of model: {sizes})"
+    )
     parser.add_argument(
         "--scenes", type=int, default=1000, help="true images to measure the distance from; 0 = no distance"
     )

@@ -4,8 +4,9 @@
     python eval/speed.py --model mini-var --batch 1 --batch 16 --compile both --device cuda --dtype bfloat16
 
 Every speed-up is a ratio to plain decoding in the same rounds. Without -a these are compared: jacobi and
-zipar:window=4 (LlamaGen); CoDe that hands over after half and after 80 % of the scales (VAR, if there is a refiner);
-half of the iterations, feature_cache:refresh=4 and, if there is a drafter, cspd:mode=reference (MAR). Numbers on what
+zipar:window=4 (causal models); CoDe that hands over after half and after 80 % of the scales (next-scale models, if
+there is a refiner); half of the iterations, feature_cache:refresh=4 and, if there is a drafter, cspd:mode=reference
+(masked models). Numbers on what
 the device can do are measured at the start, so nothing else should run beside it.
 """
 

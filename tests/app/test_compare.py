@@ -19,7 +19,6 @@ from PIL import Image
 
 from tests.tiny import GRID, PROMPTS, pipeline
 from varaccel import Jacobi, Plain, ZipAR, make_accelerator
-from varaccel.accelerators import ACCELERATORS
 from varaccel.errors import CheckpointError, InputError
 
 gradio = pytest.importorskip("gradio")
@@ -28,7 +27,6 @@ from varaccel.app.compare_settings import (  # noqa: E402 - needs gradio
     default_lines,
     proposed_lines,
     settings_lines,
-    with_plain,
 )
 from varaccel.app.compare_tab import compare_tab  # noqa: E402
 from varaccel.app.compare_view import row_html  # noqa: E402
@@ -38,12 +36,18 @@ from varaccel.app.race import WARM_UP_PASSES  # noqa: E402
 from varaccel.app.snippet import DrawRequest  # noqa: E402
 from varaccel.app.studio import Studio  # noqa: E402
 from varaccel.app.turns import Stopped  # noqa: E402
+from varaccel.engine.accelerator import fitting  # noqa: E402
+from varaccel.engine.job import Job  # noqa: E402
+from varaccel.evaluation.bench.report import with_plain  # noqa: E402
+from varaccel.hosts.causal.job import CausalJob  # noqa: E402
+from varaccel.hosts.masked.job import MaskedJob  # noqa: E402
+from varaccel.hosts.next_scale.job import ScaleJob  # noqa: E402
 
-KINDS = {"llamagen": "t2i", "var": "var-caption", "mar": "mar-caption"}
+KINDS = {CausalJob: "t2i", ScaleJob: "var-caption", MaskedJob: "mar-caption"}
 SETTINGS = {
-    "llamagen": [ZipAR(2), Jacobi(3)],
-    "var": [make_accelerator("code", {"draft_scales": 2}), make_accelerator("refiner")],
-    "mar": [
+    CausalJob: [ZipAR(2), Jacobi(3)],
+    ScaleJob: [make_accelerator("code", {"draft_scales": 2}), make_accelerator("refiner")],
+    MaskedJob: [
         make_accelerator("fewer_steps", {"iterations": 3}),
         make_accelerator("cspd", {"draft_length": 2}),
     ],
@@ -67,54 +71,54 @@ def test_settings_are_read_line_by_line() -> None:
     speculative:tree=[[0], [1]],drafter=small
     plain
     """
-    assert settings_lines(text, "llamagen") == [
+    assert settings_lines(text, CausalJob) == [
         ZipAR(4, "published"),
         ZipAR(),
         make_accelerator("speculative", {"tree": [[0], [1]], "drafter": "small"}),
         Plain(),
     ]
     # a # within an option is none of a comment
-    assert settings_lines("code:refiner=a#b", "var") == [make_accelerator("code", {"refiner": "a#b"})]
+    assert settings_lines("code:refiner=a#b", ScaleJob) == [make_accelerator("code", {"refiner": "a#b"})]
 
 
 @pytest.mark.parametrize(
-    ("text", "family", "message"),
+    ("text", "job_type", "message"),
     [
-        ("plain\n\nwarp", "llamagen", "line 3: .*warp"),
-        ("zipar:window=0", "llamagen", "line 1: .*window"),
-        ("plain\nzipar:windw=2", "llamagen", "line 2: .*windw"),
-        ("plain\nzipar", "var", "line 2: 'zipar' does not work on var"),
-        ("zipar:4", "llamagen", "line 1: .*key=value"),
-        ("", "llamagen", "no setting"),
-        (" \n# zipar", "llamagen", "no setting"),
-        ("\n".join(f"zipar:window={n}" for n in range(1, 14)), "llamagen", "up to 12 settings, got 13"),
+        ("plain\n\nwarp", CausalJob, "line 3: .*warp"),
+        ("zipar:window=0", CausalJob, "line 1: .*window"),
+        ("plain\nzipar:windw=2", CausalJob, "line 2: .*windw"),
+        ("plain\nzipar", ScaleJob, "line 2: 'zipar' does not work on tiny; what does: .*code"),
+        ("zipar:4", CausalJob, "line 1: .*key=value"),
+        ("", CausalJob, "no setting"),
+        (" \n# zipar", CausalJob, "no setting"),
+        ("\n".join(f"zipar:window={n}" for n in range(1, 14)), CausalJob, "up to 12 settings, got 13"),
     ],
     ids=str,
 )
-def test_settings_that_cannot_be_used(text: str, family: str, message: str) -> None:
+def test_settings_that_cannot_be_used(text: str, job_type: type[Job], message: str) -> None:
     with pytest.raises(InputError, match=message) as told:
-        settings_lines(text, family)
+        settings_lines(text, job_type, "tiny")
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("family", KINDS)
-def test_what_is_proposed_fits_the_family(family: str) -> None:
-    proposed = settings_lines(default_lines(family), family)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_proposed_fits_the_family(kind: type[Job]) -> None:
+    proposed = settings_lines(default_lines(kind), kind)
     assert proposed[0] == Plain()
     assert len(proposed) > 2
 
 
 def test_what_is_proposed_has_its_networks() -> None:
     shipped = ("mini-llamagen", "mini-var", "mini-var-small", "mini-mar")
-    assert proposed_lines("mini-var", "var", shipped) == default_lines("var")
-    assert "refiner=" not in proposed_lines("mini-var", "var", ["mini-var"])
-    assert proposed_lines("var-d30", "var", shipped) == "plain"
-    assert proposed_lines("var-code-8", "var", shipped, ["refiner"]).splitlines() == [
+    assert proposed_lines("mini-var", ScaleJob, shipped) == default_lines(ScaleJob)
+    assert "refiner=" not in proposed_lines("mini-var", ScaleJob, ["mini-var"])
+    assert proposed_lines("var-d30", ScaleJob, shipped) == "plain"
+    assert proposed_lines("var-code-8", ScaleJob, shipped, ["refiner"]).splitlines() == [
         *("plain", *(f"code:draft_scales={n}" for n in (6, 5, 4, 3)), "refiner")
     ]
-    assert "cspd" not in proposed_lines("mar-base", "mar", shipped)
-    assert "cspd" in proposed_lines("mar-base", "mar", shipped, ["draft"])
-    assert proposed_lines("llamagen-c2i-b-256", "llamagen", ()) == default_lines("llamagen")
+    assert "cspd" not in proposed_lines("mar-base", MaskedJob, shipped)
+    assert "cspd" in proposed_lines("mar-base", MaskedJob, shipped, ["draft"])
+    assert proposed_lines("llamagen-c2i-b-256", CausalJob, ()) == default_lines(CausalJob)
 
 
 def test_plain_decoding_is_first_and_nothing_is_drawn_twice() -> None:
@@ -124,10 +128,10 @@ def test_plain_decoding_is_first_and_nothing_is_drawn_twice() -> None:
 # -- the comparison ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", KINDS)
-def test_rows_are_what_the_pipeline_draws(family: str) -> None:
-    pipe = pipeline(KINDS[family])
-    settings = SETTINGS[family]
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_what_the_pipeline_draws(kind: type[Job]) -> None:
+    pipe = pipeline(KINDS[kind])
+    settings = SETTINGS[kind]
     rows = list(compare(pipe, "a red sphere", settings, count=2, allowed=freely, **CALL))
     assert [row.accelerator for row in rows] == [Plain(), *settings]
     for row in rows:
@@ -154,7 +158,7 @@ class Watched:
     """A pipeline that notes of every call what drew, and whether images were asked for."""
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe, self.family = pipe, pipe.family
+        self.pipe, self.job_type = pipe, pipe.job_type
         self.calls: list[tuple[str, str]] = []
 
     def __call__(self, **call: Any) -> Any:
@@ -162,21 +166,21 @@ class Watched:
         return self.pipe(**call)
 
 
-@pytest.mark.parametrize("family", KINDS)
-def test_rows_come_as_they_are_finished_and_every_call_is_warm(family: str) -> None:
-    pipe = Watched(pipeline(KINDS[family]))
-    drawing = compare(pipe, "a cube", SETTINGS[family], count=1, allowed=freely, **CALL)
-    for number, name in enumerate(["plain", *(one.name for one in SETTINGS[family])], start=1):
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_come_as_they_are_finished_and_every_call_is_warm(kind: type[Job]) -> None:
+    pipe = Watched(pipeline(KINDS[kind]))
+    drawing = compare(pipe, "a cube", SETTINGS[kind], count=1, allowed=freely, **CALL)
+    for number, name in enumerate(["plain", *(one.name for one in SETTINGS[kind])], start=1):
         next(drawing)
         assert pipe.calls[2 * number - 2 :] == [(name, "latent"), (name, "pil")]
 
 
-@pytest.mark.parametrize("family", KINDS)
-def test_permission_is_asked_after_every_pass(family: str) -> None:
-    pipe, asked = pipeline(KINDS[family]), []
-    rows = list(compare(pipe, "a cube", SETTINGS[family], count=1, allowed=lambda: asked.append(1), **CALL))
+@pytest.mark.parametrize("kind", KINDS)
+def test_permission_is_asked_after_every_pass(kind: type[Job]) -> None:
+    pipe, asked = pipeline(KINDS[kind]), []
+    rows = list(compare(pipe, "a cube", SETTINGS[kind], count=1, allowed=lambda: asked.append(1), **CALL))
     passes = [row.stats.passes for row in rows]
-    warm = passes if family == "var" else [min(WARM_UP_PASSES, n) for n in passes]
+    warm = passes if kind is ScaleJob else [min(WARM_UP_PASSES, n) for n in passes]
     assert len(asked) == sum(passes) + sum(warm)
 
 
@@ -327,13 +331,17 @@ def test_the_table_grows_row_by_row(draw: Draw) -> None:
 
 @pytest.mark.parametrize("kind", ["var-caption", "mar-caption", "c2i"])
 def test_every_family_can_be_compared(draw: Draw, kind: str) -> None:
-    family = pipeline(kind).family
-    text = {"var": "code:draft_scales=2", "mar": "auto:quality=approximate", "llamagen": "auto"}[family]
+    job_type = pipeline(kind).job_type
+    text = {
+        ScaleJob: "code:draft_scales=2",
+        MaskedJob: "auto:quality=approximate",
+        CausalJob: "auto",
+    }[job_type]
     prompt = str(PROMPTS[kind][1])
     shown, _ = list(draw(model=kind, text=text, prompt=prompt, guidance=""))[-1]
     assert len(rows_of(shown)) == 2
     assert note_of(shown) == ""
-    if family != "var":
+    if job_type is not ScaleJob:
         assert re.search(r"<small>chose \w+\(", rows_of(shown)[1])
 
 
@@ -474,7 +482,7 @@ def test_settings_follow_the_model(
 ) -> None:
     settings, kept = event(page, "propose").fn(model, text, prompt)
     assert (settings.splitlines()[0], kept) == expected
-    assert settings_lines(settings, pipeline(model).family)
+    assert settings_lines(settings, pipeline(model).job_type)
 
 
 def test_no_event_is_part_of_the_api(page: Any) -> None:
@@ -489,7 +497,7 @@ def test_large_images_are_shown_smaller() -> None:
     assert 'width="256" height="192"' in row_html(row, wanted)
 
 
-@pytest.mark.parametrize("name", [n for n, cls in ACCELERATORS.items() if "llamagen" in cls.hosts])
+@pytest.mark.parametrize("name", fitting(CausalJob))
 def test_every_accelerator_can_be_compared(name: str) -> None:
     rows = list(compare(pipeline("t2i"), "a cube", [make_accelerator(name)], count=1, allowed=freely, **CALL))
     assert len(rows) == (1 if name == "plain" else 2)

@@ -28,8 +28,10 @@ from varaccel.version import __version__
 
 gradio = pytest.importorskip("gradio")
 
-from varaccel.app import explore as tab  # noqa: E402 - needs gradio
-from varaccel.app import trade_off  # noqa: E402
+from varaccel.app import trade_off  # noqa: E402 - needs gradio
+from varaccel.app.explore_tab import explore_tab  # noqa: E402
+from varaccel.app.report_view import CSS, images_html, measured_html  # noqa: E402
+from varaccel.app.reports import Found, found_reports, report_folders  # noqa: E402
 
 RELEASE = ROOT / "docs" / "report"
 MODELS = ("mini-llamagen", "mini-mar", "mini-var")
@@ -40,15 +42,15 @@ REPORTS = [
 ]
 
 
-def found(path: Path) -> tab.Found:
-    return tab.Found(path, path.stem, None)
+def found(path: Path) -> Found:
+    return Found(path, path.stem, None)
 
 
 def report_of(model: str) -> BenchReport:
     return BenchReport.from_dict(json.loads((RELEASE / f"{model}.json").read_text()))
 
 
-def write(path: Path, report: BenchReport) -> tab.Found:
+def write(path: Path, report: BenchReport) -> Found:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report.to_dict()))
     return found(path)
@@ -59,8 +61,8 @@ def write(path: Path, report: BenchReport) -> tab.Found:
 
 def test_the_report_of_the_release_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tab.report_folders() == [RELEASE]
-    reports = tab.found_reports(tab.report_folders())
+    assert report_folders() == [RELEASE]
+    reports = found_reports(report_folders())
     assert [one.title for one in reports] == list(MODELS)
     assert {one.measured for one in reports} == {f"for varaccel {__version__}"}
 
@@ -69,12 +71,12 @@ def test_my_own_report_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "outputs" / "report"
     own.mkdir(parents=True)
-    assert tab.report_folders() == [RELEASE], "an empty folder holds no report"
+    assert report_folders() == [RELEASE], "an empty folder holds no report"
     settings = dataclasses.replace(report_of("mini-var").settings, seed=9)
     write(own / "mini-var.json", dataclasses.replace(report_of("mini-var"), settings=settings))
     os.utime(own / "mini-var.json", (1.7e9, 1.7e9))
-    assert tab.report_folders() == [own, RELEASE]
-    reports = tab.found_reports(tab.report_folders())
+    assert report_folders() == [own, RELEASE]
+    reports = found_reports(report_folders())
     assert [one.title for one in reports] == [
         f"mini-var ({Path('outputs') / 'report'})",
         *("mini-llamagen", "mini-mar", "mini-var (this release)"),
@@ -85,7 +87,7 @@ def test_my_own_report_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_same_report_is_listed_once(tmp_path: Path) -> None:
     (tmp_path / "mini-var.json").write_bytes((RELEASE / "mini-var.json").read_bytes())
-    assert [one.path for one in tab.found_reports([tmp_path, RELEASE])] == [
+    assert [one.path for one in found_reports([tmp_path, RELEASE])] == [
         tmp_path / "mini-var.json",
         *(RELEASE / f"{model}.json" for model in ("mini-llamagen", "mini-mar")),
     ]
@@ -97,7 +99,7 @@ def test_the_wheel_and_a_clone_have_it_in_other_places(
 ) -> None:
     monkeypatch.setattr(shipped, "__file__", str(tmp_path / "varaccel" / "shipped.py"))
     write(tmp_path / place / "m.json", report_of("mini-var"))
-    assert tab.release_report_folder() == (None if place == "elsewhere" else tmp_path / place)
+    assert shipped.release_report_folder() == (None if place == "elsewhere" else tmp_path / place)
 
 
 # -- what is shown -------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ def cells(shown: str) -> list[str]:
 @pytest.mark.parametrize(("model", "batch"), REPORTS)
 def test_everything_of_a_report_is_on_the_page(model: str, batch: int) -> None:
     report = report_of(model)
-    shown = tab.measured_html(tab.Found(RELEASE / f"{model}.json", model, "on a day"), batch)
+    shown = measured_html(Found(RELEASE / f"{model}.json", model, "on a day"), batch)
     for sentence in (*best_sentences(report), *quality_notes(report), report.settings.machine, "on a day"):
         assert html.escape(sentence) in shown
     told = cells(shown)
@@ -138,7 +140,7 @@ def centre(point: ElementTree.Element) -> tuple[float, float]:
 @pytest.mark.parametrize(("model", "batch"), REPORTS)
 def test_plots_show_speed_against_quality(model: str, batch: int) -> None:
     report = report_of(model)
-    shown = tab.measured_html(found(RELEASE / f"{model}.json"), batch)
+    shown = measured_html(found(RELEASE / f"{model}.json"), batch)
     plots = panels(shown)
     assert len(plots) == 2
     left, top, right, bottom = trade_off._FRAME
@@ -182,14 +184,14 @@ def test_qualities_differ_in_shape_and_colour() -> None:
     assert trade_off._shape("plain", 9, 9) != trade_off._shape("approximate", 9, 9)
     for scope in (".va-explore", ".dark .va-explore"):
         found = rf"\n{re.escape(scope)}[^{{]*{{--va-lossless:(#\w+);--va-approximate:(#\w+)"
-        colours = re.search(found, tab.CSS)
+        colours = re.search(found, CSS)
         assert colours is not None
         assert colours[1] != colours[2]
 
 
 def test_numbers_do_not_cover_each_other() -> None:
     for model, batch in REPORTS:
-        for plot in panels(tab.measured_html(found(RELEASE / f"{model}.json"), batch)):
+        for plot in panels(measured_html(found(RELEASE / f"{model}.json"), batch)):
             places = [
                 (float(text.attrib["x"]), float(text.attrib["y"]))
                 for group in plot.iter("g")
@@ -251,7 +253,7 @@ CHANGES: dict[str, Callable[[BenchReport], BenchReport]] = {
 @pytest.mark.parametrize("model", MODELS)
 def test_unusual_reports_are_shown(model: str, change: str, tmp_path: Path) -> None:
     report = CHANGES[change](report_of(model))
-    shown = tab.measured_html(write(tmp_path / "m.json", report))
+    shown = measured_html(write(tmp_path / "m.json", report))
     batch = report.batches[0]
     judged = [row for row in report.rows if row.quality is not None and batch in row.speed]
     plots = panels(shown)
@@ -266,7 +268,7 @@ def test_a_report_of_one_half_is_shown_without_a_plot(missing: str, tmp_path: Pa
     report = report_of("mini-llamagen")
     empty: Any = None if missing == "quality" else {}
     rows = tuple(dataclasses.replace(row, **{missing: empty}) for row in report.rows)
-    shown = tab.measured_html(write(tmp_path / "m.json", dataclasses.replace(report, rows=rows, truth=None)))
+    shown = measured_html(write(tmp_path / "m.json", dataclasses.replace(report, rows=rows, truth=None)))
     assert panels(shown) == []
     assert ("<h3>Speed</h3>" in shown) == (missing == "quality")
     assert ("<h3>Quality</h3>" in shown) == (missing == "speed")
@@ -274,8 +276,8 @@ def test_a_report_of_one_half_is_shown_without_a_plot(missing: str, tmp_path: Pa
 
 def test_a_batch_that_was_not_measured_is_the_smallest(tmp_path: Path) -> None:
     one = found(RELEASE / "mini-var.json")
-    assert tab.measured_html(one, 77) == tab.measured_html(one) == tab.measured_html(one, 1)
-    assert tab.measured_html(one, 16) != tab.measured_html(one, 1)
+    assert measured_html(one, 77) == measured_html(one) == measured_html(one, 1)
+    assert measured_html(one, 16) != measured_html(one, 1)
 
 
 def test_what_a_report_says_is_text(tmp_path: Path) -> None:
@@ -284,7 +286,7 @@ def test_what_a_report_says_is_text(tmp_path: Path) -> None:
     settings = dataclasses.replace(report.settings, machine=attack, model=attack, reference=attack)
     rows = [dataclasses.replace(row, accelerator=attack, options={attack: attack}) for row in report.rows[1:]]
     changed = dataclasses.replace(report, settings=settings, rows=(report.rows[0], *rows))
-    shown = tab.measured_html(write(tmp_path / "m.json", changed))
+    shown = measured_html(write(tmp_path / "m.json", changed))
     assert "<img" not in shown
     assert html.escape(attack) in shown
     ElementTree.fromstring(shown)
@@ -322,19 +324,19 @@ DAMAGE = {
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_report_is_a_sentence(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.json").write_bytes(content)
-    shown = tab.measured_html(found(tmp_path / "m.json"), 1)
+    shown = measured_html(found(tmp_path / "m.json"), 1)
     page = ElementTree.fromstring(shown)
     assert [one.tag for one in page.iter()] == ["div", "p"]
     assert "m.json" in "".join(page.itertext())
     (tmp_path / "m.json").unlink()
-    assert "m.json" in tab.measured_html(found(tmp_path / "m.json"))
+    assert "m.json" in measured_html(found(tmp_path / "m.json"))
 
 
 def test_the_page_with_a_damaged_report_is_built(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "mini-var.json").write_bytes((RELEASE / "mini-var.json").read_bytes())
     with gradio.Blocks(analytics_enabled=False) as page:
-        tab.explore_tab([tmp_path])
+        explore_tab([tmp_path])
     shown = [block.value for block in page.blocks.values() if isinstance(block, gradio.HTML)]
     assert "broken.json" in shown[0]
     batch, measured, _ = event(page, "show_model")("mini-var")
@@ -344,7 +346,7 @@ def test_the_page_with_a_damaged_report_is_built(tmp_path: Path) -> None:
 
 def test_no_report_is_a_sentence(tmp_path: Path) -> None:
     with gradio.Blocks(analytics_enabled=False) as page:
-        tab.explore_tab([tmp_path, tmp_path / "absent"])
+        explore_tab([tmp_path, tmp_path / "absent"])
     words = [block.value for block in page.blocks.values() if isinstance(block, gradio.Markdown)]
     assert "make bench" in words[0]
     assert not page.fns
@@ -355,7 +357,7 @@ def test_no_report_is_a_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_images_beside_the_report_are_shown(model: str) -> None:
-    shown = tab.images_html(found(RELEASE / f"{model}.json"))
+    shown = images_html(found(RELEASE / f"{model}.json"))
     sheets = [RELEASE / f"{model}-{name}.png" for name in ("samples", "maps")]
     there = [path for path in sheets if path.exists()]
     data = re.findall(r'width="(\d+)" height="(\d+)" src="data:image/webp;base64,([^"]+)"', shown)
@@ -377,10 +379,10 @@ def test_images_beside_the_report_are_shown(model: str) -> None:
 
 def test_images_that_are_damaged_or_missing(tmp_path: Path) -> None:
     one = write(tmp_path / "a.b.json", report_of("mini-var"))
-    assert "<img" not in tab.images_html(one)
+    assert "<img" not in images_html(one)
     (tmp_path / "a.b-samples.png").write_bytes((RELEASE / "mini-var-samples.png").read_bytes()[:5000])
     (tmp_path / "a.b-maps.png").write_text("no image")
-    shown = tab.images_html(one)
+    shown = images_html(one)
     for name in ("a.b-samples.png", "a.b-maps.png"):
         assert f"{name} cannot be read as an image." in shown
 
@@ -395,7 +397,7 @@ def event(page: Any, name: str) -> Any:
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
     with gradio.Blocks(analytics_enabled=False) as page:
-        tab.explore_tab([RELEASE])
+        explore_tab([RELEASE])
     yield page
     page.close()
 
@@ -406,7 +408,7 @@ def test_two_visitors_do_not_meet(page: Any) -> None:
     show_model("mini-mar")
     show_batch("mini-llamagen", 8)
     assert [show_model("mini-var"), show_batch("mini-var", 16)] == first
-    assert first[0][1] == tab.measured_html(tab.found_reports([RELEASE])[2])
+    assert first[0][1] == measured_html(found_reports([RELEASE])[2])
 
 
 def test_choosing_costs_no_place_in_the_queue(page: Any) -> None:
@@ -419,7 +421,7 @@ def test_choosing_costs_no_place_in_the_queue(page: Any) -> None:
 def test_what_is_measured_while_the_page_is_open_is_seen(tmp_path: Path) -> None:
     write(tmp_path / "m.json", report_of("mini-var"))
     with gradio.Blocks(analytics_enabled=False) as page:
-        tab.explore_tab([tmp_path])
+        explore_tab([tmp_path])
     before = event(page, "show_batch")("m", 1)
     settings = dataclasses.replace(report_of("mini-var").settings, machine="another machine")
     write(tmp_path / "m.json", dataclasses.replace(report_of("mini-var"), settings=settings))
@@ -428,12 +430,12 @@ def test_what_is_measured_while_the_page_is_open_is_seen(tmp_path: Path) -> None
 
 
 def test_selectors_have_no_comma_within_brackets() -> None:
-    selectors = re.findall(r"([^{}]+){", tab.CSS)
+    selectors = re.findall(r"([^{}]+){", CSS)
     assert not [one for one in selectors if re.search(r"\([^)]*,", one) and not one.strip().startswith("@")]
 
 
 def test_nothing_is_asked_of_other_hosts() -> None:
-    found_release = tab.found_reports([RELEASE])
-    for shown in (*map(tab.measured_html, found_release), *map(tab.images_html, found_release), tab.CSS):
+    found_release = found_reports([RELEASE])
+    for shown in (*map(measured_html, found_release), *map(images_html, found_release), CSS):
         assert "http" not in re.sub(r"base64,[^\"]+", "", shown)
         assert "url(" not in shown

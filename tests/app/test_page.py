@@ -26,12 +26,17 @@ from tests.tiny import GRID, pipeline
 from varaccel.__main__ import main
 from varaccel.accelerators import ACCELERATORS
 from varaccel.app.inpaint_tab import image_and_mask
-from varaccel.app.models import ModelShelf, accelerators_of, family_of
+from varaccel.app.models import ModelShelf, pipeline_type_of
 from varaccel.app.notices import shown_on_page
 from varaccel.app.option_controls import chosen_options, options_of
 from varaccel.app.page import PageSettings, build, calls_in_memory, new_studio, serve
 from varaccel.app.studio import Studio, checked_count, checked_guidance, checked_seed
+from varaccel.engine.accelerator import fitting
 from varaccel.errors import CheckpointError, InputError
+from varaccel.hosts.next_scale.job import ScaleJob
+from varaccel.pipelines.llamagen import LlamaGenPipeline
+from varaccel.pipelines.mar import MARPipeline
+from varaccel.pipelines.var import VARPipeline
 
 HOSTS = {"raster": "t2i", "scales": "var-class", "masked": "mar-class"}
 PROMPTS = {"raster": "a red sphere", "scales": "goldfish", "masked": "hen"}
@@ -50,7 +55,7 @@ def new(*names: str, **changes: Any) -> Studio:
 @pytest.fixture(scope="module")
 def studio() -> Studio:
     studio = new(concurrency=2)
-    studio.shelf._families["absent"] = "llamagen"  # its folder would tell
+    studio.shelf._types["absent"] = LlamaGenPipeline  # its folder would tell
     return studio
 
 
@@ -132,7 +137,7 @@ def test_options_arrive(client: Client) -> None:
         ({"count": 5}, "1 to 4"),
         ({"accelerator": "zipar", "options": {"window": 0}}, "window"),
         ({"accelerator": "zipar", "options": {"windw": 1}}, "unknown option"),
-        ({"accelerator": "code"}, "does not work on llamagen"),
+        ({"accelerator": "code"}, "does not work on llamagen models"),
         ({"accelerator": "speculative", "options": {"tree": 100000}}, "numbers up to 1000"),
         ({"model": "absent"}, "&lt;b&gt;absent"),
         ({"model": "/etc"}, "not in the list of choices"),
@@ -276,19 +281,19 @@ def test_a_page_needs_a_model() -> None:
         ModelShelf([], load)
 
 
-def test_families_are_known_without_loading() -> None:
-    assert [family_of(name) for name in ("mini-llamagen", "mini-var-small", "mini-mar")] == [
-        "llamagen",
-        "var",
-        "mar",
+def test_pipelines_are_known_without_loading() -> None:
+    assert [pipeline_type_of(name) for name in ("mini-llamagen", "mini-var-small", "mini-mar")] == [
+        LlamaGenPipeline,
+        VARPipeline,
+        MARPipeline,
     ]
-    assert family_of("var-d30") == "var"
-    assert family_of("nowhere") is None
+    assert pipeline_type_of("var-d30") is VARPipeline
+    assert pipeline_type_of("nowhere") is None
 
 
 def test_only_accelerators_that_fit_are_offered() -> None:
-    assert "zipar" not in accelerators_of("var")
-    assert set(accelerators_of("var")) == {"plain", "code", "refiner"}
+    assert "zipar" not in fitting(ScaleJob)
+    assert set(fitting(ScaleJob)) == {"plain", "auto", "code", "refiner"}
 
 
 def test_settings_are_checked() -> None:
@@ -452,7 +457,7 @@ def test_another_model_brings_its_accelerators_and_a_prompt_that_fits() -> None:
     labels = [block.label for block in event.outputs if getattr(block, "label", None)]
 
     accelerators, prompt, *rest = event.fn("scales", "a red sphere")
-    assert [name for _, name in accelerators["choices"]] == ["code", "refiner"]
+    assert [name for _, name in accelerators["choices"]] == ["auto", "code", "refiner"]
     assert accelerators["value"] == "code"
     assert prompt == "tench", "a description is no class"
     assert [update["visible"] for update in rest if "visible" in update].count(True) == 1

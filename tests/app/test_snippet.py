@@ -24,8 +24,12 @@ from varaccel import AutoPipeline, ZipAR, make_accelerator
 from varaccel.__main__ import command_line
 from varaccel.accelerators import ACCELERATORS
 from varaccel.app.snippet import DrawRequest, given_options, reproduce_command, reproduce_python
+from varaccel.engine.job import Job
 from varaccel.engine.option_text import parse_options
 from varaccel.errors import InputError
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.hosts.masked.job import MaskedJob
+from varaccel.hosts.next_scale.job import ScaleJob
 from varaccel.pipelines import placement
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -38,21 +42,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "feature_cache": {"refresh": 2, "keep_unconditional": False},
     "cspd": {"draft_length": 2, "inner_temperature": None},
 }
-CALLS: dict[str, dict[str, Any]] = {
-    "llamagen": {"temperature": 0.9, "top_k": 7},
-    "var": {"top_p": 0.9, "temperature": None},
-    "mar": {"num_iterations": 5, "head_steps": 4},
+CALLS: dict[type[Job], dict[str, Any]] = {
+    CausalJob: {"temperature": 0.9, "top_k": 7},
+    ScaleJob: {"top_p": 0.9, "temperature": None},
+    MaskedJob: {"num_iterations": 5, "head_steps": 4},
 }
 PROMPTS = {"t2i": "a red sphere left of a cube", "caption": "a red sphere", "c2i": "goldfish", "class": "3"}
 CASES = [
     (name, kind)
     for name, cls in ACCELERATORS.items()
-    for family, kinds in {
-        "llamagen": ("t2i", "c2i"),
-        "var": ("var-caption", "var-class"),
-        "mar": ("mar-caption", "mar-class"),
+    for job_type, kinds in {
+        CausalJob: ("t2i", "c2i"),
+        ScaleJob: ("var-caption", "var-class"),
+        MaskedJob: ("mar-caption", "mar-class"),
     }.items()
-    if family in cls.hosts
+    if issubclass(job_type, cls.job_type)
     for kind in kinds
 ]
 
@@ -102,7 +106,7 @@ def test_both_draw_the_images_of_the_request(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pipe, prompt = pipeline(kind), PROMPTS[kind.rpartition("-")[2]]
-    options, call = OPTIONS.get(name, {}), CALLS[pipe.family]
+    options, call = OPTIONS.get(name, {}), CALLS[pipe.job_type]
     request = DrawRequest("the-model", prompt, name, options, 3, 1.5, 2, call)
     expected = pipe(
         prompt,

@@ -21,6 +21,7 @@ from varaccel.accelerators import ACCELERATORS
 from varaccel.engine.option_text import parse_options
 from varaccel.errors import InputError
 from varaccel.evaluation.bench import grids
+from varaccel.hosts.masked.job import MaskedJob
 from varaccel.pipelines.catalog import PUBLISHED
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.mar import MARPipeline
@@ -391,7 +392,7 @@ def test_demo_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None:
 
 def test_demo_of_a_masked_model(varaccel: Shell, mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = ("feature_cache:refresh=4", "fewer_steps:iterations=4,head_steps=2")
-    monkeypatch.setattr(grids, "DEFAULTS", {"mar": grids.Defaults(demo=shown)})
+    monkeypatch.setattr(grids, "DEFAULTS", {MaskedJob: grids.Defaults(demo=shown)})
     run = varaccel("demo", "--model", mar, "--out", ".", "--prompt", "a red sphere")
     assert run.code == 0
     plain, cached, fewer = run.out.splitlines()[-3:]

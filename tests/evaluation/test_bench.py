@@ -20,7 +20,6 @@ from tests.tiny import GRID, PROMPTS, pipeline
 from varaccel import CSpD, FeatureCache, FewerSteps, InputError, Plain, ZipAR
 from varaccel.accelerators import ACCELERATORS, Accelerator, register
 from varaccel.accelerators.notation import parse_accelerator, parse_grid
-from varaccel.engine.job import Job
 from varaccel.evaluation.bench.comparison import Distance, Quality, compare, sign_test
 from varaccel.evaluation.bench.fronts import pareto_front, telling_options
 from varaccel.evaluation.bench.grids import CAUSAL_GRID, default_grid
@@ -33,6 +32,8 @@ from varaccel.evaluation.bench.tables import bench_markdown, bench_table
 from varaccel.evaluation.metrics.adherence import Rate, held_out_captions, held_out_prompts
 from varaccel.evaluation.metrics.frechet import FeatureStatistics, FrechetSpread
 from varaccel.evaluation.speed.call_speed import Measurement, measure_speed
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.hosts.masked.job import MaskedJob
 from varaccel.models.detector import SceneDetector
 from varaccel.training.detector import new_detector
 
@@ -79,9 +80,9 @@ def through_json(report: BenchReport) -> BenchReport:
 
 @register
 @dataclass(frozen=True)
-class _Wishes(Accelerator):
+class _Wishes(Accelerator[CausalJob]):
     name: ClassVar[str] = "test-wishes"
-    hosts: ClassVar[tuple[str, ...]] = ("llamagen",)
+    job_type = CausalJob
     summary: ClassVar[str] = "takes any options"
 
     tree: Any = None
@@ -91,7 +92,7 @@ class _Wishes(Accelerator):
     def lossless(self) -> bool:
         return True
 
-    def run(self, job: Job) -> int:
+    def run(self, job: CausalJob) -> int:
         raise InputError("it grants nothing.")
 
 
@@ -169,7 +170,7 @@ def test_grid_of_a_masked_model() -> None:
 
 def test_grid_of_a_masked_model_without_a_drafter() -> None:
     class Alone:
-        family = "mar"
+        job_type = MaskedJob
         transformer = pipeline("mar-class").transformer
         drafters: ClassVar[dict[str, Any]] = {}
 

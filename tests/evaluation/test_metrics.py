@@ -29,20 +29,14 @@ from varaccel.evaluation.metrics.feature_spaces import (
     load_space,
     register_scene_features,
 )
+from varaccel.evaluation.metrics.figures import Figure, difference
 from varaccel.evaluation.metrics.frechet import FeatureStatistics, frechet_distance, scene_features
 from varaccel.evaluation.metrics.image_features import ImageFeatures, extract_features
 from varaccel.evaluation.metrics.image_sets import ImageFolder, open_images
 from varaccel.evaluation.metrics.measured_sets import measure_sets
 from varaccel.evaluation.metrics.metrics_report import MetricsReport
-from varaccel.evaluation.metrics.set_metrics import (
-    Figure,
-    Reference,
-    SetReport,
-    difference,
-    load_reference,
-    measure,
-    statistics_of,
-)
+from varaccel.evaluation.metrics.references import Reference, load_reference, statistics_of
+from varaccel.evaluation.metrics.set_metrics import SetReport, measure
 from varaccel.evaluation.sampling.presets import PRESETS
 from varaccel.models.detector import load_detector
 

@@ -23,6 +23,8 @@ from tests.tiny import PROMPTS, new_mar_pipeline, pipeline
 from varaccel import Jacobi, Plain, ZipAR
 from varaccel.accelerators import ACCELERATORS, Accelerator
 from varaccel.accelerators.notation import parse_grid
+from varaccel.engine.accelerator import fitting
+from varaccel.engine.job import Job
 from varaccel.errors import InputError
 from varaccel.evaluation.bench.comparison import Distance, Quality
 from varaccel.evaluation.bench.fronts import fronts
@@ -42,6 +44,8 @@ from varaccel.evaluation.bench.tables import (
 from varaccel.evaluation.metrics.adherence import Rate
 from varaccel.evaluation.metrics.frechet import FrechetSpread
 from varaccel.evaluation.speed.call_speed import Measurement
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.hosts.masked.job import MaskedJob
 from varaccel.pipelines.base import TokenPipeline
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.mar import MARPipeline
@@ -389,11 +393,11 @@ def test_samples_need_prompts() -> None:
 # -- the grids of a release ----------------------------------------------------------------------------
 
 
-def hosts(family: str) -> TokenPipeline | str:
+def hosts(job_type: type[Job]) -> TokenPipeline | str:
     """A pipeline large enough for the settings of a release."""
-    if family == "llamagen":
+    if job_type is CausalJob:
         return tiny.drafting_pipeline("t2i", codes=64, grid=8)
-    if family == "mar":
+    if job_type is MaskedJob:
         network = tiny.mar_transformer("caption", grid_size=8)
         own: Any = new_mar_pipeline("caption")
         pipe = MARPipeline(
@@ -406,22 +410,24 @@ def hosts(family: str) -> TokenPipeline | str:
     return "mini-var"
 
 
-@pytest.mark.parametrize("family", list(DEFAULTS))
-def test_release_grids_fit_their_families(family: str) -> None:
-    grid = parse_grid(DEFAULTS[family].release)
+@pytest.mark.parametrize("job_type", DEFAULTS)
+def test_release_grids_fit_their_models(job_type: type[Job]) -> None:
+    grid = parse_grid(DEFAULTS[job_type].release)
     assert len(set(grid)) == len(grid) > 3
-    assert all(family in one.hosts for one in grid)
-    pipe: Any = hosts(family)
+    assert all(issubclass(job_type, one.job_type) for one in grid)
+    pipe: Any = hosts(job_type)
     if isinstance(pipe, str):
         pipe = open_pipeline(pipe, quiet=True)
-    assert pipe.family == family
+    assert pipe.job_type is job_type
     for one in grid:
         assert pipe("a red sphere", seed=0, accelerator=one, output_type="latent").stats.passes > 0
 
 
-def test_every_family_has_a_release_grid() -> None:
-    families = {family for cls in ACCELERATORS.values() for family in cls.hosts}
-    assert families == set(DEFAULTS)
+def test_every_kind_of_job_has_defaults() -> None:
+    assert {cls.job_type for cls in ACCELERATORS.values()} - {Job} == set(DEFAULTS)
+    for job_type, defaults in DEFAULTS.items():
+        assert defaults.first_choice in fitting(job_type)
+        assert all(issubclass(job_type, one.job_type) for one in parse_grid(defaults.demo))
 
 
 # -- the script ----------------------------------------------------------------------------------------

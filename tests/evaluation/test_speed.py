@@ -491,4 +491,4 @@ def test_what_the_script_compares_by_itself(family: str) -> None:
     pipe = pipeline(family)
     grid = parse_grid(speed_grid(pipe))
     assert grid
-    assert all(pipe.family in one.hosts for one in grid)
+    assert all(issubclass(pipe.job_type, one.job_type) for one in grid)

@@ -10,9 +10,9 @@ from typing import Any
 
 import gradio as gr
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.accelerators.plain import Plain
-from varaccel.app.compare_settings import MAX_SETTINGS, proposed_lines, settings_lines, with_plain
+from varaccel.app.compare_settings import MAX_SETTINGS, proposed_lines, settings_lines
 from varaccel.app.compare_view import compared_html, row_html
 from varaccel.app.comparison import ComparedRow, compare, setting_label, sheet
 from varaccel.app.events import PRIVATE, device_event, ready, start_and_stop
@@ -32,6 +32,7 @@ from varaccel.app.studio import (
 )
 from varaccel.app.turns import Stopped
 from varaccel.errors import InputError
+from varaccel.evaluation.bench.report import with_plain
 from varaccel.evaluation.speed.machine import describe_machine
 
 
@@ -74,7 +75,7 @@ def compare_tab(studio: Studio) -> None:
             if not prompt.strip():
                 raise InputError("there is no prompt; type what to draw.")
             shelf.check(model)
-            chosen = with_plain(settings_lines(text, shelf.family(model)))
+            chosen = with_plain(settings_lines(text, shelf.job_type(model), model))
             for accelerator in chosen:
                 shelf.check_accelerator(accelerator)
             wanted = DrawRequest(model, prompt, Plain.name, {}, number, checked_guidance(guidance), images)
@@ -83,12 +84,12 @@ def compare_tab(studio: Studio) -> None:
     def propose(model: str, text: str, prompt: str) -> tuple[str, str]:
         """Settings and a prompt for a model; those that are there if they fit."""
         with shown_on_page():
-            pipe, family = shelf.pipeline(model), shelf.family(model)
+            pipe, job_type = shelf.pipeline(model), shelf.job_type(model)
         prompt = fitting_prompt(pipe, prompt, PROMPTS[0])
         try:
-            settings_lines(text, family)
+            settings_lines(text, job_type)
         except InputError:
-            text = proposed_lines(model, family, shelf.names, pipe.drafters)
+            text = proposed_lines(model, job_type, shelf.names, pipe.drafters)
         return text, prompt
 
     begun = start_and_stop(studio, controls.prompt, controls.start, controls.cancel, asked)
@@ -126,7 +127,7 @@ def _controls(shelf: ModelShelf) -> _Controls:
                 guidance = gr.Textbox("", label="guidance", placeholder=MODELS_OWN, min_width=140)
         with gr.Column(scale=2, min_width=280):
             settings = gr.Textbox(
-                proposed_lines(first, shelf.family(first), shelf.names),
+                proposed_lines(first, shelf.job_type(first), shelf.names),
                 label="settings, one per line",
                 info=f"as on the command line, up to {MAX_SETTINGS}; plain decoding always comes first",
                 lines=7,
@@ -157,7 +158,7 @@ class _Permit:
 def _shown(
     studio: Studio,
     wanted: DrawRequest,
-    chosen: Sequence[Accelerator],
+    chosen: Sequence[AnyAccelerator],
     asked_at: float,
     request: gr.Request | None,
 ) -> Iterator[tuple[Any, Any]]:

@@ -9,7 +9,7 @@ from html import escape
 
 from PIL import Image
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.app.comparison import TIMED_ONCE, ComparedRow
 from varaccel.app.markup import data_uri, quality_badge
 from varaccel.app.snippet import DrawRequest, given_options, reproduce_command
@@ -68,12 +68,12 @@ def row_html(row: ComparedRow, wanted: DrawRequest) -> str:
     )
 
 
-def _options(accelerator: Accelerator) -> Iterator[str]:
+def _options(accelerator: AnyAccelerator) -> Iterator[str]:
     """The options that tell a setting from others: the first one if it has a value, and those that were given."""
     given = given_options(accelerator)
-    for item in fields(accelerator):  # type: ignore[arg-type]
+    for item in fields(accelerator):
         value = getattr(accelerator, item.name)
-        if item.name in given or (item.name == fields(accelerator)[0].name and value is not None):  # type: ignore[arg-type]
+        if item.name in given or (item.name == fields(accelerator)[0].name and value is not None):
             yield f"{item.name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
 
 
@@ -130,4 +130,4 @@ color:color-mix(in srgb,var(--body-text-color) 72%,var(--background-fill-primary
 .va-compare .images img{width:100%}
 }
 """
-"""Styles of the tab; those of the badges are in `varaccel.app.explore.CSS`."""
+"""Styles of the tab; those of the badges are in `varaccel.app.report_view.CSS`."""

@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from varaccel.accelerators import Accelerator
-from varaccel.app.compare_settings import with_plain
+from varaccel.accelerators import AnyAccelerator
 from varaccel.app.race import unpaused, warm_up
 from varaccel.engine.statistics import Statistics, call_label
+from varaccel.evaluation.bench.report import with_plain
 from varaccel.evaluation.bench.samples import Samples
 from varaccel.evaluation.call_text import quality_label
 from varaccel.evaluation.speed.call_speed import naming
@@ -40,7 +40,7 @@ class ComparedRow:
         seed: of the first image.
     """
 
-    accelerator: Accelerator
+    accelerator: AnyAccelerator
     output: ImageOutput
     speedup: float
     seed: int
@@ -59,7 +59,7 @@ class ComparedRow:
         return None if self.stats.accelerator == self.accelerator.name else self.stats.label
 
 
-def setting_label(accelerator: Accelerator) -> str:
+def setting_label(accelerator: AnyAccelerator) -> str:
     """An accelerator with its telling options."""
     return call_label(accelerator.name, accelerator.options())
 
@@ -67,7 +67,7 @@ def setting_label(accelerator: Accelerator) -> str:
 def compare(
     pipe: Any,
     prompt: str,
-    accelerators: Sequence[Accelerator],
+    accelerators: Sequence[AnyAccelerator],
     *,
     seed: int,
     count: int,
@@ -107,7 +107,7 @@ def compare(
 
 
 def _timed(
-    pipe: Any, accelerator: Accelerator, allowed: Callable[[], None], call: dict[str, Any]
+    pipe: Any, accelerator: AnyAccelerator, allowed: Callable[[], None], call: dict[str, Any]
 ) -> ImageOutput:
     """One call, with a clock that stands still while others have the device."""
     own = 0.0

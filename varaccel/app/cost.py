@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from varaccel.app.explore import Found, read_report
+from varaccel.app.reports import Found, read_report
 from varaccel.app.snippet import DrawRequest
 from varaccel.errors import InputError
 from varaccel.evaluation.bench.comparison import Quality

@@ -14,6 +14,7 @@ from varaccel.app.events import device_event
 from varaccel.app.notices import notice, shown_on_page
 from varaccel.app.studio import MAX_IMAGES, MAX_SEED, Studio, checked_count, checked_seed
 from varaccel.app.turns import Stopped
+from varaccel.engine.accelerator import fitting
 from varaccel.errors import InputError
 
 IMAGE_PROMPT = "a red cube"
@@ -24,12 +25,7 @@ CANVAS = 512
 
 def paints(studio: Studio, model: str) -> bool:
     """Whether a model can paint into images."""
-    from varaccel.pipelines.auto import PIPELINES
-
-    family = studio.shelf.family(model)
-    return any(
-        hasattr(cls, "inpaint") for cls in PIPELINES.values() if getattr(cls, "family", None) == family
-    )
+    return hasattr(studio.shelf.pipeline_type(model), "inpaint")
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,8 @@ def inpaint_tab(studio: Studio) -> None:
             "None of the models of this page can paint into images; next-scale models such as mini-var do."
         )
         return
-    families = {studio.shelf.family(name) for name in models}
-    accelerators = [name for name, cls in ACCELERATORS.items() if families <= set(cls.hosts)]
+    job_types = {studio.shelf.job_type(name) for name in models}
+    accelerators = [name for name in ACCELERATORS if all(name in fitting(kind) for kind in job_types)]
     gr.Markdown(
         "Draw an image or upload one, paint over what should change, and say what should be there. The model was not "
         "trained for this: tokens outside of the mask are given, the others are drawn as always."

@@ -12,7 +12,7 @@ from varaccel.evaluation.call_text import quality_label
 
 
 def quality_badge(lossless: bool) -> str:
-    """What an accelerator does to quality as a label of its own colour; its style is in `varaccel.app.explore.CSS`."""
+    """What an accelerator does to quality as a coloured label, whose style is in `varaccel.app.report_view.CSS`."""
     quality = quality_label(lossless)
     return f'<span class="va-quality {quality}">{quality}</span>'
 

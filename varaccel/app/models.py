@@ -5,11 +5,20 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from varaccel.accelerators import ACCELERATORS, Accelerator, make_accelerator
-from varaccel.accelerators.speculative import DRAFTERS
-from varaccel.errors import InputError, unknown_name
+from varaccel.accelerators import ACCELERATORS, make_accelerator
+from varaccel.engine.accelerator import AnyAccelerator
+from varaccel.engine.job import Job
+from varaccel.errors import CheckpointError, InputError, unknown_name
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.pipelines import auto  # noqa: F401 - makes the library's pipelines known
+from varaccel.pipelines.base import TokenPipeline
+from varaccel.pipelines.catalog import PUBLISHED
+from varaccel.pipelines.loading import PIPELINES, pipeline_class_name
+from varaccel.shipped import shipped_models
+from varaccel.speculation.drafters import DRAFTERS
 
 NETWORK_OPTIONS = ("refiner", "drafter")
 """Options of accelerators that may name a further model to load."""
@@ -47,7 +56,7 @@ class ModelShelf:
         self._kept = frozenset(kept)
         self._loaded: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self._families: dict[str, str] = {}
+        self._types: dict[str, type[TokenPipeline]] = {}
 
     def pipeline(self, name: str) -> Any:
         """A model that may be chosen.
@@ -72,13 +81,17 @@ class ModelShelf:
         if not self.any_model and name not in self.names:
             raise unknown_name("model of this page", name, self.names)
 
-    def family(self, name: str) -> str:
-        """The family of a model; found without loading it where its folder or our catalogue tells."""
-        if name not in self._families:
-            self._families[name] = family_of(name) or self.pipeline(name).family
-        return self._families[name]
+    def pipeline_type(self, name: str) -> type[TokenPipeline]:
+        """The class of a model's pipeline; found without loading it where its folder or our catalogue tells."""
+        if name not in self._types:
+            self._types[name] = pipeline_type_of(name) or type(self.pipeline(name))
+        return self._types[name]
 
-    def accelerator(self, name: str, options: Mapping[str, Any]) -> Accelerator:
+    def job_type(self, name: str) -> type[Job]:
+        """The kind of job that a model's pipeline makes, which accelerators have to fit."""
+        return self.pipeline_type(name).job_type
+
+    def accelerator(self, name: str, options: Mapping[str, Any]) -> AnyAccelerator:
         """An accelerator with options as a visitor gave them.
 
         Raises:
@@ -88,21 +101,23 @@ class ModelShelf:
         self.check_accelerator(chosen)
         return chosen
 
-    def check_accelerator(self, accelerator: Accelerator) -> None:
+    def check_accelerator(self, accelerator: AnyAccelerator) -> None:
         """Refuse what a visitor may not ask of an accelerator.
 
         Raises:
             InputError: it would load a model that is not offered, or a number is so large that it would fill the
                 memory of everybody.
         """
-        for field in dataclasses.fields(accelerator):  # type: ignore[arg-type]
+        for field in dataclasses.fields(accelerator):
             value = getattr(accelerator, field.name)
             if largest_integer(value) > LARGEST_OPTION:
                 raise InputError(
                     f"{field.name} of {accelerator.name} is {largest_integer(value)}; this page takes numbers up to "
                     f"{LARGEST_OPTION}."
                 )
-            own = "llamagen" in accelerator.hosts and value in DRAFTERS  # parts of the model itself
+            own = (
+                issubclass(accelerator.job_type, CausalJob) and value in DRAFTERS
+            )  # parts of the model itself
             if field.name in NETWORK_OPTIONS and isinstance(value, str) and not own:
                 self.check(value)
 
@@ -134,26 +149,26 @@ def fitting_prompt(pipe: Any, prompt: str, proposed: str) -> str:
     return prompt
 
 
-def family_of(name: str) -> str | None:
-    """The family of a model as its folder or our catalogue tells, None if neither knows."""
-    from pathlib import Path
-
-    from varaccel.errors import CheckpointError
-    from varaccel.pipelines.auto import PIPELINES
-    from varaccel.pipelines.catalog import PUBLISHED
-    from varaccel.pipelines.loading import pipeline_class_name
-    from varaccel.shipped import shipped_models
-
+def pipeline_type_of(name: str) -> type[TokenPipeline] | None:
+    """The class of a model's pipeline as its folder or our catalogue tells, None if neither knows."""
     if name in PUBLISHED:
-        return PUBLISHED[name].family
+        known = (cls for cls in PIPELINES.values() if issubclass(cls, TokenPipeline))
+        return next(cls for cls in known if getattr(cls, "family", None) == PUBLISHED[name].family)
     folder = shipped_models().get(name, Path(name))
     try:
-        pipeline: Any = PIPELINES.get(pipeline_class_name(folder))
+        found = PIPELINES.get(pipeline_class_name(folder))
     except (OSError, CheckpointError):
         return None
-    return None if pipeline is None else str(pipeline.family)
+    return found if found is not None and issubclass(found, TokenPipeline) else None
 
 
-def accelerators_of(family: str) -> list[str]:
-    """Names of the accelerators that work on a family."""
-    return [name for name, cls in ACCELERATORS.items() if family in cls.hosts]
+def takes_models(accelerator: str, option: str) -> bool:
+    """Whether an option names a further model; causal accelerators know the drafters that came with the model."""
+    return option in NETWORK_OPTIONS and not issubclass(ACCELERATORS[accelerator].job_type, CausalJob)
+
+
+def uses_models(accelerator: str) -> bool:
+    """Whether any option of an accelerator names a further model."""
+    return any(
+        takes_models(accelerator, field.name) for field in dataclasses.fields(ACCELERATORS[accelerator])
+    )

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import gradio as gr
 from gradio.components import Component
 
-from varaccel.accelerators import ACCELERATORS, Accelerator
-from varaccel.accelerators.speculative import DRAFTERS
-from varaccel.app.models import NETWORK_OPTIONS
+from varaccel.accelerators import ACCELERATORS
+from varaccel.app.models import NETWORK_OPTIONS, takes_models
+from varaccel.engine.accelerator import AnyAccelerator
 from varaccel.engine.option_text import parse_options
 from varaccel.errors import InputError
+from varaccel.speculation.drafters import DRAFTERS
 
 Kind = Literal["integer", "number", "choice", "switch", "text"]
 
@@ -56,7 +57,7 @@ class Option:
     help: str = ""
 
 
-def options_of(accelerator: type[Accelerator], models: Sequence[str] = ()) -> list[Option]:
+def options_of(accelerator: type[AnyAccelerator], models: Sequence[str] = ()) -> list[Option]:
     """The options of an accelerator, in order.
 
     Args:
@@ -65,18 +66,13 @@ def options_of(accelerator: type[Accelerator], models: Sequence[str] = ()) -> li
     hints = typing.get_type_hints(accelerator)
     meanings = attribute_texts(accelerator)
     found = []
-    for field in dataclasses.fields(accelerator):  # type: ignore[arg-type]
+    for field in dataclasses.fields(accelerator):
         kind, choices, optional = _kind(hints[field.name])
         if field.name in NETWORK_OPTIONS:
             named = takes_models(accelerator.name, field.name)
             kind, choices, optional = "choice", tuple(models) if named else DRAFTERS, named
         found.append(Option(field.name, kind, field.default, choices, optional, meanings.get(field.name, "")))
     return found
-
-
-def takes_models(accelerator: str, option: str) -> bool:
-    """Whether an option names a further model; raster accelerators know the drafters that came with the model."""
-    return option in NETWORK_OPTIONS and "llamagen" not in ACCELERATORS[accelerator].hosts
 
 
 def _kind(hint: Any) -> tuple[Kind, tuple[str, ...], bool]:

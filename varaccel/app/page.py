@@ -10,12 +10,14 @@ from typing import Any
 
 import gradio as gr
 
-from varaccel.app import compare_view, explore, race_view
+from varaccel.app import compare_view, race_view, report_view
 from varaccel.app.api import draw_endpoint
 from varaccel.app.compare_tab import compare_tab
+from varaccel.app.explore_tab import explore_tab
 from varaccel.app.inpaint_tab import inpaint_tab
 from varaccel.app.models import ModelShelf
 from varaccel.app.race_tab import race_tab
+from varaccel.app.reports import report_folders
 from varaccel.app.studio import Studio, visitor
 from varaccel.app.turns import Turns
 from varaccel.errors import InputError
@@ -92,7 +94,7 @@ def new_studio(settings: PageSettings) -> Studio:
         Turns(_waiter(settings.device)),
         settings.seconds_limit,
         concurrency,
-        explore.report_folders(),
+        report_folders(),
     )
 
 
@@ -128,7 +130,7 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tab("Paint"):
             inpaint_tab(studio)
         with gr.Tab("Explore"):
-            explore.explore_tab(studio.reports)
+            explore_tab(studio.reports)
 
         def leave(request: gr.Request) -> None:
             studio.visits.leave(visitor(request))
@@ -159,7 +161,7 @@ def serve(page: gr.Blocks, host: str | None = None, port: int | None = None, **o
             footer_links=["api"],
             quiet=True,
             theme=theme,
-            css=CSS + race_view.CSS + compare_view.CSS + explore.CSS,
+            css=CSS + race_view.CSS + compare_view.CSS + report_view.CSS,
             **options,
         )
     except OSError as error:

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.app.turns import Allowance, Stopped, Turns
 from varaccel.engine.statistics import Statistics, call_label
+from varaccel.hosts.next_scale.job import ScaleJob
 
 WARM_UP_PASSES = 4
 PREVIEW_SECONDS = 0.3
@@ -72,7 +73,7 @@ class Race:
 
     Every side has a thread, and one of them computes at a time (`Turns`). So neither disturbs the other's clock, and
     at every moment both have had as much of the machine: whoever is ahead on the screen is ahead. Previews, and what
-    the page does with them, are on nobody's clock.
+    the page does with them, are timed for neither side.
 
     Args:
         pipe: the pipeline, with its progress bar switched off.
@@ -86,7 +87,7 @@ class Race:
         self,
         pipe: Any,
         call: Mapping[str, Any],
-        accelerators: Sequence[Accelerator],
+        accelerators: Sequence[AnyAccelerator],
         turns: Turns,
         *,
         seconds_limit: float,
@@ -214,13 +215,14 @@ def unpaused(stats: Statistics, paused: float) -> Statistics:
     return replace(stats, seconds={**stats.seconds, "tokens": stats.seconds["tokens"] - paused})
 
 
-def warm_up(pipe: Any, accelerator: Accelerator, allowed: Callable[[], None], **call: Any) -> None:
+def warm_up(pipe: Any, accelerator: AnyAccelerator, allowed: Callable[[], None], **call: Any) -> None:
     """Draw so much of a call that the next one meets no shapes for the first time.
 
     Args:
         allowed: called after every pass; may raise to stop.
     """
-    passes = math.inf if pipe.family == "var" else WARM_UP_PASSES  # every pass of VAR has shapes of its own
+    # every pass over a scale has shapes of its own
+    passes = math.inf if issubclass(pipe.job_type, ScaleJob) else WARM_UP_PASSES
 
     class Warm(Exception):
         pass

@@ -13,9 +13,9 @@ from varaccel.accelerators import ACCELERATORS
 from varaccel.accelerators.plain import Plain
 from varaccel.app.cost import quality_cost
 from varaccel.app.events import PRIVATE, device_event, ready, start_and_stop
-from varaccel.app.models import ModelShelf, accelerators_of, fitting_prompt
+from varaccel.app.models import ModelShelf, fitting_prompt, takes_models
 from varaccel.app.notices import notice, shown_on_page
-from varaccel.app.option_controls import MODELS_OWN, chosen_options, control, options_of, takes_models
+from varaccel.app.option_controls import MODELS_OWN, chosen_options, control, options_of
 from varaccel.app.race import Race, Side
 from varaccel.app.race_view import NOTHING_YET, race_html
 from varaccel.app.snippet import DrawRequest, reproduce_command, reproduce_python
@@ -29,6 +29,8 @@ from varaccel.app.studio import (
     visitor,
 )
 from varaccel.app.turns import Stopped
+from varaccel.engine.accelerator import fitting
+from varaccel.engine.job import Job
 from varaccel.evaluation.bench.grids import APP_OPTIONS, defaults_of
 from varaccel.evaluation.call_text import quality_label
 from varaccel.shipped import smaller_model
@@ -92,7 +94,7 @@ def race_tab(studio: Studio) -> None:
 
 def _form(shelf: ModelShelf) -> _Form:
     first_model = shelf.names[0]
-    family = shelf.family(first_model)
+    job_type = shelf.job_type(first_model)
     with gr.Column(scale=1, min_width=280):
         prompt = gr.Textbox(
             PROMPTS[0],
@@ -113,9 +115,9 @@ def _form(shelf: ModelShelf) -> _Form:
             elem_id="model",
         )
         accelerator = gr.Dropdown(
-            _choices(family), value=_first_choice(family), label="accelerator", elem_id="accelerator"
+            _choices(job_type), value=_first_choice(job_type), label="accelerator", elem_id="accelerator"
         )
-        groups, controls = _option_groups(shelf.names, _first_choice(family))
+        groups, controls = _option_groups(shelf.names, _first_choice(job_type))
         with gr.Accordion("Seed, guidance, number of images", open=False):
             seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
             guidance = gr.Textbox(
@@ -223,13 +225,13 @@ def _form_events(shelf: ModelShelf, form: _Form) -> None:
 
     def changed_model(name: str, prompt: str) -> tuple[Any, ...]:
         with shown_on_page():
-            family, pipe = shelf.family(name), shelf.pipeline(name)
-        relatives = [other for other in shelf.names if shelf.family(other) == family]
+            job_type, pipe = shelf.job_type(name), shelf.pipeline(name)
+        relatives = [other for other in shelf.names if shelf.job_type(other) is job_type]
         small = smaller_model(name)
         network = gr.update(choices=[(MODELS_OWN, ""), *relatives], value=small if small in relatives else "")
-        chosen = _first_choice(family)
+        chosen = _first_choice(job_type)
         return (
-            gr.update(choices=_choices(family), value=chosen),
+            gr.update(choices=_choices(job_type), value=chosen),
             fitting_prompt(pipe, prompt, PROMPTS[0]),
             *_visible(form.groups, chosen),
             *[network] * len(second),
@@ -270,15 +272,15 @@ def running(studio: Studio, drawn: DrawRequest, request: gr.Request | None) -> I
             gr.Warning(notice(stopped.reason))
 
 
-def _choices(family: str) -> list[tuple[str, str]]:
-    """What a family offers, said for a list."""
-    names = [name for name in accelerators_of(family) if name != Plain.name]
+def _choices(job_type: type[Job]) -> list[tuple[str, str]]:
+    """The accelerators that fit, as entries of a list."""
+    names = [name for name in fitting(job_type) if name != Plain.name]
     return [(f"{name} ({quality_label(ACCELERATORS[name]().lossless)})", name) for name in names]
 
 
-def _first_choice(family: str) -> str:
-    names = [name for name in accelerators_of(family) if name != Plain.name]
-    return defaults_of(family).first_choice or (names or [Plain.name])[0]
+def _first_choice(job_type: type[Job]) -> str:
+    names = [name for name in fitting(job_type) if name != Plain.name]
+    return defaults_of(job_type).first_choice or (names or [Plain.name])[0]
 
 
 def _option_groups(

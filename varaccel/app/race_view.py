@@ -121,7 +121,7 @@ def _verdict(plain: Side, fast: Side) -> str:
     if "stopped" in (plain.phase, fast.phase):
         return "Stopped."
     if "warming up" in (plain.phase, fast.phase):
-        return "Both warm up: the first passes of a call pay for memory, and are not timed."
+        return "Warming up: the first passes of a call allocate memory and are not timed."
     return (
         f"Plain decoding has {100 * plain.progress:.0f} % of its tokens after {plain.seconds:.2f} s of computing, "
         f"{html.escape(fast.label)} {100 * fast.progress:.0f} % after {fast.seconds:.2f} s."

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from varaccel.accelerators import ACCELERATORS, Accelerator, make_accelerator
+from varaccel.accelerators import ACCELERATORS, AnyAccelerator, make_accelerator
 from varaccel.errors import InputError
 from varaccel.public_names import PUBLIC_NAMES
 
@@ -46,7 +46,7 @@ class DrawRequest:
     count: int = 1
     call: Mapping[str, Any] = field(default_factory=dict)
 
-    def accelerator_object(self) -> Accelerator:
+    def accelerator_object(self) -> AnyAccelerator:
         """The accelerator with its options.
 
         Raises:
@@ -81,11 +81,11 @@ class DrawRequest:
         }
 
 
-def given_options(accelerator: Accelerator) -> dict[str, Any]:
+def given_options(accelerator: AnyAccelerator) -> dict[str, Any]:
     """The options of an accelerator that are not its defaults, as they were given."""
     return {
         item.name: value
-        for item in dataclasses.fields(accelerator)  # type: ignore[arg-type]
+        for item in dataclasses.fields(accelerator)
         if (value := getattr(accelerator, item.name)) != item.default
     }
 

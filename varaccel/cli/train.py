@@ -151,9 +151,9 @@ def _write_and_tell(run: Any, head: EagleHead, out: Path, install: Path | None) 
 
 
 def _conditions(
-    pipe: Any, codes: Tensor, scenes: Path | None, labels: Path | None, device: str
+    pipe: Any, tokens: Tensor, scenes: Path | None, labels: Path | None, device: str
 ) -> tuple[Tensor, Condition]:
-    """The codes that have a condition, and their conditions."""
+    """The token ids of the images that have a condition, and their conditions."""
     import torch
 
     from varaccel.scenes.cache import CachedScenes
@@ -164,20 +164,20 @@ def _conditions(
         if scenes is None:
             raise InputError("a text-conditional target needs the captions of the images: pass --scenes.")
         captions = CachedScenes(scenes, allow_partial=True).captions
-        count = min(len(codes), len(captions))
+        count = min(len(tokens), len(captions))
         pipe.text_encoder.to(device)
         condition = caption_condition(
             captions[:count], pipe.tokenizer, pipe.text_encoder, model.prefix_length, device
         )
-        return codes[:count], condition
+        return tokens[:count], condition
     if labels is None:
         raise InputError("a class-conditional target needs the labels of the images: pass --labels.")
     numbers = torch.from_numpy(_read_array(labels))
-    if len(numbers) < len(codes):
+    if len(numbers) < len(tokens):
         raise InputError(
-            f"{labels} holds {len(numbers)} labels for {len(codes)} images; one for each is needed."
+            f"{labels} holds {len(numbers)} labels for {len(tokens)} images; one for each is needed."
         )
-    return codes, label_condition(numbers[: len(codes)], model.config.num_classes, device)
+    return tokens, label_condition(numbers[: len(tokens)], model.config.num_classes, device)
 
 
 def _read_array(path: Path) -> Any:

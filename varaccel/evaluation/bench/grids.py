@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from varaccel.engine.job import Job
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.hosts.masked.job import MaskedJob
+from varaccel.hosts.next_scale.job import ScaleJob
+
 _QUICK_HEAD = "head_steps=20,head_sampler=dpm++"
 
 
@@ -17,6 +22,7 @@ class Defaults:
     """What is done with the models of a paradigm if nothing is asked for.
 
     Attributes:
+        label: what the paradigm is called.
         release: what the report of a release compares with plain decoding of the shipped model: few enough for half an
             hour on a CPU core.
         demo: what `varaccel demo` shows beside plain decoding.
@@ -25,6 +31,7 @@ class Defaults:
         batches: images per timed call in that report.
     """
 
+    label: str = "other"
     release: tuple[str, ...] = ()
     demo: tuple[str, ...] = ()
     first_choice: str | None = None
@@ -32,8 +39,9 @@ class Defaults:
     batches: tuple[int, ...] = (1,)
 
 
-DEFAULTS: Mapping[str, Defaults] = {
-    "llamagen": Defaults(
+DEFAULTS: Mapping[type[Job], Defaults] = {
+    CausalJob: Defaults(
+        label="causal",
         release=(
             "jacobi:window=16",
             "speculative:drafter=auto,tree=3",
@@ -45,7 +53,8 @@ DEFAULTS: Mapping[str, Defaults] = {
         images=64,
         batches=(1, 8),
     ),
-    "var": Defaults(
+    ScaleJob: Defaults(
+        label="next-scale",
         release=(
             *(f"code:draft_scales={n},refiner=mini-var-small" for n in (6, 5, 4, 3)),
             "refiner:refiner=mini-var-small",
@@ -55,7 +64,8 @@ DEFAULTS: Mapping[str, Defaults] = {
         images=240,
         batches=(1, 16),
     ),
-    "mar": Defaults(
+    MaskedJob: Defaults(
+        label="masked",
         release=(
             "fewer_steps:iterations=32",
             f"fewer_steps:iterations=32,{_QUICK_HEAD}",
@@ -81,9 +91,9 @@ APP_OPTIONS: Mapping[tuple[str, str], Any] = {
 that show something."""
 
 
-def defaults_of(family: str) -> Defaults:
-    """The defaults of a paradigm; empty ones if it has none."""
-    return DEFAULTS.get(family, Defaults())
+def defaults_of(job_type: type[Job]) -> Defaults:
+    """The defaults of a kind of job; empty ones if it has none."""
+    return next((found for kind, found in DEFAULTS.items() if issubclass(job_type, kind)), Defaults())
 
 
 # -- grids of `varaccel bench` -------------------------------------------------------------------------
@@ -115,12 +125,12 @@ def default_grid(pipe: Any, drafter: str | None = None) -> tuple[str, ...]:
     Args:
         drafter: a model to draft for a masked one that came without; without any, nothing that drafts is compared.
     """
-    if pipe.family == "mar":
+    if issubclass(pipe.job_type, MaskedJob):
         return _masked_grid(pipe, drafter)
-    if pipe.family != "var":
-        return CAUSAL_GRID
-    scales = len(pipe.transformer.schedule)
-    return (*(f"code:draft_scales={n}" for n in range(scales - 1, 0, -1)), "refiner")
+    if issubclass(pipe.job_type, ScaleJob):
+        scales = len(pipe.transformer.schedule)
+        return (*(f"code:draft_scales={n}" for n in range(scales - 1, 0, -1)), "refiner")
+    return CAUSAL_GRID
 
 
 def _masked_grid(pipe: Any, drafter: str | None) -> tuple[str, ...]:
@@ -158,7 +168,7 @@ def _masked_grid(pipe: Any, drafter: str | None) -> tuple[str, ...]:
 
 def demo_grid(pipe: Any) -> tuple[str, ...]:
     """What `varaccel demo` shows beside plain decoding of this pipeline."""
-    return defaults_of(pipe.family).demo
+    return defaults_of(pipe.job_type).demo
 
 
 def speed_grid(pipe: Any, smaller: str | None = None) -> tuple[str, ...]:
@@ -168,14 +178,14 @@ def speed_grid(pipe: Any, smaller: str | None = None) -> tuple[str, ...]:
         smaller: name of a smaller version of the model, which refines for a next-scale one that came without a
             refiner.
     """
-    if pipe.family == "var":
+    if issubclass(pipe.job_type, ScaleJob):
         own = "refiner" in pipe.drafters
         if not own and smaller is None:
             return ()
         half = max(1, len(pipe.transformer.schedule) // 2)
         refiner = "" if own else f",refiner={smaller}"
         return tuple(f"code{at}{refiner}" for at in (f":draft_scales={half}", ":"))
-    if pipe.family == "mar":
+    if issubclass(pipe.job_type, MaskedJob):
         half = max(1, pipe.transformer.num_tokens // 2)
         drafting = ("cspd:mode=reference",) if "draft" in pipe.drafters else ()
         return (f"fewer_steps:iterations={half}", "feature_cache:refresh=4", *drafting)

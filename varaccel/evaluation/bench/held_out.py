@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.errors import InputError
 from varaccel.evaluation.bench.judging import reference_statistics, true_images
 from varaccel.evaluation.bench.report import BenchReport
@@ -17,7 +17,7 @@ from varaccel.models.detector import load_detector
 
 def bench_held_out(
     pipe: Any,
-    accelerators: Sequence[Accelerator],
+    accelerators: Sequence[AnyAccelerator],
     *,
     model: str,
     images: int = 100,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
+from varaccel.accelerators.plain import Plain
 from varaccel.engine.statistics import call_label
 from varaccel.errors import InputError
 from varaccel.evaluation.bench.comparison import Comparison, Quality, compare
@@ -40,7 +41,7 @@ class Row:
         return json.dumps([self.accelerator, self.options], sort_keys=True, default=str)
 
     @classmethod
-    def of(cls, accelerator: Accelerator) -> Self:
+    def of(cls, accelerator: AnyAccelerator) -> Self:
         """An empty row."""
         return cls(accelerator.name, accelerator.options(), accelerator.lossless)
 
@@ -71,6 +72,12 @@ class Row:
 
 
 _ROW_FIELDS = ("accelerator", "options", "lossless")
+
+
+def with_plain(accelerators: Sequence[AnyAccelerator]) -> list[AnyAccelerator]:
+    """Plain decoding, then the others, each once."""
+    both: list[AnyAccelerator] = [Plain(), *accelerators]
+    return list({Row.of(one).key: one for one in both}.values())
 
 
 @dataclass(frozen=True)

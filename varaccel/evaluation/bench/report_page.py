@@ -145,7 +145,7 @@ speed and the quality that is named.</p>
 <main>
 {body}
 </main>
-<footer><p><small>Made by varaccel. This page asks nothing of any server and runs no scripts.</small></p></footer>
+<footer><p><small>Made by varaccel. This page loads nothing from any server and runs no scripts.</small></p></footer>
 </body>
 </html>
 """

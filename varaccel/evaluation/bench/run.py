@@ -17,15 +17,14 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from varaccel.accelerators import Accelerator
-from varaccel.accelerators.plain import Plain
+from varaccel.accelerators import AnyAccelerator
 from varaccel.errors import InputError
 from varaccel.evaluation.bench.comparison import Quality
 from varaccel.evaluation.bench.judging import judge_images
-from varaccel.evaluation.bench.report import BenchReport, Row, Settings
+from varaccel.evaluation.bench.report import BenchReport, Row, Settings, with_plain
 from varaccel.evaluation.digests import text_digest, weights_digest
 from varaccel.evaluation.metrics.frechet import FeatureStatistics
-from varaccel.evaluation.speed.call_speed import measure_speed, naming
+from varaccel.evaluation.speed.call_speed import beside_plain, measure_speed, naming
 from varaccel.evaluation.speed.machine import describe_machine
 from varaccel.models.detector import SceneDetector
 from varaccel.scenes.grammar import Caption
@@ -33,7 +32,7 @@ from varaccel.scenes.grammar import Caption
 
 def run_bench(
     pipe: Any,
-    accelerators: Sequence[Accelerator],
+    accelerators: Sequence[AnyAccelerator],
     *,
     prompts: Sequence[str | int],
     captions: Sequence[Caption] = (),
@@ -117,13 +116,13 @@ class _BenchRun:
     def __init__(
         self,
         pipe: Any,
-        accelerators: Sequence[Accelerator],
+        accelerators: Sequence[AnyAccelerator],
         settings: Settings,
         finished: BenchReport | None,
         on_rows: Callable[[BenchReport], None] | None,
     ) -> None:
         self.pipe, self.settings, self.on_rows = pipe, settings, on_rows
-        self.candidates = {Row.of(one).key: one for one in (Plain(), *accelerators)}
+        self.candidates = {Row.of(one).key: one for one in with_plain(accelerators)}
         self.rows = {key: Row.of(one) for key, one in self.candidates.items()}
         self.truth: Quality | None = None
         if finished is not None:
@@ -135,7 +134,7 @@ class _BenchRun:
         """What was found so far."""
         return BenchReport(self.settings, tuple(self.rows.values()), self.truth)
 
-    def untimed(self, batches: Sequence[int]) -> dict[int, list[Accelerator]]:
+    def untimed(self, batches: Sequence[int]) -> dict[int, list[AnyAccelerator]]:
         """The accelerators that were not timed yet, by batch size; sizes without any are left out."""
         missing = {
             batch: [one for key, one in self.candidates.items() if batch not in self.rows[key].speed]
@@ -143,24 +142,23 @@ class _BenchRun:
         }
         return {batch: todo for batch, todo in missing.items() if todo}
 
-    def unjudged(self) -> list[tuple[str, Accelerator]]:
+    def unjudged(self) -> list[tuple[str, AnyAccelerator]]:
         """The accelerators whose images were not judged yet, with the keys of their rows."""
         return [(key, one) for key, one in self.candidates.items() if self.rows[key].quality is None]
 
-    def images_to_draw(self, untimed: Mapping[int, list[Accelerator]], captions: Sequence[Caption]) -> int:
+    def images_to_draw(self, untimed: Mapping[int, list[AnyAccelerator]], captions: Sequence[Caption]) -> int:
         """Images that are still drawn, warm-up rounds and those of plain decoding beside others included."""
         timed = sum(
-            batch * (self.settings.repeats + 1) * len({Row.of(one).key for one in (Plain(), *todo)})
-            for batch, todo in untimed.items()
+            batch * (self.settings.repeats + 1) * len(with_plain(todo)) for batch, todo in untimed.items()
         )
         return timed + len(captions) * len(self.unjudged())
 
     def measure(
         self,
         prompts: Sequence[str | int],
-        todo: Sequence[Accelerator],
+        todo: Sequence[AnyAccelerator],
         batch: int,
-        on_call: Callable[[Accelerator], Any],
+        on_call: Callable[[AnyAccelerator], Any],
     ) -> None:
         """Time accelerators beside plain decoding; what was timed already stays as it is."""
         settings = self.settings
@@ -174,8 +172,7 @@ class _BenchRun:
             on_call=on_call,
             **settings.call,
         )
-        timed = [Plain(), *(one for one in todo if not isinstance(one, Plain))]
-        for accelerator, one in zip(timed, measured.measurements, strict=True):
+        for accelerator, one in zip(beside_plain(todo), measured.measurements, strict=True):
             row = self.rows[key := Row.of(accelerator).key]
             if batch not in row.speed:
                 # what was asked for names the row, whatever a call made of it
@@ -205,7 +202,7 @@ class _BenchRun:
     def _draw(
         self,
         captions: Sequence[Caption],
-        accelerator: Accelerator,
+        accelerator: AnyAccelerator,
         together: int,
         on_images: Callable[[int], Any],
     ) -> list[Image.Image]:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from varaccel.accelerators import Accelerator
-from varaccel.accelerators.plain import Plain
+from varaccel.accelerators import AnyAccelerator
 from varaccel.engine.statistics import telling
 from varaccel.errors import InputError
-from varaccel.evaluation.bench.report import Row
+from varaccel.evaluation.bench.report import with_plain
 from varaccel.evaluation.speed.call_speed import naming
 from varaccel.pipelines.acceptance_map import pass_colors
 from varaccel.pipelines.output import ImageOutput
@@ -38,7 +37,7 @@ class Samples:
     """
 
     prompts: tuple[str | int, ...]
-    outputs: tuple[tuple[Accelerator, ImageOutput], ...]
+    outputs: tuple[tuple[AnyAccelerator, ImageOutput], ...]
 
     def sheet(self, side: int = 160) -> Image.Image:
         """A row of images per accelerator under their prompts.
@@ -113,7 +112,7 @@ class Samples:
 
 def draw_samples(
     pipe: Any,
-    accelerators: Sequence[Accelerator],
+    accelerators: Sequence[AnyAccelerator],
     prompts: Sequence[str | int],
     *,
     seed: int = 0,
@@ -131,7 +130,7 @@ def draw_samples(
     if not prompts:
         raise InputError("a sheet of samples needs at least one prompt.")
     outputs = []
-    for accelerator in {Row.of(one).key: one for one in (Plain(), *accelerators)}.values():
+    for accelerator in with_plain(accelerators):
         with naming(accelerator):
             outputs.append((accelerator, pipe(list(prompts), accelerator=accelerator, seed=seed, **call)))
     return Samples(tuple(prompts), tuple(outputs))
@@ -139,7 +138,7 @@ def draw_samples(
 
 def sample_sheet(
     pipe: Any,
-    accelerators: Sequence[Accelerator],
+    accelerators: Sequence[AnyAccelerator],
     prompts: Sequence[str | int],
     *,
     seed: int = 0,
@@ -161,7 +160,7 @@ def sample_sheet(
 
 def acceptance_sheet(
     pipe: Any,
-    accelerators: Sequence[Accelerator],
+    accelerators: Sequence[AnyAccelerator],
     prompt: str | int,
     *,
     seed: int = 0,

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.errors import InputError, unknown_name
 from varaccel.models.detector import Detection, Observation, SceneDetector
 from varaccel.scenes.grammar import Caption, Mention, caption
@@ -95,7 +95,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class VerificationResult:
+class CaptionVerdict:
     """How one image compares with its caption.
 
     Attributes:
@@ -143,7 +143,7 @@ class Adherence:
     """
 
     rates: dict[str, Rate]
-    verdicts: tuple[VerificationResult, ...]
+    verdicts: tuple[CaptionVerdict, ...]
 
     def to_json(self, verdicts: bool = False) -> dict[str, Any]:
         """Plain JSON values: `images`, `rates` and, if asked for, the `verdicts`."""
@@ -201,14 +201,14 @@ def _assignments(
             yield chosen
 
 
-def judge(seen: Observation, stated: Caption) -> VerificationResult:
+def judge(seen: Observation, stated: Caption) -> CaptionVerdict:
     """Compare what was seen with what the caption states.
 
     Objects are matched to mentions one to one. Of several possible matchings the best one counts: most mentions
     found, then most relations, then most materials and sizes, then highest scores.
     """
     place = {mention.index: position for position, mention in enumerate(stated.mentions)}
-    best: tuple[tuple[int, int, int, float], VerificationResult] | None = None
+    best: tuple[tuple[int, int, int, float], CaptionVerdict] | None = None
     for chosen in _assignments(stated.mentions, seen.objects):
         related: list[bool | None] = []
         for statement in stated.statements:
@@ -218,7 +218,7 @@ def judge(seen: Observation, stated: Caption) -> VerificationResult:
             else:
                 related.append(relation_holds(statement.relation, subject, reference))
         pairs = list(zip(stated.mentions, chosen, strict=True))
-        verdict = VerificationResult(
+        verdict = CaptionVerdict(
             caption=stated.text,
             detected=len(seen.objects),
             found=tuple(one is not None for one in chosen),
@@ -245,7 +245,7 @@ def judge(seen: Observation, stated: Caption) -> VerificationResult:
     return best[1]
 
 
-def summarise(verdicts: Sequence[VerificationResult]) -> Adherence:
+def summarise(verdicts: Sequence[CaptionVerdict]) -> Adherence:
     """The rates of `verdicts`, as `score_adherence` defines them."""
 
     def stated(values: Iterable[bool | None]) -> list[bool]:
@@ -348,7 +348,7 @@ def draw_captions(
     batch_size: int,
     seed: int,
     guidance_scale: float | None = None,
-    accelerator: Accelerator | None = None,
+    accelerator: AnyAccelerator | None = None,
 ) -> list[Image.Image]:
     """One image per caption; image i is drawn with seed `seed` + i, whatever the batch size.
 

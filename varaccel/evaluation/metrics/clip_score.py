@@ -12,8 +12,8 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 from tqdm import tqdm
 
 from varaccel.errors import CheckpointError, InputError
+from varaccel.evaluation.metrics.figures import Figure
 from varaccel.evaluation.metrics.image_sets import ImageSet
-from varaccel.evaluation.metrics.set_metrics import Figure
 
 CLIP_MODEL = "openai/clip-vit-base-patch32"
 """ViT-B/32, which most papers of the field report."""

@@ -14,7 +14,7 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 
 from varaccel.errors import InputError
 from varaccel.evaluation.metrics.adherence import (
-    VerificationResult,
+    CaptionVerdict,
     held_out_captions,
     score_adherence,
     share_error,
@@ -22,24 +22,17 @@ from varaccel.evaluation.metrics.adherence import (
 )
 from varaccel.evaluation.metrics.clip_score import clip_figure
 from varaccel.evaluation.metrics.feature_spaces import FeatureSpace
+from varaccel.evaluation.metrics.figures import Figure
 from varaccel.evaluation.metrics.frechet import FeatureStatistics
 from varaccel.evaluation.metrics.image_features import ImageFeatures, OnCorrupt, extract_features
 from varaccel.evaluation.metrics.image_sets import ImageFolder, ImageSet, open_images
 from varaccel.evaluation.metrics.metrics_report import MetricsReport
-from varaccel.evaluation.metrics.set_metrics import (
-    METRICS,
-    Figure,
-    Reference,
-    SetReport,
-    cautions,
-    load_reference,
-    measure,
-    needs_images,
-    statistics_of,
-)
-from varaccel.evaluation.sampling.image_run import RunSettings, read_prompts
+from varaccel.evaluation.metrics.references import Reference, load_reference, needs_images, statistics_of
+from varaccel.evaluation.metrics.set_metrics import METRICS, SetReport, cautions, measure
+from varaccel.evaluation.sampling.image_run import read_prompts
 from varaccel.evaluation.sampling.presets import Preset
 from varaccel.evaluation.sampling.prompt_lists import SCENES
+from varaccel.evaluation.sampling.run_settings import RunSettings
 from varaccel.models.detector import load_detector
 from varaccel.version import __version__
 
@@ -166,7 +159,7 @@ def _of_run(
 def _adherence_figure(images: ImageSet, count: int) -> Figure:
     """The share of images that show all that their captions say."""
     detector = load_detector()
-    verdicts: list[VerificationResult] = []
+    verdicts: list[CaptionVerdict] = []
     captions = held_out_captions(count)
     for start in range(0, count, _JUDGED_TOGETHER):
         part = captions[start : start + _JUDGED_TOGETHER]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from varaccel.accelerators.notation import parse_accelerator
 from varaccel.evaluation.metrics.feature_spaces import STANDARD_SPACE
-from varaccel.evaluation.metrics.set_metrics import Difference, Figure, SetReport, difference
+from varaccel.evaluation.metrics.figures import Difference, Figure, difference
+from varaccel.evaluation.metrics.set_metrics import SetReport
 from varaccel.evaluation.sampling.presets import Preset
 
 if TYPE_CHECKING:

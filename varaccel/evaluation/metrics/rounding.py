@@ -1,7 +1,7 @@
 """How often rounding alone changes an image when it is drawn in another batch.
 
 Every image has its own random numbers, so it does not depend on its batch but for one thing: matrix products of
-other shapes add up in another order. Where two codes are nearly as likely as the drawn number says, the last digit
+other shapes add up in another order. Where two token ids are nearly as likely as the drawn number says, the last digit
 decides, and all tokens after it may differ.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.errors import InputError
 from varaccel.evaluation.metrics.adherence import Rate
 
@@ -32,7 +32,7 @@ class RoundingReport:
         batch_sizes: the two.
         changed: rate of images of which any token differs.
         tokens: share of all tokens that differ.
-        largest: largest difference of a continuous token's numbers; None for codes.
+        largest: largest difference of a continuous token's numbers; None for token ids.
     """
 
     batch_sizes: tuple[int, int]
@@ -55,7 +55,7 @@ def compare_batch_sizes(
     prompts: Sequence[str | int],
     batch_sizes: tuple[int, int],
     *,
-    accelerator: Accelerator | None = None,
+    accelerator: AnyAccelerator | None = None,
     seed: int = 0,
     progress: bool = True,
     **call: Any,

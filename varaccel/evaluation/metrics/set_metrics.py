@@ -6,275 +6,31 @@ statistics, features that are kept, and standard errors, so that a comparison ca
 
 from __future__ import annotations
 
-import os
-import zipfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from math import hypot, sqrt
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
 
-import numpy as np
-import torch
-import torch_fidelity
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from varaccel.errors import InputError, unknown_name
-from varaccel.evaluation.metrics.adherence import held_out_prompts, share_error
+from varaccel.evaluation.metrics.adherence import share_error
 from varaccel.evaluation.metrics.feature_spaces import FeatureSpace
+from varaccel.evaluation.metrics.figures import Figure
 from varaccel.evaluation.metrics.frechet import FeatureStatistics, frechet_spread
-from varaccel.evaluation.metrics.image_features import ImageFeatures, OnCorrupt, extract_features
-from varaccel.evaluation.metrics.image_sets import ImageSet, TrueScenes, open_images
-from varaccel.scenes.world import HELD_OUT_SEED
+from varaccel.evaluation.metrics.image_features import ImageFeatures
+from varaccel.evaluation.metrics.references import Reference
 
 METRICS = ("fid", "sfid", "is", "kid", "pr")
-
-REFERENCE_SCENES_SEED = HELD_OUT_SEED + 100_000_000
-"""First seed of the scenes of a reference `scenes:N`: none of them is asked for in a prompt."""
-
-ADM_REFERENCE = (
-    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
-    "VIRTUAL_imagenet256_labeled.npz"
-)
-"""The reference that published figures on ImageNet at 256 × 256 are measured against."""
 
 _SPLITS = 10
 _KID_SUBSETS = 100
 _KID_SUBSET = 1000
 _NEIGHBOURS = 3
 _SPREAD_SEED = 0
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of a set of images.
-
-    Attributes:
-        metric: one of fid, sfid, is, kid, precision, recall, clip, adherence.
-        title: what it is called in a report; says so if it is no Inception figure.
-        value: the figure.
-        error: its standard error over the draw of the images; None if it was not estimated.
-        better: whether "lower" or "higher" is better.
-        details: how it was made, such as the numbers of splits and subsets.
-    """
-
-    metric: str
-    title: str
-    value: float
-    error: float | None
-    better: Literal["lower", "higher"]
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        noise = "" if self.error is None else f" ± {self.error:.2g}"
-        return f"{self.value:.4g}{noise}"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A figure beside that of a baseline.
-
-    Attributes:
-        value: figure minus baseline.
-        noise: twice the standard error of the difference, as if both were of independent images; None if either
-            has no standard error. Images of the same prompts and seeds move together, so it is on the wide side.
-        better: whether the figure is the better one.
-    """
-
-    value: float
-    noise: float | None
-    better: bool
-
-    @property
-    def within_noise(self) -> bool | None:
-        return None if self.noise is None else abs(self.value) <= self.noise
-
-    def __str__(self) -> str:
-        if self.noise is None:
-            return f"{self.value:+.2g}"
-        word = "within noise" if self.within_noise else "better" if self.better else "worse"
-        return f"{word} ({self.value:+.2g}, noise {self.noise:.2g})"
-
-
-def difference(figure: Figure, baseline: Figure) -> Difference:
-    """`figure` beside `baseline`, a figure of the same metric."""
-    value = figure.value - baseline.value
-    noise = None
-    if figure.error is not None and baseline.error is not None:
-        noise = 2 * hypot(figure.error, baseline.error)
-    return Difference(value, noise, value < 0 if figure.better == "lower" else value > 0)
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """What images are compared with.
-
-    Attributes:
-        name: where it comes from.
-        statistics: of the pooled features, for FID.
-        spatial: of the spatial features, for sFID; None if there are none.
-        features: of single images, for KID, precision and recall; None if there are only statistics.
-    """
-
-    name: str
-    statistics: FeatureStatistics
-    spatial: FeatureStatistics | None = None
-    features: ImageFeatures | None = None
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values for a report."""
-        return {
-            "name": self.name,
-            "space": self.statistics.space,
-            "images": self.statistics.count or "not told by the file",
-            "fingerprint": self.statistics.fingerprint,
-            "made": dict(self.statistics.made),
-        }
-
-
-def load_reference(
-    name: str | os.PathLike[str],
-    space: FeatureSpace,
-    *,
-    images_needed: bool = True,
-    recursive: bool = False,
-    size: int | None = None,
-    scene_size: int = 128,
-    batch_size: int = 64,
-    cache: str | os.PathLike[str] | None = None,
-    on_corrupt: OnCorrupt = "stop",
-    progress: bool = True,
-) -> Reference:
-    """A reference by name.
-
-    Args:
-        name: `scenes:N` for N true scenes that no prompt asks for; an .npz file: kept statistics (`FeatureStatistics`),
-            an ADM reference batch (statistics `mu`, `sigma`, `mu_s`, `sigma_s`, images `arr_0`, or either); a folder
-            of images; or a data set that torch-fidelity knows by name.
-        space: where features are taken; the statistics of an ADM file are Inception's.
-        images_needed: also take features of the images of an ADM file, which is not needed for FID alone.
-        recursive, size: of a folder, see `ImageFolder`.
-        scene_size: side of true scenes in pixels.
-        batch_size, cache, on_corrupt, progress: see `extract_features`.
-
-    Raises:
-        InputError: nothing of the kind, or made in another feature space.
-    """
-    text = os.fspath(name)
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "cache": cache,
-        "on_corrupt": on_corrupt,
-        "progress": progress,
-    }
-    if text.startswith("scenes:"):
-        return _of_images(TrueScenes(_scene_seeds(text), scene_size), space, options)
-    if text.endswith(".npz"):
-        names = _members(Path(text))
-        if "mean" in names:
-            return _kept(text, space)
-        if "mu" in names:
-            return _adm(text, names, space, images_needed, options)
-    return _of_images(open_images(text, recursive=recursive, size=size), space, options)
-
-
-def holds_inception_statistics(name: str | os.PathLike[str]) -> bool:
-    """Whether a reference is a file of Inception's statistics, so that only that network can be compared with it."""
-    path = Path(name)
-    return path.suffix == ".npz" and path.is_file() and "mu" in _members(path)
-
-
-def _scene_seeds(name: str) -> list[int]:
-    count = name.removeprefix("scenes:")
-    if not count.isdecimal() or int(count) < 2:
-        raise InputError(f"a reference of true scenes is written scenes:N with N at least 2, got {name!r}.")
-    # the same mix of one, two and three objects as in prompts
-    return list(held_out_prompts(int(count), first_seed=REFERENCE_SCENES_SEED))
-
-
-def _members(path: Path) -> set[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}; check the path.") from None
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no .npz file: {error}") from error
-
-
-def _of_images(images: ImageSet, space: FeatureSpace, options: dict[str, Any]) -> Reference:
-    features = extract_features(images, space, **options)
-    spatial = features.layers.get(space.SPATIAL)
-    return Reference(
-        images.name,
-        statistics_of(features, space.pooled),
-        None if spatial is None else statistics_of(features, space.SPATIAL),
-        features,
-    )
-
-
-def statistics_of(features: ImageFeatures, layer: str) -> FeatureStatistics:
-    """Statistics of one layer, noting how they were made.
-
-    Raises:
-        InputError: fewer than two images.
-    """
-    made = {
-        "images": features.images,
-        "digest": features.digest,
-        "size": list(features.size),
-        "skipped": len(features.skipped),
-        "layer": layer,
-        "torch_fidelity": torch_fidelity.__version__,
-        "torch": str(torch.__version__),
-    }
-    return FeatureStatistics.from_features(features.layers[layer], features.space).noting(**made)
-
-
-def _kept(path: str, space: FeatureSpace) -> Reference:
-    statistics = FeatureStatistics.load(path)
-    if statistics.space != space.label:
-        raise InputError(
-            f"{path} holds statistics of {statistics.space}, but features are taken with {space.label}; choose the "
-            "same space, or make the statistics again."
-        )
-    return Reference(path, statistics)
-
-
-def _adm(
-    path: str, names: set[str], space: FeatureSpace, images_needed: bool, options: dict[str, Any]
-) -> Reference:
-    if not space.is_inception:
-        raise InputError(f"{path} holds statistics of Inception features; choose the inception space.")
-    found: dict[str, FeatureStatistics] = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for suffix in ("", "_s"):
-                if f"mu{suffix}" in names:
-                    found[suffix] = FeatureStatistics(
-                        torch.from_numpy(file[f"mu{suffix}"].astype(np.float64)),
-                        torch.from_numpy(file[f"sigma{suffix}"].astype(np.float64)),
-                        0,
-                        space.label,
-                        {"images": f"statistics of {Path(path).name}"},
-                    )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} holds no statistics that can be used: {error}") from error
-    features = None
-    if images_needed and "arr_0" in names:
-        features = extract_features(open_images(path), space, **options)
-    return Reference(path, found[""], found.get("_s"), features)
-
-
-# -- the figures ---------------------------------------------------------------------------------------
-
-
-def needs_images(metrics: Iterable[str]) -> bool:
-    """Whether any of the metrics compares single images with those of the reference."""
-    return bool({"kid", "pr"} & set(metrics))
 
 
 def check_metrics(metrics: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The published MAR loop, said again without any of this library's savings: what its engine is compared with.
+"""The published MAR loop, rewritten without any of this library's optimisations: what its engine is compared with.
 
 Every iteration embeds the condition anew, runs the whole decoder and its last layer over all positions, and then the
 head: a hundred times the whole network, time embedding, condition and modulation included, over a doubled batch in

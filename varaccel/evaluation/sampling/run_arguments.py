@@ -101,8 +101,9 @@ def start_run(options: argparse.Namespace, folder: Path) -> Started:
     import torch
 
     from varaccel.accelerators.notation import parse_accelerator
-    from varaccel.evaluation.sampling.image_run import ImageRun, RunSettings, launch_state
+    from varaccel.evaluation.sampling.image_run import ImageRun, launch_state
     from varaccel.evaluation.sampling.prompt_lists import default_source, list_prompts
+    from varaccel.evaluation.sampling.run_settings import RunSettings
     from varaccel.pipelines.call_options import call_options
     from varaccel.pipelines.placement import check_place, move, open_pipeline
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.accelerators.plain import Plain
 from varaccel.engine.statistics import Statistics, call_label
 from varaccel.errors import InputError
@@ -93,14 +93,14 @@ class SpeedReport:
 def measure_speed(
     pipe: Any,
     prompts: Sequence[str | int],
-    accelerators: Sequence[Accelerator],
+    accelerators: Sequence[AnyAccelerator],
     *,
     batch: int | None = None,
     repeats: int = 5,
     seed: int = 0,
     decode: bool = False,
     warmups: int = 1,
-    on_call: Callable[[Accelerator], None] | None = None,
+    on_call: Callable[[AnyAccelerator], None] | None = None,
     **call: Any,
 ) -> SpeedReport:
     """Time accelerators against plain decoding of the same prompts and seeds.
@@ -132,7 +132,7 @@ def measure_speed(
     batch = len(prompts) if batch is None else batch
     if not 1 <= batch <= len(prompts):
         raise InputError(f"a batch of {batch} needs as many prompts and at least one, got {len(prompts)}.")
-    candidates = [Plain(), *(a for a in accelerators if not isinstance(a, Plain))]
+    candidates = beside_plain(accelerators)
     stats: list[list[Statistics]] = [[] for _ in candidates]
     peaks: list[list[int | None]] = [[] for _ in candidates]
     device = pipe.transformer.device
@@ -161,8 +161,13 @@ def measure_speed(
     return SpeedReport(describe_machine(device), batch, repeats, measurements)
 
 
+def beside_plain(accelerators: Sequence[AnyAccelerator]) -> list[AnyAccelerator]:
+    """Plain decoding, then the others."""
+    return [Plain(), *(one for one in accelerators if not isinstance(one, Plain))]
+
+
 @contextmanager
-def naming(accelerator: Accelerator) -> Iterator[None]:
+def naming(accelerator: AnyAccelerator) -> Iterator[None]:
     """Say in the sentence of an InputError which of several accelerators it is about.
 
     What plain decoding refuses is no fault of an accelerator and stays as it is.

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from varaccel.accelerators import Accelerator
+from varaccel.accelerators import AnyAccelerator
 from varaccel.engine.balance import best_seconds, measure_balance
 from varaccel.errors import InputError
 
@@ -50,7 +50,7 @@ class Floor:
 
     It is max(weight_bytes / bandwidth, operations / rate). It leaves out
     - keys and values, activations, logits and embeddings: everything that is moved and is no weight of a product;
-    - arithmetic other than matrix products, convolutions and attention, so norms, softmax over codes and draws;
+    - arithmetic other than matrix products, convolutions and attention, so norms, softmax over token ids and draws;
     - launches of kernels, Python, and whatever keeps a device from reading and calculating at the same time;
     - the text encoder and the image tokenizer's decoder, which run in other phases.
 
@@ -157,7 +157,7 @@ class WorkCounter(TorchDispatchMode):
 def count_work(
     pipe: Any,
     prompts: Sequence[str | int],
-    accelerator: Accelerator | None = None,
+    accelerator: AnyAccelerator | None = None,
     *,
     seed: int = 0,
     **call: Any,

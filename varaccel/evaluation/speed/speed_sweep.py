@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from varaccel.accelerators import Accelerator
-from varaccel.accelerators.plain import Plain
+from varaccel.accelerators import AnyAccelerator
 from varaccel.errors import InputError
-from varaccel.evaluation.speed.call_speed import measure_speed, naming
+from varaccel.evaluation.speed.call_speed import beside_plain, measure_speed, naming
 from varaccel.evaluation.speed.machine import describe_machine
 from varaccel.evaluation.speed.roofline import Floor, Work, count_work, floor_of, is_compiled, mean_work
 from varaccel.evaluation.speed.sweep_report import CompileGain, Entry, SweepReport
@@ -25,7 +24,7 @@ _GRAPH_WARMUPS = 3
 
 def sweep(
     pipe: Any,
-    accelerators: Sequence[Accelerator],
+    accelerators: Sequence[AnyAccelerator],
     prompts: Sequence[str | int],
     batches: Sequence[int] = (1,),
     repeats: int = 5,
@@ -104,13 +103,13 @@ class _Sweep:
     def __init__(
         self,
         pipe: Any,
-        accelerators: Sequence[Accelerator],
+        accelerators: Sequence[AnyAccelerator],
         prompts: Sequence[str | int],
         modes: Sequence[bool],
         started: SweepReport,
     ) -> None:
         self.pipe, self.prompts, self.modes, self.started = pipe, prompts, modes, started
-        self.candidates = [Plain(), *(one for one in accelerators if not isinstance(one, Plain))]
+        self.candidates = beside_plain(accelerators)
         self.device = pipe.transformer.device
         on_gpu = self.device.type == "cuda"
         self.warmups = {mode: _GRAPH_WARMUPS if mode and on_gpu else 1 for mode in modes}
@@ -159,7 +158,7 @@ class _Sweep:
         """Where the batches of prompts begin that the rounds use."""
         return range(0, min(self.started.repeats, len(self.prompts) // batch) * batch, batch)
 
-    def _floor(self, accelerator: Accelerator, batch: int, bar: Any) -> Floor:
+    def _floor(self, accelerator: AnyAccelerator, batch: int, bar: Any) -> Floor:
         """The least time of an accelerator's calls, the mean over the batches of prompts."""
         works: list[Work] = []
         for start in self._starts(batch):

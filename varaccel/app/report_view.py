@@ -1,19 +1,15 @@
-"""The tab that shows the last report: speed against quality of the models that were measured, tables and images."""
+"""A report as HTML: verdict, plots, tables, settings, and sheets of images."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import Any
 
-import gradio as gr
 from PIL import Image
 
 from varaccel.app.markup import data_uri, quality_badge
+from varaccel.app.reports import Found, read_report
 from varaccel.app.trade_off import trade_off
 from varaccel.errors import InputError
 from varaccel.evaluation.bench.report import BenchReport
@@ -26,155 +22,9 @@ from varaccel.evaluation.bench.tables import (
     speed_header,
 )
 from varaccel.evaluation.call_text import quality_label
-from varaccel.shipped import release_report_folder
-from varaccel.version import __version__
 
 _HIGHLIGHTED = 48
 """Rows that light up in a plot when they are pointed at; larger reports have more, which stay as they are."""
-
-
-def report_folders() -> list[Path]:
-    """Folders with a report, the newest first: that of `make bench` in the working folder, that of this release."""
-    own, release = Path.cwd() / "outputs" / "report", release_report_folder()
-    return [*([own] if any(own.glob("*.json")) else []), *([] if release is None else [release])]
-
-
-@dataclass(frozen=True)
-class Found:
-    """The report of a model in a folder.
-
-    Attributes:
-        path: its JSON; images are beside it.
-        title: what the page calls it.
-        measured: when, in words; None if unknown.
-    """
-
-    path: Path
-    title: str
-    measured: str | None
-
-    def beside(self, ending: str) -> Path:
-        # a model's name may hold a dot, so no suffix is replaced
-        return self.path.with_name(self.path.name.removesuffix(".json") + ending)
-
-
-def found_reports(folders: Sequence[Path]) -> list[Found]:
-    """The reports of `folders`, of the first one first; the same file is listed once.
-
-    A title says where its report is from only if there are several of that model.
-    """
-    release = release_report_folder()
-    found: list[tuple[Path, bool]] = []
-    seen: set[bytes] = set()
-    for folder in folders:
-        for path in sorted(folder.glob("*.json")):
-            content = _bytes(path)
-            if content not in seen:
-                found.append((path, folder == release))
-                seen |= {content} if content else set()
-    stems = [path.stem for path, _ in found]
-    return [
-        Found(
-            path,
-            path.stem if stems.count(path.stem) == 1 else f"{path.stem} ({_place(path.parent, released)})",
-            f"for varaccel {__version__}" if released else _date(path),
-        )
-        for path, released in found
-    ]
-
-
-def _place(folder: Path, released: bool) -> str:
-    """Where a report is from, in words."""
-    if released:
-        return "this release"
-    here = Path.cwd()
-    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
-
-
-def _date(path: Path) -> str | None:
-    """The day of a file; a report is written when rows are added."""
-    try:
-        return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d")
-    except OSError:
-        return None
-
-
-def _bytes(path: Path) -> bytes:
-    """The content of a file, nothing if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def read_report(found: Found) -> BenchReport:
-    """The report in a file.
-
-    Raises:
-        InputError: it is gone or damaged.
-    """
-    try:
-        text = found.path.read_text(encoding="utf-8")
-        report = BenchReport.from_dict(json.loads(text, parse_constant=_refuse))
-    except (OSError, ValueError, RecursionError) as error:  # InputError is a ValueError
-        raise InputError(f"{found.path.name} holds no report that can be read: {error}") from error
-    if not report.rows:
-        raise InputError(f"{found.path.name} holds a report without rows; measure anew with `make bench`.")
-    return report
-
-
-def _refuse(number: str) -> None:
-    raise InputError(f"{number} is no measurement")
-
-
-# -- the page ------------------------------------------------------------------------------------------
-
-
-def explore_tab(folders: Sequence[Path]) -> None:
-    """Fill the open tab of a page with the reports of `folders`, such as those of `report_folders`.
-
-    Everything is read when it is shown, so a report that is measured again while the page is open is seen.
-    """
-    reports = {found.title: found for found in found_reports(folders)}
-    if not reports:
-        gr.Markdown(
-            "There is no report here. Run `make bench` in a clone of varaccel, or `varaccel bench --out "
-            "outputs/report/mini-llamagen.json`, and open the page anew."
-        )
-        return
-
-    def show_model(title: str) -> tuple[Any, str, str]:
-        found = reports[title]
-        return _batch_choice(found), measured_html(found), images_html(found)
-
-    def show_batch(title: str, batch: int | None) -> str:
-        return measured_html(reports[title], batch)
-
-    first = next(iter(reports.values()))
-    with gr.Row():
-        model = gr.Radio(list(reports), value=first.title, label="model", scale=3)
-        batches, own = _batches(first)
-        batch = gr.Radio(batches, value=own, label="images drawn at once", scale=2, min_width=180)
-    measured = gr.HTML(measured_html(first), apply_default_css=False)
-    images = gr.HTML(images_html(first), apply_default_css=False)
-    # only what a visitor chooses counts, so that choosing a model does not also count as choosing a batch
-    event: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-    model.input(show_model, model, [batch, measured, images], **event)
-    batch.input(show_batch, [model, batch], measured, **event)
-
-
-def _batches(found: Found) -> tuple[list[tuple[str, int]], int | None]:
-    """Batch sizes to choose from, with words for them, and the first one; none of a damaged report."""
-    try:
-        sizes = read_report(found).batches
-    except InputError:
-        return [], None
-    return [(str(size), size) for size in sizes], sizes[0] if sizes else None
-
-
-def _batch_choice(found: Found) -> Any:
-    choices, value = _batches(found)
-    return gr.update(choices=choices, value=value)
 
 
 def measured_html(found: Found, batch: int | None = None) -> str:
