@@ -130,6 +130,14 @@ class Harness:
                     own = self.modulation[row, place if self.modulation_width == 2 else 0]
                     assert torch.equal(inputs.modulation[row].expand(positions.shape[1], -1)[entry], own)
 
+    def usable(self, row: int) -> tuple[list[bool], set[int]]:
+        """Which condition slots a row may look at, and which positions; it never may at draft slots and the spare."""
+        slots = self.slots.usable[row].tolist()
+        base = self.prefix + self.draft_slots
+        assert not any(slots[self.prefix : base])
+        assert not slots[-1]
+        return slots[: self.prefix], {p for p in range(self.positions) if slots[base + p]}
+
     def kept(self, row: int, position: int) -> list[float]:
         """Keys and values of both layers in the slot of a position; values turned back."""
         slot = self.prefix + self.draft_slots + position
@@ -280,6 +288,10 @@ def test_every_entry_sees_what_it_should(
                 shown = visible[row % batch, entry].nonzero()[:, 0].tolist() if drafting else []
                 assert seen[row][entry] == told[row].sees(position, draft, shown)
         keep_some(choose, harness, told, rows)
+        # what is decided is on record for all rows, those included that are not read any more
+        for row in range(batch * branches):
+            used = [True] * prefix if mask is None else mask[row].bool().tolist()
+            assert harness.usable(row) == (used, set(told[row % batch].decided))
 
 
 def keep_some(choose: random.Random, harness: Harness, told: list[Transcript], rows: int) -> None:
