@@ -1,4 +1,4 @@
-"""Train `mini-llamagen` from nothing: scenes, text encoder, image tokenizer, codes, transformer.
+"""Train `mini-llamagen` from nothing: scenes, text encoder, image tokenizer, token ids, transformer.
 
     python pipelines/train_mini_llamagen.py --out runs
 
@@ -8,7 +8,7 @@ finished pipeline is written to OUT/mini-llamagen; `--install weights/mini-llama
 To train a shipped pipeline further, with its own text encoder and image tokenizer:
 
     python pipelines/train_mini_llamagen.py --out runs/more --from-pipeline weights/mini-llamagen \\
-        --stages scenes codes transformer pipeline
+        --stages scenes token-ids transformer pipeline
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from varaccel.training.allocator import keep_freed_memory
 
 HERE = Path(__file__).parent
-STAGES = ("scenes", "text", "tokenizer", "codes", "transformer", "pipeline")
+STAGES = ("scenes", "text", "tokenizer", "token-ids", "transformer", "pipeline")
 
 
 def parse() -> argparse.Namespace:
@@ -50,13 +50,13 @@ def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> No
 
     from varaccel.models.llamagen import LlamaGenTransformer
     from varaccel.scenes.cache import CachedScenes
-    from varaccel.training.codes import read_codes
     from varaccel.training.llamagen import LlamaGenRecipe, train_llamagen
     from varaccel.training.run import Budget
     from varaccel.training.stages import caption_condition
+    from varaccel.training.token_ids import read_token_ids
 
-    codes, fingerprint = read_codes(options.out / "codes")
-    captions = CachedScenes(options.out / "scenes", allow_partial=True).captions[: len(codes)]
+    token_ids, fingerprint = read_token_ids(options.out / "token-ids")
+    captions = CachedScenes(options.out / "scenes", allow_partial=True).captions[: len(token_ids)]
     if options.from_pipeline:
         model = LlamaGenTransformer.from_pretrained(
             options.from_pipeline / "transformer", dtype=torch.float32
@@ -67,7 +67,7 @@ def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> No
     condition = caption_condition(captions, options.out / "mini-text", options.device, model.prefix_length)
     finished = train_llamagen(
         model,
-        codes,
+        token_ids,
         condition,
         options.out / "llamagen",
         budget=Budget(minutes=options.minutes),
@@ -120,9 +120,9 @@ def main() -> int:
         if "tokenizer" in options.stages:
             command = [HERE.parent / "tokenizers" / "train_vq_scenes.py", "--data", out / "scenes"]
             run(*command, "--out", out / "mini-vq", "--minutes", options.tokenizer_minutes)
-        if "codes" in options.stages:
-            command = ["-m", "varaccel.training.codes", "--tokenizer", out / "mini-vq" / "export"]
-            run(*command, "--scenes", out / "scenes", "--out", out / "codes")
+        if "token-ids" in options.stages:
+            command = ["-m", "varaccel.training.token_ids", "--tokenizer", out / "mini-vq" / "export"]
+            run(*command, "--scenes", out / "scenes", "--out", out / "token-ids")
         if "transformer" in options.stages:
             train_transformer(options, config)
         if "pipeline" in options.stages:

@@ -1,4 +1,4 @@
-"""Train `mini-var`: scenes, multi-scale image tokenizer, codes, transformer, and a refiner for CoDe.
+"""Train `mini-var`: scenes, multi-scale image tokenizer, token ids, transformer, and a refiner for CoDe.
 
     python pipelines/train_mini_var.py --out runs
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 SHIPPED = HERE.parent / "weights" / "mini-llamagen"
-STAGES = ("scenes", "tokenizer", "codes", "transformer", "refiner", "pipeline")
+STAGES = ("scenes", "tokenizer", "token-ids", "transformer", "refiner", "pipeline")
 
 
 def parse() -> argparse.Namespace:
@@ -59,21 +59,22 @@ def train(
     from varaccel.errors import InputError
     from varaccel.scenes.cache import CachedScenes
     from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
-    from varaccel.training.codes import fingerprint, read_codes
     from varaccel.training.run import Budget
     from varaccel.training.stages import caption_condition
+    from varaccel.training.token_ids import fingerprint, read_token_ids
     from varaccel.training.var import VARRecipe, train_refiner, train_var
 
-    codes, made_by = read_codes(options.out / "msvq-codes")
-    captions = CachedScenes(options.scenes, allow_partial=True).captions[: len(codes)]
+    token_ids, made_by = read_token_ids(options.out / "msvq-token-ids")
+    captions = CachedScenes(options.scenes, allow_partial=True).captions[: len(token_ids)]
     vq = MultiScaleVQModel.from_pretrained(tokenizer_folder(options))
     if fingerprint(vq) != made_by:
         raise InputError(
-            f"the codes in {options.out / 'msvq-codes'} were made by another image tokenizer; encode them again."
+            f"the token ids in {options.out / 'msvq-token-ids'} were made by another image tokenizer; "
+            "encode them again."
         )
     model.to(options.device)
     condition = caption_condition(captions, options.out / "mini-text", options.device)
-    data = (vq.quantize, codes[: len(captions)], condition, folder)
+    data = (vq.quantize, token_ids[: len(captions)], condition, folder)
     common: dict[str, Any] = {
         "budget": Budget(minutes=options.minutes),
         "recipe": VARRecipe(**config["recipe"]),
@@ -171,9 +172,9 @@ def main() -> int:
                 out / "mini-msvq",
             ]
             run(*command, "--minutes", options.tokenizer_minutes, "--device", options.device)
-        if "codes" in options.stages:
-            command = ["-m", "varaccel.training.codes", "--tokenizer", tokenizer_folder(options)]
-            command += ["--scenes", options.scenes, "--out", out / "msvq-codes"]
+        if "token-ids" in options.stages:
+            command = ["-m", "varaccel.training.token_ids", "--tokenizer", tokenizer_folder(options)]
+            command += ["--scenes", options.scenes, "--out", out / "msvq-token-ids"]
             run(*command, "--device", options.device)
         if "transformer" in options.stages:
             train_transformer(options, config)

@@ -1,7 +1,7 @@
 """The recipes in pipelines/: each runs as a user runs it, in an empty folder, and does what it says.
 
 What a training recipe asks of other programs (render scenes, train an image tokenizer or a text encoder, encode) is
-checked against their command lines. Scenes, codes and latents are then really made; the tokenizers and the text
+checked against their command lines. Scenes, token ids and latents are then really made; the tokenizers and the text
 encoder are those that ship, since training them takes minutes even at their smallest and has tests of its own
 (test_vq_training, test_kl_training, test_text_training). Transformers, refiner and assembling are the recipe's own
 code and run, on a few images and with small networks.
@@ -184,7 +184,7 @@ def test_training_mini_llamagen(
         "varaccel.scenes.cache",
         "varaccel.training.text",
         "train_vq_scenes.py",
-        "varaccel.training.codes",
+        "varaccel.training.token_ids",
     ]
     pipe = draws(here / "runs" / "mini-llamagen", accelerator="zipar")
     assert pipe.transformer.config.dim == 48

@@ -1,11 +1,11 @@
-"""Train a tokenizer of scenes: 128x128 images to 16x16 codes, or to the token maps of seven scales.
+"""Train a tokenizer of scenes: 128x128 images to 16x16 tokens, or to the token maps of seven scales.
 
     python -m varaccel.scenes.cache --out runs/scenes --count 60000
     python tokenizers/train_vq_scenes.py --data runs/scenes --out runs/mini-vq --minutes 28
 
 Run it again to resume. The averaged model ends up in `OUT/export`, ready for `VQModel.from_pretrained`.
 
-A finished tokenizer can get a better decoder for the codes it already has:
+A finished tokenizer can get a better decoder for the tokens it already has:
 
     python tokenizers/train_vq_scenes.py --data runs/scenes --out runs/mini-vq-decoder --minutes 20 \\
         --decoder-of runs/mini-vq/export --config tokenizers/vq_scenes_decoder.json

@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.tiny import (
     CLASSES,
-    CODES,
+    VOCAB_SIZE,
     GRID,
     PROMPTS,
     SCALES,
@@ -96,7 +96,7 @@ def test_fills_the_canvas(host: str, name: str) -> None:
         assert out.images.isfinite().all()
         assert (out.images.flatten(2).std(2) > 0.01).all(), "tokens of an image differ"
     else:
-        assert 0 <= int(out.images.min()) <= int(out.images.max()) < CODES
+        assert 0 <= int(out.images.min()) <= int(out.images.max()) < VOCAB_SIZE
 
 
 @every
@@ -372,7 +372,7 @@ def test_unknown_and_endless_prompts_are_drawn() -> None:
 
 def test_components_must_fit() -> None:
     with pytest.raises(InputError, match="token ids"):
-        LlamaGenPipeline(transformer("c2i"), vq_model(codebook_size=CODES + 1))
+        LlamaGenPipeline(transformer("c2i"), vq_model(codebook_size=VOCAB_SIZE + 1))
     with pytest.raises(InputError, match="text_encoder"):
         LlamaGenPipeline(transformer("t2i"), vq_model())
 

@@ -103,7 +103,7 @@ def test_tokenizer_reconstructs() -> None:
     vq = shipped().vq_model
     with torch.no_grad():
         encoding = vq.encode(images)
-        decoded = vq.decode_codes(encoding.indices)
+        decoded = vq.decode_tokens(encoding.indices)
     psnr = 10 * torch.log10(4 / (decoded - images).square().mean((1, 2, 3))).mean()
     assert psnr > 29
     assert encoding.indices.unique().numel() > 200
@@ -195,7 +195,7 @@ def test_multiscale_tokenizer_reconstructs() -> None:
     vq = shipped_var().vq_model
     with torch.no_grad():
         encoding = vq.encode(images)
-        decoded = vq.decode_codes(encoding.indices)
+        decoded = vq.decode_tokens(encoding.indices)
     psnr = 10 * torch.log10(4 / (decoded - images).square().mean((1, 2, 3))).mean()
     assert psnr > 28
     assert encoding.indices.unique().numel() > 150

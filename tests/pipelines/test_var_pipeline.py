@@ -18,7 +18,7 @@ from tests.models.test_var_parity import CODE, GENERATION, GOLDEN, TOLERANCES, T
 from tests.models.test_var_parity import codes as recorded
 from tests.models.test_var_parity import network as golden_network
 from tests.models.test_var_parity import tokenizer as golden_tokenizer
-from tests.tiny import CLASSES, CODES, PROMPTS, SCALES, multiscale_vq, new_pipeline, pipeline, var_transformer
+from tests.tiny import CLASSES, VOCAB_SIZE, PROMPTS, SCALES, multiscale_vq, new_pipeline, pipeline, var_transformer
 from varaccel import AutoPipeline, CoDe, VARPipeline
 from varaccel.accelerators import ACCELERATORS, Accelerator, fitting
 from varaccel.accelerators.plain import Plain
@@ -256,7 +256,7 @@ def test_further_options_of_refined_scales(host: str, options: dict[str, float])
 
 def test_lists_have_an_entry_per_scale() -> None:
     plain = codes("var-class")
-    assert torch.equal(codes("var-class", temperature=[1.0] * 3, top_k=[0, CODES, 0]), plain)
+    assert torch.equal(codes("var-class", temperature=[1.0] * 3, top_k=[0, VOCAB_SIZE, 0]), plain)
     greedy_end = codes("var-class", temperature=[1.0, 1.0, 0.0])
     assert torch.equal(greedy_end[:, : BORDERS[2]], plain[:, : BORDERS[2]])
     assert not torch.equal(greedy_end, plain)
@@ -291,7 +291,7 @@ def test_output_types(host: str, accelerator: str | None) -> None:
     assert max(np.abs(a * 255 - np.asarray(p)).max() for a, p in zip(array, images, strict=True)) <= 1
     latent, stats = pipe(PROMPTS[host], output_type="latent", return_dict=False, **options)
     with torch.no_grad():
-        decoded = pipe.vq_model.decode_codes(latent).clamp(-1, 1) / 2 + 0.5
+        decoded = pipe.vq_model.decode_tokens(latent).clamp(-1, 1) / 2 + 0.5
     torch.testing.assert_close(tensor, decoded, atol=1e-5, rtol=0)
     assert stats.tokens == TOKENS
 
@@ -405,8 +405,8 @@ def refused(message: str, error: type[Exception] = InputError) -> Any:
         ({"guidance_scale": 0.9}, "guidance_scale"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"guidance_scale": float("inf")}, "guidance_scale"),
-        ({"top_k": CODES + 1}, f"{CODES} codes"),
-        ({"top_k": [0, 0, CODES + 1]}, f"{CODES} codes"),
+        ({"top_k": VOCAB_SIZE + 1}, f"{VOCAB_SIZE} codes"),
+        ({"top_k": [0, 0, VOCAB_SIZE + 1]}, f"{VOCAB_SIZE} codes"),
         ({"top_k": [1, 2]}, "2 entries"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
@@ -419,7 +419,7 @@ def refused(message: str, error: type[Exception] = InputError) -> Any:
         ({"num_images_per_prompt": 0}, "at least 1"),
         ({"output_type": "jpeg"}, "pil"),
         ({"accelerator": CoDe(draft_scales=4)}, "3 scales"),
-        ({"accelerator": CoDe(refiner_top_k=CODES + 1)}, f"{CODES} codes"),
+        ({"accelerator": CoDe(refiner_top_k=VOCAB_SIZE + 1)}, f"{VOCAB_SIZE} codes"),
         ({"accelerator": CoDe(refiner_guidance_scale=0.0)}, "guidance_scale"),
         ({"accelerator": CoDe(refiner_temperature=-1.0)}, "temperature"),
         ({"accelerator": CoDe(refiner=nn.Linear(1, 1))}, "got Linear"),
@@ -471,7 +471,7 @@ def test_no_refiner(name: str) -> None:
     [
         ("class", {"scales": (1, 2, 4)}, r"\(1, 2, 4\)"),
         ("class", {"scales": (1, 2)}, r"\(1, 2\) instead of"),
-        ("class", {"vocab_size": CODES + 1}, f"token ids {CODES + 1} instead of {CODES}"),
+        ("class", {"vocab_size": VOCAB_SIZE + 1}, f"token ids {VOCAB_SIZE + 1} instead of {VOCAB_SIZE}"),
         ("class", {"codebook_dim": 5}, "numbers per token 5 instead of 4"),
         ("caption", {}, "kind of condition caption instead of class"),
         ("class", {"num_classes": 6}, "number of classes or width of text features 6"),
@@ -501,7 +501,7 @@ def test_components_must_fit() -> None:
     with refused("scales"):
         VARPipeline(network, multiscale_vq(scales=(1, 3)))
     with refused("codes"):
-        VARPipeline(network, multiscale_vq(codebook_size=CODES + 1))
+        VARPipeline(network, multiscale_vq(codebook_size=VOCAB_SIZE + 1))
     with refused("numbers"):
         VARPipeline(network, multiscale_vq(codebook_dim=8))
     with refused("scales"):

@@ -131,17 +131,17 @@ def make_pairs(
     transform: Callable[[Tensor, AttentionInputs], Tensor],
     condition: Tensor,
     mask: Tensor | None,
-    codes: Tensor,
+    token_ids: Tensor,
     guided: bool,
 ) -> Pairs:
-    """One teacher-forced pass of the target over codes [B, N]; `transform` is its own or a compiled one."""
+    """One teacher-forced pass of the target over tokens [B, N]; `transform` is its own or a compiled one."""
     branches = 2 if guided else 1
     if guided:
         condition = torch.cat([condition, target.unconditional(condition)])
         mask = None if mask is None else torch.cat([mask, mask])  # as in decoding, and as published
     if condition.is_floating_point():
         condition = condition.to(target.dtype)
-    read = codes[:, :-1]
+    read = token_ids[:, :-1]
     prefix = target.embed_condition(condition)  # [G * B, T, dim]
     x = torch.cat([prefix, target.embed_tokens(read.repeat(branches, 1))], dim=1)
     rotary = target.rotary_table(x.device)[: x.shape[1]]
@@ -322,7 +322,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def train_drafter(
     head: EagleHead,
     target: LlamaGenTransformer,
-    codes: Tensor,
+    token_ids: Tensor,
     condition: Condition,
     folder: Path,
     *,
@@ -340,19 +340,19 @@ def train_drafter(
     Args:
         head: moved to the target's device; ends with the averaged weights. Its embedding is not trained.
         target: what it drafts for; not changed.
-        codes: [M, N] integer codes of M images in raster order, on the CPU; the last `validation` of them
+        token_ids: [M, N] integers, the tokens of M images in raster order, on the CPU; the last `validation` of them
             are not trained on.
         condition: gives the condition of samples, on the target's device.
         compile: compile the passes of both networks (worth minutes of compilation on long runs).
         settings: further facts that must not change between resumes, such as the tokenizer's fingerprint.
 
     Raises:
-        InputError: too few samples, codes of another grid or codebook, or a drafter of another target.
+        InputError: too few samples, token ids of another grid or codebook, or a drafter of another target.
         CheckpointError: `folder` holds a different run.
     """
     recipe = recipe or DrafterRecipe()
     head.check_fits(target)
-    _check_codes(codes, target)
+    _check_token_ids(token_ids, target)
     device = target.device
     head.to(device)
     guided = recipe.guidance.enabled
@@ -368,7 +368,7 @@ def train_drafter(
     )
     schedule = Schedule(recipe.lr, recipe.warmup_steps, recipe.decay)
     ema = ExponentialAverage(head, recipe.ema_decay)
-    order = SampleOrder(len(codes) - validation, recipe.batch_size, recipe.seed)
+    order = SampleOrder(len(token_ids) - validation, recipe.batch_size, recipe.seed)
     run = TrainingRun(
         folder,
         budget,
@@ -391,14 +391,14 @@ def train_drafter(
         if dropped is not None and not guided:
             where = dropped.to(device).view(-1, *[1] * (features.dim() - 1))
             features = torch.where(where, target.unconditional(features), features)
-        image = codes[indices].to(device, torch.int64)
+        image = token_ids[indices].to(device, torch.int64)
         return make_pairs(target, read_target, features, mask, image, guided)
 
     @torch.no_grad()
     def validate(kind: str) -> None:
         head.eval()
         sums = torch.zeros(MEASURED_DEPTH + 1, dtype=torch.float64)
-        for indices in torch.arange(len(codes) - validation, len(codes)).split(
+        for indices in torch.arange(len(token_ids) - validation, len(token_ids)).split(
             recipe.batch_size // recipe.accumulate
         ):
             with autocast():
@@ -468,14 +468,14 @@ def train_drafter(
     return run
 
 
-def _check_codes(codes: Tensor, target: LlamaGenTransformer) -> None:
-    if codes.dim() != 2 or codes.shape[1] != target.num_tokens:
+def _check_token_ids(token_ids: Tensor, target: LlamaGenTransformer) -> None:
+    if token_ids.dim() != 2 or token_ids.shape[1] != target.num_tokens:
         raise InputError(
-            f"the codes have the shape {list(codes.shape)}, but the target makes images of "
+            f"the token ids have the shape {list(token_ids.shape)}, but the target makes images of "
             f"{target.num_tokens} tokens; encode images of its size."
         )
-    if int(codes.max()) >= target.config.vocab_size:
+    if int(token_ids.max()) >= target.config.vocab_size:
         raise InputError(
-            f"the codes go up to {int(codes.max())}, but the target has {target.config.vocab_size}; "
+            f"the token ids go up to {int(token_ids.max())}, but the target has {target.config.vocab_size}; "
             "encode the images with its own image tokenizer."
         )

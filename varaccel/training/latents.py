@@ -26,7 +26,8 @@ from torch import Tensor
 from varaccel.errors import CheckpointError, InputError, VaraccelError
 from varaccel.scenes.cache import CachedScenes
 from varaccel.tokenizers.kl import patchify
-from varaccel.training.codes import (
+from varaccel.training.kl import downsample_factor, on_device
+from varaccel.training.token_ids import (
     MANIFEST,
     claim_folder,
     encode_shards,
@@ -35,7 +36,6 @@ from varaccel.training.codes import (
     read_shards,
     tokenizer_class,
 )
-from varaccel.training.kl import downsample_factor, on_device
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The loop that trains a transformer on image codes, whatever family it is of.
+"""The loop that trains a transformer on image tokens, whatever family it is of.
 
 What a sample costs is an `Objective`; everything else is here: sample order, condition dropout, optimisers,
 averaged weights, validation, log and resume. Matrices of the blocks are trained with Muon, everything else with
@@ -55,7 +55,7 @@ class TokenRecipe:
 
 
 class Objective(Protocol):
-    """What a model is trained for; it knows the model, the codes and their conditions."""
+    """What a model is trained for; it knows the model, the tokens and their conditions."""
 
     @property
     def samples(self) -> int:

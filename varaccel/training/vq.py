@@ -68,8 +68,8 @@ class VQRecipe:
         commitment_weight: pulls latents to their codebook rows (beta of VQ-VAE).
         entropy_weight: of confident single assignments at an evenly used codebook.
         entropy_temperature: softmax temperature on negative squared distances in that term.
-        entropy_stride: every how manieth site enters that term.
-        revive_every: steps between re-seedings of codes that none of them used; 0 turns it off.
+        entropy_stride: only every n-th site enters that term.
+        revive_every: steps between re-seedings of codebook entries that none of them used; 0 turns it off.
         adversarial_weight: of the hinge patch discriminator; 0 turns it off.
         adversarial_start: share of the budget after which the discriminator joins.
         bfloat16: run convolutions under bfloat16 autocast.
@@ -83,7 +83,7 @@ class VQRecipe:
         quantize_after: steps in which a multi-scale model trains without its quantiser; the codebook then starts
             from what the scales would have to say, instead of from noise.
         frozen: parameters whose names start like this stay as they are: the outer levels of a warm start.
-        seed: of batches, mirroring and revived codes.
+        seed: of batches, mirroring and revived codebook entries.
     """
 
     batch_size: int = 16
@@ -152,9 +152,9 @@ def colorful_crop(
 
 
 def entropy_loss(similarity: Tensor, temperature: float) -> Tensor:
-    """Mean entropy of each site's code distribution minus the entropy of their mean.
+    """Mean entropy of each site's distribution over the codebook minus the entropy of their mean.
 
-    Low when every site is sure of its code and the codes are used evenly. `similarity` [N, K] are cosines;
+    Low when every site is sure of its entry and the entries are used evenly. `similarity` [N, K] are cosines;
     the logits are negative squared distances on the unit sphere over `temperature`, in float32.
 
     Source: Yu et al., "Language Model Beats Diffusion" (MAGVIT-v2), equation 5; LlamaGen's tokenizer.
@@ -167,18 +167,18 @@ def entropy_loss(similarity: Tensor, temperature: float) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of code `counts` [K]: the number of evenly used codes that would be as diverse."""
+    """exp of the entropy of `counts` [K]: the number of evenly used entries that would be as diverse."""
     share = counts.double() / counts.sum().clamp_min(1)
     return float(torch.special.entr(share).sum().exp())
 
 
 class CodeRevival:
-    """Re-seeds codes that no site chose for a while with latents that are far from every code.
+    """Re-seeds codebook entries that no site chose for a while with latents that are far from every entry.
 
-    Without it, codes that lose out early in a short run are never updated again.
+    Without it, entries that lose out early in a short run are never updated again.
 
     Args:
-        codebook_size: number of codes.
+        codebook_size: number of codebook entries.
         every: steps between re-seedings.
         seed: of the choice of latents.
     """
@@ -205,10 +205,10 @@ class CodeRevival:
         *,
         enabled: bool,
     ) -> int:
-        """Count the codes of this step and, when due, revive the unused; returns how many were revived.
+        """Count the entries used in this step and, when due, revive the unused; returns how many were revived.
 
         New rows are latents of this step, drawn with probability proportional to their squared distance from
-        the chosen code, as k-means++ does. Their moving average and optimiser moments start afresh.
+        the chosen entry, as k-means++ does. Their moving average and optimiser moments start afresh.
         """
         self.counts += torch.bincount(output.indices.flatten().cpu(), minlength=len(self.counts))
         if self.every == 0 or (step + 1) % self.every:
@@ -277,13 +277,13 @@ class VQQuality:
     Attributes:
         psnr: mean over images, dB.
         ssim: mean over images, 11x11 Gaussian window.
-        codes_used: share of the codebook that occurs at all.
-        perplexity: effective number of codes.
+        entries_used: share of the codebook that occurs at all.
+        perplexity: effective number of entries.
     """
 
     psnr: float
     ssim: float
-    codes_used: float
+    entries_used: float
     perplexity: float
 
 
@@ -361,8 +361,8 @@ class VQTrainer:
         folder: of the run.
         budget: when to stop.
         recipe: how to train.
-        decoder_only: keep the encoder and codebook as they are and train what follows them. Codes made
-            before, and transformers trained on them, stay valid.
+        decoder_only: keep the encoder and codebook as they are and train what follows them. Token ids
+            made before, and transformers trained on them, stay valid.
         device: where to train.
         log_every: steps between lines of the log.
         evaluate_every: steps between measurements on `held_out`.
@@ -454,8 +454,8 @@ class VQTrainer:
                 if (step + 1) % self.evaluate_every == 0:
                     quality = evaluate(self.averaged(), self.held_out)
                     self.run.log(**{f"held_out_{k}": v for k, v in asdict(quality).items()})
-                    last |= {"psnr": quality.psnr, "codes": quality.codes_used}
-                bar.set_postfix({k: f"{v:.3f}" for k, v in last.items() if k in ("loss", "psnr", "codes")})
+                    last |= {"psnr": quality.psnr, "entries": quality.entries_used}
+                bar.set_postfix({k: f"{v:.3f}" for k, v in last.items() if k in ("loss", "psnr", "entries")})
                 bar.update()
         averaged = self.averaged()
         with atomic_path(self.run.folder / "export") as temporary:
@@ -531,7 +531,7 @@ class VQTrainer:
                 images, output.reconstruction.detach(), rate
             )
         self.average.update(self.model)
-        # Not in the decay phase: a code that starts there no longer settles.
+        # Not in the decay phase: an entry that starts there no longer settles.
         settled = self.run.progress > 1 - self.schedule.decay
         revived = self.revival.update(
             self.model,
@@ -547,7 +547,7 @@ class VQTrainer:
             **{name: value.detach() for name, value in terms.items()},
             "gradient_norm": norm,
             "learning_rate": rate,
-            "batch_codes_used": used,
+            "batch_entries_used": used,
             "revived": float(revived),
         }
 

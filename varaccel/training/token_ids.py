@@ -1,8 +1,8 @@
-"""Codes of a cache of images, so that a transformer trains without running the image tokenizer.
+"""Token ids of a cache of images, so that a transformer trains without running the image tokenizer.
 
-A folder of codes is `manifest.json` and one `codes-00000.npy` (uint16 [n, N]) per shard of the image cache. The
-N codes of an image are its rows in raster order, or, of a multi-scale tokenizer, its scales one after another. Run
-`python -m varaccel.training.codes --tokenizer FOLDER --scenes FOLDER --out FOLDER` to write one, and run it
+A folder of token ids is `manifest.json` and one `token-ids-00000.npy` (uint16 [n, N]) per shard of the image cache. The
+N tokens of an image are its rows in raster order, or, of a multi-scale tokenizer, its scales one after another. Run
+`python -m varaccel.training.token_ids --tokenizer FOLDER --scenes FOLDER --out FOLDER` to write one, and run it
 again to resume or to add shards that have been rendered since.
 """
 
@@ -32,20 +32,20 @@ from varaccel.tokenizers.vq import VQModel
 from varaccel.training.vq import ImageTokenizer, to_images
 
 MANIFEST = "manifest.json"
-"""Name of the file that says what a folder of codes or latents was made from."""
+"""Name of the file that says what a folder of token ids or latents was made from."""
 # Below this share of equal indices the half-precision encoder is not a stand-in for the float32 one.
 MIN_AGREEMENT = 0.97
-# The parts of a tokenizer that decide which codes or latents an image gets.
-CODE_PARTS = ("encoder.", "quant_conv.", "quantize.")
+# The parts of a tokenizer that decide which token ids or latents an image gets.
+ENCODING_PARTS = ("encoder.", "quant_conv.", "quantize.")
 
 
 @dataclass(frozen=True)
-class CodesManifest:
-    """What a folder of codes was made from; folders are only ever continued with the same.
+class TokenIdsManifest:
+    """What a folder of token ids was made from; folders are only ever continued with the same.
 
     Attributes:
         tokenizer: fingerprint of the tokenizer.
-        codebook_size: number of codes.
+        codebook_size: number of codebook entries.
         grid: rows and columns of an image, or of the feature map of a multi-scale tokenizer.
         precision: dtype of the encoder's convolutions, "bfloat16" or "float32".
         world, first_seed, size, shard_size: of the image cache.
@@ -64,19 +64,19 @@ class CodesManifest:
 
     @property
     def num_tokens(self) -> int:
-        """Number N of codes of one image."""
+        """Number N of tokens of one image."""
         return sum(p * p for p in self.scales) or self.grid[0] * self.grid[1]
 
 
 def fingerprint(tokenizer: nn.Module) -> str:
-    """A hash of what decides the codes or latents of an image, the same on every machine; 16 hex digits.
+    """A hash of what decides the token ids or latents of an image, the same on every machine; 16 hex digits.
 
-    It covers the encoder and the codebook, if there is one. A decoder that was trained further leaves it, and codes
+    It covers the encoder and the codebook, if there is one. A decoder that was trained further leaves it, and token ids
     made before, valid.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tokenizer.state_dict().items()):
-        if not name.startswith(CODE_PARTS):
+        if not name.startswith(ENCODING_PARTS):
             continue
         digest.update(f"{name}{list(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -85,7 +85,7 @@ def fingerprint(tokenizer: nn.Module) -> str:
 
 @torch.no_grad()
 def encode_pixels(vq: ImageTokenizer, pixels: NDArray[np.uint8], precision: str) -> NDArray[np.uint16]:
-    """Codes of `pixels` uint8 [n, H, W, 3]: uint16 [n, N] as in a folder of codes."""
+    """Token ids of `pixels` uint8 [n, H, W, 3]: uint16 [n, N] as in a folder of token ids."""
     images = to_images(pixels).to(vq.device)
     with torch.autocast(vq.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         indices = vq.encode(images).indices
@@ -93,7 +93,7 @@ def encode_pixels(vq: ImageTokenizer, pixels: NDArray[np.uint8], precision: str)
 
 
 def precision_agreement(vq: ImageTokenizer, pixels: NDArray[np.uint8], batch_size: int = 32) -> float:
-    """Share of codes of `pixels` uint8 [n, H, W, 3] that a bfloat16 encoder finds like the float32 one."""
+    """Share of token ids of `pixels` uint8 [n, H, W, 3] that a bfloat16 encoder finds like the float32 one."""
     equal = 0.0
     for start in range(0, len(pixels), batch_size):
         part = pixels[start : start + batch_size]
@@ -110,27 +110,27 @@ def encode_cache(
     precision: str = "auto",
     batch_size: int = 32,
     progress: bool = True,
-) -> CodesManifest:
+) -> TokenIdsManifest:
     """Encode every finished shard of the image cache `scenes` into `out`; shards already there are kept.
 
     Args:
         vq: the tokenizer, on the device to use; put into eval mode and channels-last.
         scenes: folder written by `varaccel.scenes.cache`.
-        out: folder of the codes.
-        precision: "float32", "bfloat16", or "auto": bfloat16 if it finds at least 97 % of the same codes on
-            64 images.
+        out: folder of the token ids.
+        precision: "float32", "bfloat16", or "auto": bfloat16 if it finds at least 97 % of the same token ids on 64
+            images.
         batch_size: images per call of the encoder.
         progress: show a progress bar.
 
     Raises:
-        InputError: unknown precision, no cache, images that the tokenizer cannot take, or more than 65536
-            codes.
-        CheckpointError: `out` holds codes of another tokenizer, precision or cache.
+        InputError: unknown precision, no cache, images that the tokenizer cannot take, or a codebook of
+            more than 65536 entries.
+        CheckpointError: `out` holds token ids of another tokenizer, precision or cache.
     """
     if precision not in ("auto", "float32", "bfloat16"):
         raise InputError(f"precision must be auto, float32 or bfloat16, got {precision!r}.")
     if vq.codebook_size > 1 << 16:
-        raise InputError(f"codes are stored in 16 bits; a codebook of {vq.codebook_size} does not fit.")
+        raise InputError(f"token ids are stored in 16 bits; a codebook of {vq.codebook_size} does not fit.")
     data = CachedScenes(scenes, allow_partial=True)
     grid = vq.grid(data.size)
     vq.eval().to(memory_format=torch.channels_last)
@@ -138,7 +138,7 @@ def encode_cache(
     if precision == "auto":
         present = _present_precision(target)
         precision = present or _choose_precision(vq, data)
-    manifest = CodesManifest(
+    manifest = TokenIdsManifest(
         tokenizer=fingerprint(vq),
         codebook_size=vq.codebook_size,
         grid=grid,
@@ -150,25 +150,25 @@ def encode_cache(
         scales=vq.schedule.sides if isinstance(vq, MultiScaleVQModel) else (),
     )
     existing = asdict(read_manifest(target)) if (target / MANIFEST).exists() else None
-    claim_folder(target, asdict(manifest), existing, kind="codes")
+    claim_folder(target, asdict(manifest), existing, kind="token ids")
     encode_shards(
         data,
-        lambda shard: codes_path(target, shard),
+        lambda shard: token_ids_path(target, shard),
         lambda pixels: encode_pixels(vq, pixels, precision),
         batch_size=batch_size,
-        description=f"codes, {precision}",
+        description=f"token ids, {precision}",
         progress=progress,
     )
     return manifest
 
 
-def read_codes(folder: str | os.PathLike[str]) -> tuple[Tensor, str]:
-    """The codes of the leading finished shards, int32 [M, N], and the tokenizer's fingerprint.
+def read_token_ids(folder: str | os.PathLike[str]) -> tuple[Tensor, str]:
+    """The token ids of the leading finished shards, int32 [M, N], and the tokenizer's fingerprint.
 
     Row `i` belongs to image `i` of the cache.
 
     Raises:
-        InputError: `folder` holds no codes.
+        InputError: `folder` holds no token ids.
         CheckpointError: a shard is damaged.
     """
     target = Path(folder)
@@ -180,9 +180,11 @@ def read_codes(folder: str | os.PathLike[str]) -> tuple[Tensor, str]:
             raise CheckpointError(f"{path} does not match its manifest; delete it and encode again.")
         return part.astype(np.int32)
 
-    parts = read_shards(lambda shard: codes_path(target, shard), read, manifest.shard_size)
+    parts = read_shards(lambda shard: token_ids_path(target, shard), read, manifest.shard_size)
     if not parts:
-        raise InputError(f"{folder} holds no finished shard of codes yet; run varaccel.training.codes on it.")
+        raise InputError(
+            f"{folder} holds no finished shard of token ids yet; run varaccel.training.token_ids on it."
+        )
     return torch.from_numpy(np.concatenate(parts)), manifest.tokenizer
 
 
@@ -272,12 +274,12 @@ def claim_folder(
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def codes_path(folder: Path, shard: int) -> Path:
-    return folder / f"codes-{shard:05d}.npy"
+def token_ids_path(folder: Path, shard: int) -> Path:
+    return folder / f"token-ids-{shard:05d}.npy"
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> CodesManifest:
-    """The manifest of a folder of codes.
+def read_manifest(folder: str | os.PathLike[str]) -> TokenIdsManifest:
+    """The manifest of a folder of token ids.
 
     Raises:
         InputError: the folder holds no readable manifest.
@@ -287,11 +289,11 @@ def read_manifest(folder: str | os.PathLike[str]) -> CodesManifest:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         # manifests from before there were multi-scale tokenizers have no scales
         shape = {"grid": tuple(fields["grid"]), "scales": tuple(fields.get("scales", ()))}
-        return CodesManifest(**{**fields, **shape})
+        return TokenIdsManifest(**{**fields, **shape})
     except FileNotFoundError:
         raise InputError(
-            f"{folder} holds no codes: it has no {MANIFEST}; write them with "
-            "`python -m varaccel.training.codes --tokenizer FOLDER --scenes FOLDER --out FOLDER`."
+            f"{folder} holds no token ids: it has no {MANIFEST}; write them with "
+            "`python -m varaccel.training.token_ids --tokenizer FOLDER --scenes FOLDER --out FOLDER`."
         ) from None
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise InputError(f"{path} cannot be read ({error}); delete the folder and encode again.") from error
@@ -322,7 +324,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ImageTokenizer:
     for kind in (VQModel, MultiScaleVQModel):
         if name == kind.__name__:
             return kind.from_pretrained(folder)
-    raise InputError(f"{folder} holds a {name}, which is no image tokenizer that makes codes.")
+    raise InputError(f"{folder} holds a {name}, which is no image tokenizer that makes token ids.")
 
 
 def _present_precision(folder: Path) -> str | None:
@@ -337,11 +339,11 @@ def _choose_precision(vq: ImageTokenizer, data: CachedScenes) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the encoder."""
     parser = argparse.ArgumentParser(
-        prog="python -m varaccel.training.codes", description="Encode a cache of images as codes."
+        prog="python -m varaccel.training.token_ids", description="Encode a cache of images as token ids."
     )
     parser.add_argument("--tokenizer", required=True, help="folder of a VQModel or MultiScaleVQModel")
     parser.add_argument("--scenes", required=True, help="folder written by varaccel.scenes.cache")
-    parser.add_argument("--out", required=True, help="folder of the codes")
+    parser.add_argument("--out", required=True, help="folder of the token ids")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
