@@ -12,6 +12,7 @@ from varaccel.errors import CheckpointError, InputError
 from varaccel.scenes.cache import CachedScenes, write_cache
 from varaccel.tokenizers.vq import VQModel
 from varaccel.training import token_ids as token_ids_module
+from varaccel.training.images import to_images
 from varaccel.training.token_ids import (
     encode_cache,
     encode_pixels,
@@ -21,7 +22,6 @@ from varaccel.training.token_ids import (
     read_token_ids,
     token_ids_path,
 )
-from varaccel.training.vq import to_images
 
 
 def tiny(seed: int = 0) -> VQModel:

@@ -17,6 +17,7 @@ from varaccel.scenes.cache import CachedScenes, write_cache
 from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer, MultiScaleVQModel
 from varaccel.tokenizers.vq import VQModel
 from varaccel.training.conditions import label_condition
+from varaccel.training.images import to_images
 from varaccel.training.run import Budget, TrainingRun
 from varaccel.training.token_ids import (
     encode_cache,
@@ -36,7 +37,6 @@ from varaccel.training.var import (
     train_refiner,
     train_var,
 )
-from varaccel.training.vq import to_images
 
 SCALES = (1, 2, 3)
 LENGTH, VOCAB_SIZE, WIDTH, CLASSES, SAMPLES = 14, 12, 4, 4, 40

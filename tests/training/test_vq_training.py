@@ -22,7 +22,9 @@ from varaccel.training.discriminator import (
     discriminator_loss,
     generator_loss,
 )
+from varaccel.training.images import colorful_crop, to_images
 from varaccel.training.perceptual import RandomFeatureLoss, laplacian_loss, ssim_loss
+from varaccel.training.reconstruction import chroma_loss
 from varaccel.training.run import Budget, ExponentialAverage
 from varaccel.training.token_ids import fingerprint
 from varaccel.training.vq import (
@@ -30,12 +32,9 @@ from varaccel.training.vq import (
     CodeRevival,
     VQRecipe,
     VQTrainer,
-    chroma_loss,
-    colorful_crop,
     entropy_loss,
     evaluate,
     perplexity,
-    to_images,
 )
 
 RECIPE = VQRecipe(batch_size=4, warmup_steps=2, revive_every=2, bfloat16=False, feature_weight=0.1)

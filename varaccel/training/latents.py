@@ -26,7 +26,8 @@ from torch import Tensor
 from varaccel.errors import CheckpointError, InputError, VaraccelError
 from varaccel.scenes.cache import CachedScenes
 from varaccel.tokenizers.kl import patchify
-from varaccel.training.kl import downsample_factor, on_device
+from varaccel.training.images import on_device
+from varaccel.training.kl import downsample_factor
 from varaccel.training.token_ids import (
     MANIFEST,
     claim_folder,

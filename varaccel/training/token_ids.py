@@ -29,7 +29,8 @@ from varaccel.files import atomic_path
 from varaccel.scenes.cache import CachedScenes
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 from varaccel.tokenizers.vq import VQModel
-from varaccel.training.vq import ImageTokenizer, to_images
+from varaccel.training.images import to_images
+from varaccel.training.vq import ImageTokenizer
 
 MANIFEST = "manifest.json"
 """Name of the file that says what a folder of token ids or latents was made from."""
