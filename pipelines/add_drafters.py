@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from varaccel import AutoPipeline, EagleHead, LlamaGenPipeline, LlamaGenTransformer
-from varaccel.errors import InputError, VaraccelError
+from varaccel.errors import InputError
+from varaccel.training.command_line import exit_status
 
 
 def add_drafters(folder: Path, eagle: Path | None, small: Path | None) -> None:
@@ -44,12 +45,7 @@ def main() -> int:
     parser.add_argument("--eagle", type=Path, help="folder of an EagleHead")
     parser.add_argument("--small", type=Path, help="folder of a smaller LlamaGenTransformer")
     options = parser.parse_args()
-    try:
-        add_drafters(options.pipeline, options.eagle, options.small)
-    except VaraccelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: add_drafters(options.pipeline, options.eagle, options.small))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from varaccel.training.images import on_device, to_images
 from varaccel.training.kl import KLRecipe, KLTrainer, evaluate, latent_scale, pixel_batches
 from varaccel.training.latents import encode_cache, encode_pixels, latents_path, main, read_latents
 from varaccel.training.run import Budget
-from varaccel.training.token_ids import fingerprint
+from varaccel.training.shards import fingerprint
 
 RECIPE = KLRecipe(batch_size=4, warmup_steps=2, bfloat16=False)
 

@@ -13,10 +13,10 @@ from varaccel.scenes.cache import CachedScenes, write_cache
 from varaccel.tokenizers.vq import VQModel
 from varaccel.training import token_ids as token_ids_module
 from varaccel.training.images import to_images
+from varaccel.training.shards import fingerprint
 from varaccel.training.token_ids import (
     encode_cache,
     encode_pixels,
-    fingerprint,
     main,
     precision_agreement,
     read_token_ids,

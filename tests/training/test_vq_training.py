@@ -26,7 +26,7 @@ from varaccel.training.images import colorful_crop, to_images
 from varaccel.training.perceptual import RandomFeatureLoss, laplacian_loss, ssim_loss
 from varaccel.training.reconstruction import chroma_loss
 from varaccel.training.run import Budget, ExponentialAverage
-from varaccel.training.token_ids import fingerprint
+from varaccel.training.shards import fingerprint
 from varaccel.training.vq import (
     CODEBOOK_KEY,
     CodeRevival,

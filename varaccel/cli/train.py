@@ -121,7 +121,8 @@ def _own_tokens(pipe: Any, token_ids: Path, target: str) -> tuple[Tensor, str]:
     Raises:
         InputError: that was another tokenizer than the pipeline's.
     """
-    from varaccel.training.token_ids import fingerprint, read_token_ids
+    from varaccel.training.shards import fingerprint
+    from varaccel.training.token_ids import read_token_ids
 
     tokens, made_by = read_token_ids(token_ids)
     own = fingerprint(pipe.vq_model)

@@ -8,12 +8,9 @@ again to resume or to add shards that have been rendered since.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,23 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from varaccel.errors import CheckpointError, InputError, VaraccelError
-from varaccel.files import atomic_path
+from varaccel.errors import CheckpointError, InputError
 from varaccel.scenes.cache import CachedScenes
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 from varaccel.tokenizers.vq import VQModel
+from varaccel.training import shards
+from varaccel.training.command_line import exit_status
 from varaccel.training.images import to_images
+from varaccel.training.shards import MANIFEST, fingerprint
 from varaccel.training.vq import ImageTokenizer
 
-MANIFEST = "manifest.json"
-"""Name of the file that says what a folder of token ids or latents was made from."""
-# Below this share of equal indices the half-precision encoder is not a stand-in for the float32 one.
+MODULE = "varaccel.training.token_ids"
 MIN_AGREEMENT = 0.97
-# The parts of a tokenizer that decide which token ids or latents an image gets.
-ENCODING_PARTS = ("encoder.", "quant_conv.", "quantize.")
+"""Below this share of equal token ids the half-precision encoder is not a stand-in for the float32 one."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +62,6 @@ class TokenIdsManifest:
     def num_tokens(self) -> int:
         """Number N of tokens of one image."""
         return sum(p * p for p in self.scales) or self.grid[0] * self.grid[1]
-
-
-def fingerprint(tokenizer: nn.Module) -> str:
-    """A hash of what decides the token ids or latents of an image, the same on every machine; 16 hex digits.
-
-    It covers the encoder and the codebook, if there is one. A decoder that was trained further leaves it, and token ids
-    made before, valid.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        if not name.startswith(ENCODING_PARTS):
-            continue
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -144,15 +124,12 @@ def encode_cache(
         codebook_size=vq.codebook_size,
         grid=grid,
         precision=precision,
-        world=data.manifest.version,
-        first_seed=data.manifest.first_seed,
-        size=data.size,
-        shard_size=data.manifest.shard_size,
+        **shards.cache_facts(data),
         scales=vq.schedule.sides if isinstance(vq, MultiScaleVQModel) else (),
     )
     existing = asdict(read_manifest(target)) if (target / MANIFEST).exists() else None
-    claim_folder(target, asdict(manifest), existing, kind="token ids")
-    encode_shards(
+    shards.claim_folder(target, asdict(manifest), existing, kind="token ids")
+    shards.encode_shards(
         data,
         lambda shard: token_ids_path(target, shard),
         lambda pixels: encode_pixels(vq, pixels, precision),
@@ -176,103 +153,15 @@ def read_token_ids(folder: str | os.PathLike[str]) -> tuple[Tensor, str]:
     manifest = read_manifest(target)
 
     def read(path: Path) -> NDArray[np.int32]:
-        part = load_shard(path)
+        part = shards.load_shard(path)
         if part.shape[1:] != (manifest.num_tokens,) or part.max() >= manifest.codebook_size:
             raise CheckpointError(f"{path} does not match its manifest; delete it and encode again.")
         return part.astype(np.int32)
 
-    parts = read_shards(lambda shard: token_ids_path(target, shard), read, manifest.shard_size)
+    parts = shards.read_shards(lambda shard: token_ids_path(target, shard), read, manifest.shard_size)
     if not parts:
-        raise InputError(
-            f"{folder} holds no finished shard of token ids yet; run varaccel.training.token_ids on it."
-        )
+        raise InputError(f"{folder} holds no finished shard of token ids yet; run {MODULE} on it.")
     return torch.from_numpy(np.concatenate(parts)), manifest.tokenizer
-
-
-def encode_shards(
-    data: CachedScenes,
-    shard_path: Callable[[int], Path],
-    encode: Callable[[NDArray[np.uint8]], NDArray[Any]],
-    *,
-    batch_size: int,
-    description: str,
-    progress: bool,
-) -> None:
-    """Write what `encode` makes of the images of every finished shard; shards already there are kept.
-
-    Args:
-        data: the images.
-        shard_path: file of a shard.
-        encode: makes an array [n, ...] of pixels uint8 [n, H, W, 3].
-        batch_size: images per call of `encode`.
-        description: of the progress bar.
-        progress: show a progress bar.
-
-    Raises:
-        InputError: a batch size below 1.
-    """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}.")
-    size = data.manifest.shard_size
-    with tqdm(total=len(data), unit="image", desc=description, disable=not progress) as bar:
-        for shard, start in enumerate(range(0, len(data), size)):
-            stop = min(start + size, len(data))
-            path = shard_path(shard)
-            if path.is_file():
-                bar.update(stop - start)
-                continue
-            parts = []
-            for first in range(start, stop, batch_size):
-                parts.append(encode(data.batch_pixels(range(first, min(first + batch_size, stop)))))
-                bar.update(len(parts[-1]))
-            with atomic_path(path) as temporary:
-                np.save(temporary, np.concatenate(parts))
-
-
-def load_shard(path: Path) -> NDArray[Any]:
-    """The array in a shard.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    try:
-        array: NDArray[Any] = np.load(path)
-    except (ValueError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete it and encode again.") from error
-    return array
-
-
-def read_shards(
-    shard_path: Callable[[int], Path], read: Callable[[Path], NDArray[Any]], shard_size: int
-) -> list[NDArray[Any]]:
-    """What `read` makes of the leading finished shards; the first short one is the last."""
-    parts: list[NDArray[Any]] = []
-    while (path := shard_path(len(parts))).is_file():
-        parts.append(read(path))
-        if len(parts[-1]) < shard_size:
-            break
-    return parts
-
-
-def claim_folder(
-    folder: Path, manifest: Mapping[str, Any], present: Mapping[str, Any] | None, *, kind: str
-) -> None:
-    """Write `manifest` into `folder`, or make sure that the one that is `present` says the same.
-
-    Args:
-        kind: what the error message calls the content.
-
-    Raises:
-        CheckpointError: the folder was made from something else.
-    """
-    if present is not None:
-        if changed := sorted(k for k, v in manifest.items() if present[k] != v):
-            raise CheckpointError(
-                f"{folder} holds {kind} made with another {', '.join(changed)}; choose another folder."
-            )
-        return
-    with atomic_path(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def token_ids_path(folder: Path, shard: int) -> Path:
@@ -285,34 +174,13 @@ def read_manifest(folder: str | os.PathLike[str]) -> TokenIdsManifest:
     Raises:
         InputError: the folder holds no readable manifest.
     """
-    path = Path(folder) / MANIFEST
-    try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+
+    def made(fields: dict[str, Any]) -> TokenIdsManifest:
         # manifests from before there were multi-scale tokenizers have no scales
         shape = {"grid": tuple(fields["grid"]), "scales": tuple(fields.get("scales", ()))}
         return TokenIdsManifest(**{**fields, **shape})
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} holds no token ids: it has no {MANIFEST}; write them with "
-            "`python -m varaccel.training.token_ids --tokenizer FOLDER --scenes FOLDER --out FOLDER`."
-        ) from None
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete the folder and encode again.") from error
 
-
-def tokenizer_class(folder: str | os.PathLike[str]) -> str:
-    """The name of the class of the tokenizer saved in `folder`.
-
-    Raises:
-        InputError: there is none.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise InputError(f"there is no tokenizer in {folder}; train one first.")
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["_class_name"])
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is not the config of a tokenizer ({error}).") from error
+    return shards.read_manifest(folder, made, "token ids", MODULE)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> ImageTokenizer:
@@ -321,7 +189,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ImageTokenizer:
     Raises:
         InputError: there is none, or it is something else.
     """
-    name = tokenizer_class(folder)
+    name = shards.tokenizer_class(folder)
     for kind in (VQModel, MultiScaleVQModel):
         if name == kind.__name__:
             return kind.from_pretrained(folder)
@@ -339,25 +207,17 @@ def _choose_precision(vq: ImageTokenizer, data: CachedScenes) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the encoder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m varaccel.training.token_ids", description="Encode a cache of images as token ids."
-    )
-    parser.add_argument("--tokenizer", required=True, help="folder of a VQModel or MultiScaleVQModel")
-    parser.add_argument("--scenes", required=True, help="folder written by varaccel.scenes.cache")
-    parser.add_argument("--out", required=True, help="folder of the token ids")
+    parser = shards.encoder_parser(MODULE, "token ids", "a VQModel or MultiScaleVQModel")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    try:
+
+    def encode() -> None:
         vq = load_tokenizer(options.tokenizer).to(options.device)
         encode_cache(
             vq, options.scenes, options.out, precision=options.precision, batch_size=options.batch_size
         )
-    except VaraccelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(encode)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class TokenizerTrainer(ABC, Generic[Model, Recipe, Batch]):
         self.recipe, self.data, self.held_out = recipe, data, held_out
         self.device = torch.device(device)
         self.log_every, self.evaluate_every = log_every, evaluate_every
-        self.model: Model = model.to(device=self.device, memory_format=torch.channels_last).train()
+        self.model: Any = model.to(device=self.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=recipe.learning_rate,
