@@ -33,9 +33,9 @@ from varaccel.training.drafter import (
     predictions,
     train_drafter,
 )
-from varaccel.training.llamagen import Condition
 from varaccel.training.run import Budget, TrainingRun
 from varaccel.training.token_ids import encode_cache
+from varaccel.training.tokens import Condition
 
 SAMPLES = 40
 N = GRID**2
@@ -221,7 +221,7 @@ def test_learns_its_target(tmp_path: Path, model_type: str, scale: float) -> Non
     start, end = more(1), more(60)
     assert end["ema_validation_loss"] < 0.7 * start["ema_validation_loss"]
     for depth in (1, 2, 3):
-        assert end[f"acceptance_{depth}"] > start[f"acceptance_{depth}"] + 0.3
+        assert end[f"ema_validation_acceptance_{depth}"] > start[f"ema_validation_acceptance_{depth}"] + 0.3
     assert torch.equal(head.embed_tokens.weight, embedding)
     assert not head.training
     assert not target.training

@@ -140,14 +140,15 @@ def _write_and_tell(run: Any, head: EagleHead, out: Path, install: Path | None) 
 
     save_drafter(head, out / "export")
     with contextlib.suppress(ImportError):  # matplotlib comes with the `train` extra only
-        run.plot(["loss", *(f"acceptance_{depth}" for depth in range(1, MEASURED_DEPTH + 1))])
+        run.plot(["loss", *(f"validation_acceptance_{depth}" for depth in range(1, MEASURED_DEPTH + 1))])
     typer.echo(f"{out / 'export'}: {run.step} steps in {run.seconds / 60:.1f} min")
     if install is not None:
         save_drafter(copy.deepcopy(head).half(), install)
         typer.echo(f"{install}: the same in half precision")
-    measured = [row for row in run.history() if "acceptance_1" in row]
+    names = [f"ema_validation_acceptance_{depth}" for depth in range(1, MEASURED_DEPTH + 1)]
+    measured = [row for row in run.history() if names[0] in row]
     if measured:
-        chances = [f"{v:.3f}" for k, v in sorted(measured[-1].items()) if k.startswith("acceptance_")]
+        chances = [f"{measured[-1][name]:.3f}" for name in names]
         typer.echo(f"chance that draft token 1, 2, 3 in a row is accepted: {', '.join(chances)}")
 
 

@@ -65,7 +65,7 @@ def token_loss(
     return F.cross_entropy(logits[:, -token_ids.shape[1] :].flatten(0, 1), token_ids.flatten())
 
 
-class LlamaGenObjective:
+class LlamaGenObjective(tokens.LossObjective):
     """Next-token cross-entropy; see `train_llamagen` for the arguments."""
 
     def __init__(

@@ -21,9 +21,8 @@ from varaccel.errors import InputError
 from varaccel.models.var import VARTransformer
 from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer
 from varaccel.training import tokens
-from varaccel.training.drafter import frozen
 from varaccel.training.run import Budget, TrainingRun, model_settings
-from varaccel.training.tokens import Condition, Scheduled, TokenRecipe, train_tokens
+from varaccel.training.tokens import Condition, Scheduled, TokenRecipe, frozen, train_tokens
 
 GATES = 0.1
 """What gates start from, relative to the other modulations; 1e-5 in the published code, which trains for hundreds
@@ -83,7 +82,7 @@ def optimizers(model: VARTransformer, recipe: TokenRecipe) -> list[Scheduled]:
     return tokens.optimizers(model, recipe, lambda n, _: n.startswith("blocks.") and n.endswith(_MATRICES))
 
 
-class _Objective:
+class _Objective(tokens.LossObjective):
     """Images of a multi-scale tokenizer as a VAR model reads them.
 
     Args:
