@@ -18,10 +18,10 @@ from torch import nn
 
 from tests.tiny import (
     CLASSES,
-    VOCAB_SIZE,
     GRID,
     PROMPTS,
     SCALES,
+    VOCAB_SIZE,
     drafting_pipeline,
     new_pipeline,
     pipeline,

@@ -18,7 +18,16 @@ from tests.models.test_var_parity import CODE, GENERATION, GOLDEN, TOLERANCES, T
 from tests.models.test_var_parity import codes as recorded
 from tests.models.test_var_parity import network as golden_network
 from tests.models.test_var_parity import tokenizer as golden_tokenizer
-from tests.tiny import CLASSES, VOCAB_SIZE, PROMPTS, SCALES, multiscale_vq, new_pipeline, pipeline, var_transformer
+from tests.tiny import (
+    CLASSES,
+    PROMPTS,
+    SCALES,
+    VOCAB_SIZE,
+    multiscale_vq,
+    new_pipeline,
+    pipeline,
+    var_transformer,
+)
 from varaccel import AutoPipeline, CoDe, VARPipeline
 from varaccel.accelerators import ACCELERATORS, Accelerator, fitting
 from varaccel.accelerators.plain import Plain

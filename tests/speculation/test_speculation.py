@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import VOCAB_SIZE, GRID, PROMPTS, drafting_pipeline, eagle_head, pipeline, transformer, vq_model
+from tests.tiny import (
+    GRID,
+    PROMPTS,
+    VOCAB_SIZE,
+    drafting_pipeline,
+    eagle_head,
+    pipeline,
+    transformer,
+    vq_model,
+)
 from varaccel import LlamaGenPipeline, Plain, ZipAR
 from varaccel.accelerators import Accelerator, make_accelerator
 from varaccel.accelerators.jacobi import Jacobi
