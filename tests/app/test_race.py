@@ -100,9 +100,9 @@ def test_seconds_leave_out_previews_and_the_other_side(monkeypatch: pytest.Monke
     pipe = new_pipeline("t2i")
     real = pipe.vq_model.decode_tokens
 
-    def slow(codes: Any) -> Any:
+    def slow(token_ids: Any) -> Any:
         time.sleep(0.05)
-        return real(codes)
+        return real(token_ids)
 
     monkeypatch.setattr(pipe.vq_model, "decode_tokens", slow)
     *_, sides = race(pipe, ZipAR(1), turns=Turns(quantum=0.0)).frames()

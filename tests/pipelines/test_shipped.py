@@ -112,12 +112,12 @@ def test_tokenizer_reconstructs() -> None:
 def test_cached_decoding_equals_a_full_pass() -> None:
     """The shipped network at full length: every distribution of 256 cached steps against one teacher-forced pass."""
     pipe = shipped()
-    codes = pipe("a blue cube", seed=0, guidance_scale=1.0, output_type="latent").images.flatten(1)
+    token_ids = pipe("a blue cube", seed=0, guidance_scale=1.0, output_type="latent").images.flatten(1)
     given = pipe._condition(["a blue cube"])
     condition, mask = given.values, given.mask
     with torch.no_grad():
-        logits = pipe.transformer(condition, codes[:, :-1], mask)[:, pipe.transformer.prefix_length - 1 :]
-    chosen = logits.log_softmax(-1).gather(-1, codes.unsqueeze(-1))
+        logits = pipe.transformer(condition, token_ids[:, :-1], mask)[:, pipe.transformer.prefix_length - 1 :]
+    chosen = logits.log_softmax(-1).gather(-1, token_ids.unsqueeze(-1))
     assert chosen.mean() > -2.5, "the decoded tokens are likely under the full pass"
     greedy = pipe("a blue cube", temperature=0.0, guidance_scale=1.0, output_type="latent").images.flatten(1)
     with torch.no_grad():

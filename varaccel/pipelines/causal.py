@@ -165,7 +165,7 @@ class CausalPipeline(TokenPipeline):
             generator: instead of a seed: one generator, or one per image.
             temperature, top_k, top_p: see `Sampling`; the model's own defaults if None.
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
-            output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token codes.
+            output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token ids.
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every pass as (pipe, step from 0, tokens decided per image in
                 this pass, {"canvas": canvas, "preview": function, "written": function}); `preview()` decodes what

@@ -103,7 +103,7 @@ def images(count: int = 3) -> Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def random_codes(count: int = 3) -> Tensor:
+def random_token_ids(count: int = 3) -> Tensor:
     return torch.randint(VOCAB_SIZE, (count, TOKENS), generator=torch.Generator().manual_seed(4))
 
 
@@ -168,7 +168,7 @@ class Run:
 
 
 def uncached(network: VARTransformer, condition: Condition, tokens: Tensor, guidance: float) -> list[Tensor]:
-    """Guided logits of every scale by definition: two teacher-forced passes over the finished codes."""
+    """Guided logits of every scale by definition: two teacher-forced passes over the finished tokens."""
     vectors, mask = condition
     inputs = tokenizer().quantize.inputs(tokens)
     with torch.no_grad():
@@ -193,9 +193,9 @@ def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: flo
 
 @pytest.mark.parametrize(("kind", "shared"), VARIANTS)
 def test_random_models_have_opinions(kind: str, shared: bool) -> None:
-    """The tests below prove something only if conditions, earlier codes and networks matter."""
+    """The tests below prove something only if conditions, earlier tokens and networks matter."""
     network, (vectors, mask) = transformer(kind, shared), condition(kind)
-    inputs = tokenizer().quantize.inputs(random_codes())
+    inputs = tokenizer().quantize.inputs(random_token_ids())
 
     def far_apart(a: Tensor, b: Tensor) -> bool:
         return bool((a - b).abs().amax(dim=(1, 2)).min() > 0.1)
@@ -421,7 +421,7 @@ def test_distributions_depend_on_the_seed() -> None:
 def test_feature_map_is_replaced_not_changed() -> None:
     """Tensors that were handed out keep their values, and are those of the tokenizer."""
     quantizer, canvas = tokenizer().quantize, Canvas.empty(3, TOKENS)
-    features, tokens = FeatureMap(quantizer, 3), random_codes()
+    features, tokens = FeatureMap(quantizer, 3), random_token_ids()
     inputs, maps = quantizer.inputs(tokens), [quantizer.start(3), *quantizer.feature_maps(tokens)]
     handed: list[tuple[Tensor, Tensor]] = [(features.value, features.value.clone())]
     for scale in range(SCALES):
@@ -457,9 +457,9 @@ def smooth_run(canvas: Canvas, smooth: bool = True) -> FeatureMap:
     return features
 
 
-def test_smooth_vectors_stay_codes_where_fixed() -> None:
-    """Softened vectors are means of codes; a given token keeps its own."""
-    given = random_codes()
+def test_smooth_vectors_stay_code_vectors_where_fixed() -> None:
+    """Softened vectors are means of tokens; a given token keeps its own."""
+    given = random_token_ids()
     fixed = torch.rand(3, TOKENS, generator=torch.Generator().manual_seed(6)) < 0.5
     quantizer = tokenizer().quantize
     spread: list[Tensor] = []
@@ -486,12 +486,12 @@ def test_smooth_vectors_stay_codes_where_fixed() -> None:
 
 
 def test_smooth_with_all_tokens_fixed_is_not_smooth() -> None:
-    given = random_codes()
+    given = random_token_ids()
     features = smooth_run(Canvas.given(given, torch.ones(3, TOKENS, dtype=torch.bool)))
     torch.testing.assert_close(features.value, tokenizer().quantize.feature_maps(given)[-1])
     free = smooth_run(canvas := Canvas.empty(3, TOKENS))
-    codes = tokenizer().quantize.feature_maps(canvas.tokens)[-1]
-    assert not torch.allclose(free.value, codes, atol=1e-2)
+    token_ids = tokenizer().quantize.feature_maps(canvas.tokens)[-1]
+    assert not torch.allclose(free.value, token_ids, atol=1e-2)
     plain = smooth_run(canvas := Canvas.empty(3, TOKENS), smooth=False)
     torch.testing.assert_close(plain.value, tokenizer().quantize.feature_maps(canvas.tokens)[-1])
 
@@ -606,7 +606,7 @@ def test_impossible_filters(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": VOCAB_SIZE + 1}, "top_k=25 is more than the model's 24 codes"),
+        ({"top_k": VOCAB_SIZE + 1}, "top_k=25 is more than the model's 24 tokens"),
         ({"top_k": [1, 1, 1, VOCAB_SIZE + 1]}, "top_k=25"),
         ({"top_k": [5, 5]}, "top_k has 2 entries but the model has 4 scales"),
         ({"temperature": [1.0] * 5}, "temperature has 5 entries but the model has 4 scales"),
@@ -620,7 +620,9 @@ def test_filters_of_another_model(settings: dict[str, Any], message: str) -> Non
 
 
 def test_filters_that_just_fit() -> None:
-    ScaleSampling(temperature=[0.0] * SCALES, top_k=[VOCAB_SIZE] * SCALES, top_p=1.0).check(SCHEDULE, VOCAB_SIZE)
+    ScaleSampling(temperature=[0.0] * SCALES, top_k=[VOCAB_SIZE] * SCALES, top_p=1.0).check(
+        SCHEDULE, VOCAB_SIZE
+    )
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, 0.9, -0.5])
@@ -640,7 +642,7 @@ def test_guidance_grows_with_the_scale() -> None:
     assert not ScaleGuidance(1.0).enabled
 
 
-# -- schedules, models and codes -----------------------------------------------------------------------
+# -- schedules, models and tokens ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -756,7 +758,7 @@ def test_published_file_of_another_depth(shared: bool, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds a VAR of depth 2, not 16; choose the file") as caught:
         VARTransformer.from_original(path, depth=16)
     assert "\n" not in str(caught.value)
-    labels, inputs = torch.tensor([1, 2, 3]), tokenizer().quantize.inputs(random_codes())
+    labels, inputs = torch.tensor([1, 2, 3]), tokenizer().quantize.inputs(random_token_ids())
     assert torch.equal(model(labels, inputs), transformer(shared=shared)(labels, inputs))
 
 
@@ -784,7 +786,7 @@ def test_encode_and_decode_agree() -> None:
 
 
 def test_inputs_do_not_need_the_last_scale() -> None:
-    quantizer, indices = tokenizer().quantize, random_codes()
+    quantizer, indices = tokenizer().quantize, random_token_ids()
     inputs = quantizer.inputs(indices)
     assert inputs.shape == (3, TOKENS - 1, WIDTH)
     assert torch.equal(quantizer.inputs(indices[:, : SCHEDULE.borders[-2]]), inputs)
@@ -797,7 +799,7 @@ def test_saved_tokenizer(tmp_path: Path) -> None:
     assert again.schedule == model.schedule
     assert again.quantize.table == model.quantize.table
     assert torch.equal(again.encode(images()).indices, model.encode(images()).indices)
-    assert torch.equal(again.decode_tokens(random_codes()), model.decode_tokens(random_codes()))
+    assert torch.equal(again.decode_tokens(random_token_ids()), model.decode_tokens(random_token_ids()))
 
 
 @pytest.mark.parametrize(("kind", "shared"), VARIANTS)
@@ -807,13 +809,13 @@ def test_saved_transformer(kind: str, shared: bool, tmp_path: Path) -> None:
     again = VARTransformer.from_pretrained(tmp_path)
     assert again.schedule == model.schedule
     vectors, mask = condition(kind)
-    inputs = tokenizer().quantize.inputs(random_codes())
+    inputs = tokenizer().quantize.inputs(random_token_ids())
     assert torch.equal(again(vectors, inputs, mask), model(vectors, inputs, mask))
     assert torch.equal(Run(again, (vectors, mask)).tokens, Run(model, (vectors, mask)).tokens)
 
 
 def test_encode_under_autocast() -> None:
-    """Convolutions run in bfloat16, the residual quantisation does not: the codes stay consistent."""
+    """Convolutions run in bfloat16, the residual quantisation does not: the tokens stay consistent."""
     model = tokenizer()
     exact = model.encode(images())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -833,17 +835,19 @@ def test_encode_under_autocast() -> None:
 def test_half_precision_tokenizer() -> None:
     """float16 weights have 11 bits; the feature map is still summed in float32."""
     model, half = tokenizer(), new_tokenizer().to(torch.float16)
-    wanted, image = model.decode_tokens(random_codes()), half.decode_tokens(random_codes())
+    wanted, image = model.decode_tokens(random_token_ids()), half.decode_tokens(random_token_ids())
     assert image.dtype == torch.float16
     assert (image.float() - wanted).abs().max() < 0.01 * wanted.abs().max()
-    maps = half.quantize.feature_maps(random_codes())[-1]
+    maps = half.quantize.feature_maps(random_token_ids())[-1]
     assert maps.dtype == torch.float32
-    torch.testing.assert_close(maps, model.quantize.feature_maps(random_codes())[-1], atol=0.01, rtol=0.01)
+    torch.testing.assert_close(
+        maps, model.quantize.feature_maps(random_token_ids())[-1], atol=0.01, rtol=0.01
+    )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)], ids=str)
 def test_half_precision_transformer(dtype: torch.dtype, bound: float) -> None:
-    """A whole network in half precision decodes; its distributions are close where it reads the same codes."""
+    """A whole network in half precision decodes; its distributions are close where it reads the same tokens."""
     exact, network = Run(transformer(), condition("class"), guidance=1.0), new_transformer().to(dtype)
     session = ScaleSession(
         network,

@@ -1,7 +1,7 @@
 """How often rounding alone changes an image when it is drawn in another batch.
 
 Every image has its own random numbers, so it does not depend on its batch but for one thing: matrix products of
-other shapes add up in another order. Where two codes are nearly as likely as the drawn number says, the last digit
+other shapes add up in another order. Where two tokens are nearly as likely as the drawn number says, the last digit
 decides, and all tokens after it may differ.
 """
 
@@ -32,7 +32,7 @@ class RoundingReport:
         batch_sizes: the two.
         changed: rate of images of which any token differs.
         tokens: share of all tokens that differ.
-        largest: largest difference of a continuous token's numbers; None for codes.
+        largest: largest difference of a continuous token's numbers; None for token ids.
     """
 
     batch_sizes: tuple[int, int]

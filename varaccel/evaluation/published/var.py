@@ -1,8 +1,8 @@
 """The published VAR loop, said again without any of this library's savings: what its engine is compared with.
 
 Per scale it works out every modulation from the condition, grows keys and values by concatenation, keeps those of
-the last scale, runs the output layer over both halves of a guided call, and sorts all codes for top-p. The weights
-are those of a `VARTransformer`.
+the last scale, runs the output layer over both halves of a guided call, and sorts the whole vocabulary for top-p. The
+weights are those of a `VARTransformer`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def published_loop(
         generator: of all draws.
 
     Returns:
-        codes [B, L] and the feature map [B, D, n, n].
+        token ids [B, L] and the feature map [B, D, n, n].
     """
     schedule, batch = model.schedule, len(vectors)
     both = torch.cat([vectors, model.null_condition().expand(batch, -1)])
@@ -91,7 +91,7 @@ def published_loop(
     x = both.unsqueeze(1) + model.pos_start + levels[:, :1]
     feature_map = quantizer.start(batch)
     past = [_Grown() for _ in model.blocks]
-    codes = []
+    token_ids = []
     for scale in range(len(schedule)):
         for block, cache in zip(model.blocks, past, strict=True):
             assert isinstance(block, Block)
@@ -102,10 +102,10 @@ def published_loop(
         logits = (1 + strength) * logits[:batch] - strength * logits[batch:]
         probs = _filtered(logits, top_k, top_p).softmax(-1)
         drawn = torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view(batch, -1)
-        codes.append(drawn)
+        token_ids.append(drawn)
         feature_map = feature_map + quantizer.spread(quantizer.lookup(drawn), scale)
         if scale + 1 < len(schedule):
             seen = quantizer.look(feature_map, scale + 1)
             x = model.word_embed(seen.to(model.word_embed.weight.dtype)) + levels[:, schedule.span(scale + 1)]
             x = x.repeat(2, 1, 1)
-    return torch.cat(codes, 1), feature_map
+    return torch.cat(token_ids, 1), feature_map
