@@ -401,7 +401,8 @@ def check_tokenizer(network: VARTransformer, vq_model: MultiScaleVQModel) -> Non
     if sizes != own:
         raise InputError(
             f"the transformer is made for {sizes[0]} codebook entries of {sizes[1]} numbers "
-            f"but the image tokenizer has {own[0]} of {own[1]}; use the tokenizer that the transformer was trained with."
+            f"but the image tokenizer has {own[0]} of {own[1]}; "
+            "use the tokenizer that the transformer was trained with."
         )
 
 
