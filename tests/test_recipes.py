@@ -33,6 +33,8 @@ from varaccel.errors import InputError
 from varaccel.shipped import weights_folder
 from varaccel.training import allocator, stages
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ROOT / "pipelines"
 
 # name: the images that it writes, and how many lines of statistics it prints
@@ -71,7 +73,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # -- recipes that draw ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWING)
 def test_a_recipe_draws_what_it_says(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
@@ -173,7 +174,6 @@ def draws(folder: Path, **call: Any) -> Any:
     return pipe
 
 
-@pytest.mark.slow
 def test_training_mini_llamagen(
     here: Path, commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +191,6 @@ def test_training_mini_llamagen(
     assert (pipe.config.guidance_scale, pipe.config.temperature) == (2.5, 0.5)
 
 
-@pytest.mark.slow
 def test_training_mini_var_and_a_refiner(
     here: Path, commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +209,6 @@ def test_training_mini_var_and_a_refiner(
     assert pipe.refiner.config.dim == 16
 
 
-@pytest.mark.slow
 def test_training_mini_mar_and_a_drafter(
     here: Path, commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
