@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := OMP_WAIT_POLICY=passive $(BIN)/python
 
-.PHONY: help demo test bench app docs train-mini lint clean
+.PHONY: help demo test test-fast bench app docs train-mini lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        images from prompts with the shipped model, plain and accelerated side by side"
 	@echo "make test        the test suite"
+	@echo "make test-fast   the tests without those marked slow; under four minutes on two cores"
 	@echo "make bench       outputs/report/index.html: speed and quality of accelerators on the shipped models (half an hour)"
 	@echo "make app         the demo in the browser"
 	@echo "make docs        site/index.html: the documentation as web pages"
@@ -36,11 +37,16 @@ demo: $(VENV)/user.stamp
 	$(RUN) -m varaccel demo --model mini-var --out outputs/mini-var
 	$(RUN) -m varaccel demo --model mini-mar --out outputs/mini-mar
 
-# a process per core with one thread each: most tests are too small to share a matrix product; those in the browser
-# measure time, so they have the machine for themselves, and are skipped where there is no Chromium
+# a process per core with one thread each: most tests are too small to share a matrix product
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# tests in the browser measure time, so they have the machine for themselves, and are skipped where there is no Chromium
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not browser" --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not browser" $(PARALLEL)
 	$(RUN) -m pytest -m browser tests/app/test_browser.py
+
+test-fast: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not browser" $(PARALLEL)
 
 bench: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(RUN) eval/pareto.py --model mini-llamagen --model mini-var --model mini-mar --out outputs/report

@@ -435,7 +435,7 @@ def draw_speculative() -> Drawing:
 
 def draw_lantern() -> Drawing:
     d = Drawing(
-        236, "A guess is judged with the probability of its nearest codes added to its own, up to a bound."
+        236, "A guess is judged with the probability of its nearest tokens added to its own, up to a bound."
     )
     base = 160
     bars = [("guess", 30, GREEN), ("1st", 26, BLUE), ("2nd", 18, BLUE), ("3rd", 34, GREY_LIGHT)]
@@ -443,7 +443,7 @@ def draw_lantern() -> Drawing:
         x = 20 + index * 48
         d.box(x, base - height, 34, height, fill, "none", 2)
         d.text(x + 17, base + 14, label, size=14)
-    d.text(112, base + 36, "nearest codes", size=14)
+    d.text(112, base + 36, "nearest tokens", size=14)
     d.text(100, 20, "what the model says", bold=True)
     d.line(216, 110, 250, 110, FAINT, arrow=True)
     x = 300

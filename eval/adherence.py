@@ -42,7 +42,7 @@ from varaccel.models.detector import as_batch, load_detector
 from varaccel.pipelines.pixels import to_output
 from varaccel.scenes import render, sample_scene
 from varaccel.scenes.cache import CachedScenes
-from varaccel.training.codes import load_tokenizer
+from varaccel.training.token_ids import load_tokenizer
 from varaccel.training.vq import ImageTokenizer
 
 _LINE = 12
@@ -59,13 +59,13 @@ def render_scenes(seeds: Sequence[int], size: int) -> list[Image.Image]:
 def reconstruct(
     images: Sequence[Image.Image], tokenizer: ImageTokenizer, batch_size: int
 ) -> list[Image.Image]:
-    """Images after a round trip through an image tokenizer: the best that a model of its tokens can do."""
+    """Images after a round trip through an image tokenizer: the best that a model on its tokens can do."""
     size = images[0].size[0]
     pixels = as_batch(images, size)
     result: list[Image.Image] = []
     with torch.inference_mode():
         for batch in tqdm(pixels.split(batch_size), desc="reconstructing", unit="batch"):
-            result += to_output(tokenizer.decode_codes(tokenizer.encode(batch).indices), "pil")
+            result += to_output(tokenizer.decode_tokens(tokenizer.encode(batch).indices), "pil")
     return result
 
 

@@ -1,12 +1,12 @@
 """Put trained drafters into a pipeline folder, so that accelerators find them by name.
 
-    varaccel train drafter --codes runs/codes --scenes runs/scenes --out runs/eagle --unroll 2 --lr 3e-3
+    varaccel train drafter --token-ids runs/token-ids --scenes runs/scenes --out runs/eagle --unroll 2 --lr 3e-3
     python pipelines/train_mini_llamagen.py --out runs/small --config pipelines/mini_llamagen_small.json \\
         --stages transformer
     python pipelines/add_drafters.py weights/mini-llamagen --eagle runs/eagle/export --small runs/small/llamagen/export
     python pipelines/weights_manifest.py
 
-The second command expects the folders scenes, codes and mini-text of the first model's run in its own (links
+The second command expects the folders scenes, token-ids and mini-text of the first model's run in its own (links
 will do). Weights are written in half precision.
 """
 
@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from varaccel import AutoPipeline, EagleHead, LlamaGenPipeline, LlamaGenTransformer
-from varaccel.errors import InputError, VaraccelError
+from varaccel.errors import InputError
+from varaccel.training.command_line import exit_status
 
 
 def add_drafters(folder: Path, eagle: Path | None, small: Path | None) -> None:
@@ -44,12 +45,7 @@ def main() -> int:
     parser.add_argument("--eagle", type=Path, help="folder of an EagleHead")
     parser.add_argument("--small", type=Path, help="folder of a smaller LlamaGenTransformer")
     options = parser.parse_args()
-    try:
-        add_drafters(options.pipeline, options.eagle, options.small)
-    except VaraccelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: add_drafters(options.pipeline, options.eagle, options.small))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LANTERN: nearby codes may stand for each other, so that more guesses are accepted.
+"""LANTERN: nearby tokens may stand for each other, so that more guesses are accepted.
 
 python pipelines/llamagen_lantern.py
 """

@@ -14,8 +14,6 @@ The small model, which drafts for the large one, is trained on the same latents:
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,12 +45,31 @@ def load_transformer(folder: Path) -> MARTransformer:
     """An exported transformer in float32; refuses a folder without one."""
     import torch
 
-    from varaccel.errors import InputError
     from varaccel.models.mar import MARTransformer
+    from varaccel.training.stages import exported
 
-    if not (folder / "config.json").is_file():
-        raise InputError(f"there is no transformer in {folder}; train one first.")
-    return MARTransformer.from_pretrained(folder, dtype=torch.float32)
+    return MARTransformer.from_pretrained(exported(folder), dtype=torch.float32)
+
+
+def adopt(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    from varaccel.training.stages import adopt_text
+
+    adopt_text(SHIPPED, options.out / "mini-text")
+
+
+def train_tokenizer(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    from varaccel.training.stages import train_image_tokenizer
+
+    recipes = HERE.parent / "tokenizers"
+    more = ("--config", recipes / "kl_scenes.json")
+    train_image_tokenizer(options, recipes / "train_kl_scenes.py", options.out / "mini-kl", *more)
+
+
+def encode(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    from varaccel.training.stages import encode_images
+
+    folder = options.out / "latents"
+    encode_images(options, "varaccel.training.latents", tokenizer_folder(options), folder)
 
 
 def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> None:
@@ -108,35 +125,10 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
 
 def main() -> int:
     options = parse()
-    options.scenes = options.scenes or options.out / "scenes"
-    config = json.loads(options.config.read_text())
-    out = options.out
-    from varaccel.errors import VaraccelError
-    from varaccel.training.stages import adopt_text, render_scenes, run
+    from varaccel.training.stages import render_scenes, run_stages
 
-    try:
-        adopt_text(SHIPPED, out / "mini-text")
-        if "scenes" in options.stages:
-            render_scenes(options)
-        if "tokenizer" in options.stages:
-            recipes = HERE.parent / "tokenizers"
-            command = [recipes / "train_kl_scenes.py", "--config", recipes / "kl_scenes.json"]
-            command += ["--data", options.scenes, "--out", out / "mini-kl"]
-            run(*command, "--minutes", options.tokenizer_minutes, "--device", options.device)
-        if "latents" in options.stages:
-            command = ["-m", "varaccel.training.latents", "--tokenizer", tokenizer_folder(options)]
-            command += ["--scenes", options.scenes, "--out", out / "latents"]
-            run(*command, "--device", options.device)
-        if "transformer" in options.stages:
-            train_transformer(options, config)
-        if "pipeline" in options.stages:
-            assemble(options, config)
-    except subprocess.CalledProcessError as error:
-        return int(error.returncode)
-    except VaraccelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    actions = (render_scenes, train_tokenizer, encode, train_transformer, assemble)
+    return run_stages(options, dict(zip(STAGES, actions, strict=True)), adopt)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train `mini-var`: scenes, multi-scale image tokenizer, codes, transformer, and a refiner for CoDe.
+"""Train `mini-var`: scenes, multi-scale image tokenizer, token ids, transformer, and a refiner for CoDe.
 
     python pipelines/train_mini_var.py --out runs
 
@@ -18,8 +18,6 @@ It starts from the exported small transformer where there is one, else from new 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 SHIPPED = HERE.parent / "weights" / "mini-llamagen"
-STAGES = ("scenes", "tokenizer", "codes", "transformer", "refiner", "pipeline")
+STAGES = ("scenes", "tokenizer", "token-ids", "transformer", "refiner", "pipeline")
 
 
 def parse() -> argparse.Namespace:
@@ -59,21 +57,23 @@ def train(
     from varaccel.errors import InputError
     from varaccel.scenes.cache import CachedScenes
     from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
-    from varaccel.training.codes import fingerprint, read_codes
     from varaccel.training.run import Budget
+    from varaccel.training.shards import fingerprint
     from varaccel.training.stages import caption_condition
+    from varaccel.training.token_ids import read_token_ids
     from varaccel.training.var import VARRecipe, train_refiner, train_var
 
-    codes, made_by = read_codes(options.out / "msvq-codes")
-    captions = CachedScenes(options.scenes, allow_partial=True).captions[: len(codes)]
+    token_ids, made_by = read_token_ids(options.out / "msvq-token-ids")
+    captions = CachedScenes(options.scenes, allow_partial=True).captions[: len(token_ids)]
     vq = MultiScaleVQModel.from_pretrained(tokenizer_folder(options))
     if fingerprint(vq) != made_by:
         raise InputError(
-            f"the codes in {options.out / 'msvq-codes'} were made by another image tokenizer; encode them again."
+            f"the token ids in {options.out / 'msvq-token-ids'} were made by another image tokenizer; "
+            "encode them again."
         )
     model.to(options.device)
     condition = caption_condition(captions, options.out / "mini-text", options.device)
-    data = (vq.quantize, codes[: len(captions)], condition, folder)
+    data = (vq.quantize, token_ids[: len(captions)], condition, folder)
     common: dict[str, Any] = {
         "budget": Budget(minutes=options.minutes),
         "recipe": VARRecipe(**config["recipe"]),
@@ -98,12 +98,31 @@ def load_transformer(folder: Path) -> VARTransformer:
     """An exported transformer in float32; refuses a folder without one."""
     import torch
 
-    from varaccel.errors import InputError
     from varaccel.models.var import VARTransformer
+    from varaccel.training.stages import exported
 
-    if not (folder / "config.json").is_file():
-        raise InputError(f"there is no transformer in {folder}; train one first.")
-    return VARTransformer.from_pretrained(folder, dtype=torch.float32)
+    return VARTransformer.from_pretrained(exported(folder), dtype=torch.float32)
+
+
+def adopt(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    from varaccel.training.stages import adopt_text
+
+    adopt_text(SHIPPED, options.out / "mini-text")
+
+
+def train_tokenizer(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    from varaccel.training.stages import train_image_tokenizer
+
+    recipes = HERE.parent / "tokenizers"
+    more = ("--config", recipes / "msvq_scenes.json", "--start-from", SHIPPED / "vq_model")
+    train_image_tokenizer(options, recipes / "train_vq_scenes.py", options.out / "mini-msvq", *more)
+
+
+def encode(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    from varaccel.training.stages import encode_images
+
+    folder = options.out / "msvq-token-ids"
+    encode_images(options, "varaccel.training.token_ids", tokenizer_folder(options), folder)
 
 
 def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> None:
@@ -149,44 +168,10 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
 
 def main() -> int:
     options = parse()
-    options.scenes = options.scenes or options.out / "scenes"
-    config = json.loads(options.config.read_text())
-    out = options.out
-    from varaccel.errors import VaraccelError
-    from varaccel.training.stages import adopt_text, render_scenes, run
+    from varaccel.training.stages import render_scenes, run_stages
 
-    try:
-        adopt_text(SHIPPED, out / "mini-text")
-        if "scenes" in options.stages:
-            render_scenes(options)
-        if "tokenizer" in options.stages:
-            recipes = HERE.parent / "tokenizers"
-            command = [recipes / "train_vq_scenes.py", "--config", recipes / "msvq_scenes.json"]
-            command += [
-                "--start-from",
-                SHIPPED / "vq_model",
-                "--data",
-                options.scenes,
-                "--out",
-                out / "mini-msvq",
-            ]
-            run(*command, "--minutes", options.tokenizer_minutes, "--device", options.device)
-        if "codes" in options.stages:
-            command = ["-m", "varaccel.training.codes", "--tokenizer", tokenizer_folder(options)]
-            command += ["--scenes", options.scenes, "--out", out / "msvq-codes"]
-            run(*command, "--device", options.device)
-        if "transformer" in options.stages:
-            train_transformer(options, config)
-        if "refiner" in options.stages:
-            train_refiner(options, config)
-        if "pipeline" in options.stages:
-            assemble(options, config)
-    except subprocess.CalledProcessError as error:
-        return int(error.returncode)
-    except VaraccelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    actions = (render_scenes, train_tokenizer, encode, train_transformer, train_refiner, assemble)
+    return run_stages(options, dict(zip(STAGES, actions, strict=True)), adopt)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The recipes in pipelines/: each runs as a user runs it, in an empty folder, and does what it says.
 
 What a training recipe asks of other programs (render scenes, train an image tokenizer or a text encoder, encode) is
-checked against their command lines. Scenes, codes and latents are then really made; the tokenizers and the text
+checked against their command lines. Scenes, token ids and latents are then really made; the tokenizers and the text
 encoder are those that ship, since training them takes minutes even at their smallest and has tests of its own
 (test_vq_training, test_kl_training, test_text_training). Transformers, refiner and assembling are the recipe's own
 code and run, on a few images and with small networks.
@@ -32,6 +32,8 @@ from varaccel import AutoPipeline, LlamaGenPipeline
 from varaccel.errors import InputError
 from varaccel.shipped import weights_folder
 from varaccel.training import allocator, stages
+
+pytestmark = pytest.mark.slow
 
 RECIPES = ROOT / "pipelines"
 
@@ -71,7 +73,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # -- recipes that draw ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWING)
 def test_a_recipe_draws_what_it_says(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
@@ -173,7 +174,6 @@ def draws(folder: Path, **call: Any) -> Any:
     return pipe
 
 
-@pytest.mark.slow
 def test_training_mini_llamagen(
     here: Path, commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,14 +184,13 @@ def test_training_mini_llamagen(
         "varaccel.scenes.cache",
         "varaccel.training.text",
         "train_vq_scenes.py",
-        "varaccel.training.codes",
+        "varaccel.training.token_ids",
     ]
     pipe = draws(here / "runs" / "mini-llamagen", accelerator="zipar")
     assert pipe.transformer.config.dim == 48
     assert (pipe.config.guidance_scale, pipe.config.temperature) == (2.5, 0.5)
 
 
-@pytest.mark.slow
 def test_training_mini_var_and_a_refiner(
     here: Path, commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +209,6 @@ def test_training_mini_var_and_a_refiner(
     assert pipe.refiner.config.dim == 16
 
 
-@pytest.mark.slow
 def test_training_mini_mar_and_a_drafter(
     here: Path, commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

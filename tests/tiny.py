@@ -25,7 +25,7 @@ from varaccel.tokenizers.vq import VQModel
 
 GRID = 4
 SCALES = (1, 2, 3)
-CODES = 24
+VOCAB_SIZE = 24
 WORDS = ("a", "red", "blue", "sphere", "cube", "left", "of")
 CLASSES = ("tench, Tinca tinca", "goldfish", "hammerhead", "cock", "hen")
 
@@ -39,7 +39,7 @@ def transformer(model_type: str, seed: int = 0, **changes: object) -> LlamaGenTr
             "dim": 32,
             "num_layers": 2,
             "num_heads": 4,
-            "vocab_size": CODES,
+            "vocab_size": VOCAB_SIZE,
             "grid_size": GRID,
             "num_classes": len(CLASSES),
             "prefix_length": 8,
@@ -60,7 +60,7 @@ def vq_model(seed: int = 0, **changes: object) -> VQModel:
             "channel_multipliers": (1, 2),
             "num_res_blocks": 1,
             "z_channels": 16,
-            "codebook_size": CODES,
+            "codebook_size": VOCAB_SIZE,
             "codebook_dim": 4,
             "norm_groups": 4,
         }
@@ -101,17 +101,17 @@ def eagle_head(target: LlamaGenTransformer, seed: int = 0) -> EagleHead:
 
 @cache
 def drafting_pipeline(
-    model_type: str, codes: int = CODES, grid: int = GRID, sharpness: float = 1.0
+    model_type: str, vocab_size: int = VOCAB_SIZE, grid: int = GRID, sharpness: float = 1.0
 ) -> LlamaGenPipeline:
     """A pipeline with every drafter, shared by tests, which must not change it.
 
     Args:
-        codes, grid: few enough of them and all its images can be listed.
+        vocab_size, grid: small enough and all its images can be listed.
         sharpness: factor on the logits.
 
     Attention is made strong, so that every token matters for all that follow and not only for the next.
     """
-    sizes = {"dim": 8, "num_layers": 3, "num_heads": 1, "vocab_size": codes, "grid_size": grid}
+    sizes = {"dim": 8, "num_layers": 3, "num_heads": 1, "vocab_size": vocab_size, "grid_size": grid}
     target, small = (transformer(model_type, seed, **sizes) for seed in (0, 1))
     with torch.no_grad():
         for layer in target.layers:
@@ -126,7 +126,7 @@ def drafting_pipeline(
         words = WordTokenizer.from_words(WORDS, max_length=8)
     pipe = LlamaGenPipeline(
         target,
-        vq_model(codebook_size=codes),
+        vq_model(codebook_size=vocab_size),
         None if words is None else text_encoder(words),
         words,
         class_names=CLASSES if model_type == "c2i" else None,
@@ -171,7 +171,7 @@ def var_transformer(condition_type: str, seed: int = 0, **changes: object) -> VA
         "depth": 3,
         "dim": 32,
         "num_heads": 4,
-        "vocab_size": CODES,
+        "vocab_size": VOCAB_SIZE,
         "codebook_dim": 4,
         "scales": SCALES,
         "num_classes": len(CLASSES),
@@ -189,7 +189,7 @@ def multiscale_vq(seed: int = 0, **changes: object) -> MultiScaleVQModel:
         "base_channels": 8,
         "channel_multipliers": (1, 2),
         "num_res_blocks": 1,
-        "codebook_size": CODES,
+        "codebook_size": VOCAB_SIZE,
         "codebook_dim": 4,
         "scales": SCALES,
         "norm_groups": 4,

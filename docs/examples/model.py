@@ -49,8 +49,8 @@ class Palette(ModelMixin, ConfigMixin):
         super().__init__()
         self.colors = nn.Embedding.from_pretrained(torch.cartesian_prod(*[torch.linspace(-1, 1, 4)] * 3))
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        return self.colors(codes).permute(0, 3, 1, 2)  # [B, h, w] -> [B, 3, h, w]
+    def decode_tokens(self, token_ids: Tensor) -> Tensor:
+        return self.colors(token_ids).permute(0, 3, 1, 2)  # [B, h, w] -> [B, 3, h, w]
 
 
 pipe = LlamaGenPipeline(PixelGPT(), Palette(), class_names=("noon", "sunset", "night"))

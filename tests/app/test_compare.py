@@ -398,7 +398,7 @@ def test_a_failure_of_another_kind_is_not_hidden(draw: Draw, monkeypatch: pytest
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(pipeline("t2i").vq_model, "decode_codes", fail)
+    monkeypatch.setattr(pipeline("t2i").vq_model, "decode_tokens", fail)
     with pytest.raises(ZeroDivisionError):
         list(draw())
 

@@ -98,13 +98,13 @@ def test_seconds_leave_out_previews_and_the_other_side(monkeypatch: pytest.Monke
     import time
 
     pipe = new_pipeline("t2i")
-    real = pipe.vq_model.decode_codes
+    real = pipe.vq_model.decode_tokens
 
-    def slow(codes: Any) -> Any:
+    def slow(token_ids: Any) -> Any:
         time.sleep(0.05)
-        return real(codes)
+        return real(token_ids)
 
-    monkeypatch.setattr(pipe.vq_model, "decode_codes", slow)
+    monkeypatch.setattr(pipe.vq_model, "decode_tokens", slow)
     *_, sides = race(pipe, ZipAR(1), turns=Turns(quantum=0.0)).frames()
     for side in sides:
         assert side.stats is not None
@@ -154,7 +154,7 @@ def test_errors_come_out_and_end_both_sides(when: str, monkeypatch: pytest.Monke
         def fail(*_: Any) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(pipe.vq_model, "decode_codes", fail)
+        monkeypatch.setattr(pipe.vq_model, "decode_tokens", fail)
         with pytest.raises(ZeroDivisionError):
             list(race(pipe, ZipAR(2)).frames())
     assert not [t for t in threading.enumerate() if t.name.startswith("race")]

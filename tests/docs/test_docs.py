@@ -24,6 +24,8 @@ import varaccel.accelerators
 from tests.scripts import ROOT, load_script
 from varaccel.accelerators import ACCELERATORS
 
+pytestmark = pytest.mark.slow  # builds the site
+
 DOCS = ROOT / "docs"
 PAGES = DOCS / "accelerators"
 SHARED_PAGES = {"refiner": "code"}

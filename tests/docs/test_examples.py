@@ -80,13 +80,13 @@ def test_the_accelerator_is_plain_decoding_or_zipar_at_its_ends(example: ModuleT
     zipar = StaggeredRows(GRID, 2).groups(GRID**2)
     assert example.LateStagger(GRID, 2, rows=0).groups(GRID**2) == zipar
 
-    def codes(accelerator: object) -> torch.Tensor:
+    def token_ids(accelerator: object) -> torch.Tensor:
         return pipeline("c2i")(PROMPTS["c2i"], seed=1, accelerator=accelerator, output_type="latent").images
 
-    assert torch.equal(codes(example.LateZipAR(1, GRID)), codes("plain"))
-    late = codes(example.LateZipAR(2, 1))
-    assert torch.equal(late[:, :2], codes("plain")[:, :2]), "the first rows are those of plain decoding"
-    assert not torch.equal(late, codes("plain"))
+    assert torch.equal(token_ids(example.LateZipAR(1, GRID)), token_ids("plain"))
+    late = token_ids(example.LateZipAR(2, 1))
+    assert torch.equal(late[:, :2], token_ids("plain")[:, :2]), "the first rows are those of plain decoding"
+    assert not torch.equal(late, token_ids("plain"))
 
 
 @pytest.mark.parametrize("option", ["rows", "window"])
@@ -157,13 +157,13 @@ def test_the_models_jacobi_image_does_not_depend_on_the_window(pixels: LlamaGenP
 
 def test_the_models_cached_steps_are_a_full_pass(pixels: LlamaGenPipeline) -> None:
     """Greedy tokens, decoded one by one with a cache, are the likeliest ones of a single pass over all of them."""
-    codes = pixels([0, 2], guidance_scale=1.0, temperature=0.0, output_type="latent").images.flatten(1)
+    token_ids = pixels([0, 2], guidance_scale=1.0, temperature=0.0, output_type="latent").images.flatten(1)
     network = pixels.transformer
     with torch.inference_mode():
-        inputs = [network.embed_condition(torch.tensor([0, 2])), network.embed_tokens(codes[:, :-1])]
+        inputs = [network.embed_condition(torch.tensor([0, 2])), network.embed_tokens(token_ids[:, :-1])]
         attention = AttentionInputs(network.rotary_table()[:256], causal=True)
         logits = network.logits(network.transform(torch.cat(inputs, 1), attention))
-    assert torch.equal(logits.argmax(-1), codes)
+    assert torch.equal(logits.argmax(-1), token_ids)
 
 
 def test_the_models_images_are_made_of_its_palette(pixels: LlamaGenPipeline) -> None:

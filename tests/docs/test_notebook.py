@@ -22,6 +22,8 @@ from PIL import Image
 
 from tests.scripts import ROOT
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = ROOT / "docs" / "notebooks" / "tour.ipynb"
 MEASURED = "measured"
 """Tag of cells that tell seconds: other numbers on every machine."""
@@ -114,7 +116,6 @@ def test_it_is_committed_as_it_ran() -> None:
     assert not re.search(r"/(work|home|tmp|root)/", NOTEBOOK.read_text()), "a path of some machine"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_runs_and_shows_the_same(tmp_path: Path) -> None:
     notebook = read()

@@ -37,8 +37,8 @@ def uniforms(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 def test_categorical_sampling_follows_the_distribution() -> None:
     logits = torch.tensor([2.0, -1.0, float("-inf"), 0.5, -6.0])
     draws = 200_000
-    codes = Categorical(logits.expand(1, draws, -1)).sample(uniforms((1, draws)))
-    counts = torch.bincount(codes.flatten(), minlength=5).double()
+    token_ids = Categorical(logits.expand(1, draws, -1)).sample(uniforms((1, draws)))
+    counts = torch.bincount(token_ids.flatten(), minlength=5).double()
     expected = logits.double().softmax(-1) * draws
     assert counts[2] == 0
     chi2 = ((counts - expected) ** 2 / expected.clamp(min=1e-9))[expected > 0].sum()

@@ -408,7 +408,7 @@ def test_presets_are_runnable_as_they_stand(name: str) -> None:
     if family == "mar":
         call |= {"num_iterations": 4, "head_steps": 2}
     if family == "var":
-        call["top_k"] = 9  # there are fewer codes
+        call["top_k"] = 9  # the vocabulary is smaller
         if isinstance(call.get("temperature"), list):
             assert len(call["temperature"]) == 10  # scales of the published models
             call["temperature"] = call["temperature"][: len(pipe.transformer.schedule)]

@@ -396,7 +396,7 @@ def test_samples_need_prompts() -> None:
 def hosts(job_type: type[Job]) -> TokenPipeline | str:
     """A pipeline large enough for the settings of a release."""
     if job_type is CausalJob:
-        return tiny.drafting_pipeline("t2i", codes=64, grid=8)
+        return tiny.drafting_pipeline("t2i", vocab_size=64, grid=8)
     if job_type is MaskedJob:
         network = tiny.mar_transformer("caption", grid_size=8)
         own: Any = new_mar_pipeline("caption")

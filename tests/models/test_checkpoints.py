@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.tiny import CODES, GRID, new_pipeline, text_encoder, transformer, vq_model
+from tests.tiny import GRID, VOCAB_SIZE, new_pipeline, text_encoder, transformer, vq_model
 from varaccel import LlamaGenPipeline
 from varaccel.errors import CheckpointError, InputError
 from varaccel.models.llamagen import PRESETS, LlamaGenTransformer, feed_forward_width
@@ -153,9 +153,9 @@ def test_pipeline_from_single_files(model_type: str, tmp_path: Path) -> None:
         components = {"tokenizer": tokenizer, "text_encoder": text_encoder(tokenizer)}
     pipe = LlamaGenPipeline.from_single_file(tmp_path / "gpt.pt", vq_model=vq_model(), **SIZE, **components)
     pipe.set_progress_bar_config(disable=True)
-    codes = pipe("a red sphere" if model_type == "t2i" else 3, seed=0, output_type="latent").images
-    assert codes.shape == (1, GRID, GRID)
-    assert int(codes.max()) < CODES
+    token_ids = pipe("a red sphere" if model_type == "t2i" else 3, seed=0, output_type="latent").images
+    assert token_ids.shape == (1, GRID, GRID)
+    assert int(token_ids.max()) < VOCAB_SIZE
 
 
 @pytest.mark.parametrize(

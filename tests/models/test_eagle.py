@@ -217,8 +217,8 @@ def test_published_file_must_fit(tmp_path: Path) -> None:
     assert "lacks embed_tokens.weight" in message(without_embedding, target)
     extra = {**state, "layers.0.input_layernorm.weight": torch.ones(32)}
     assert "unexpected layers.0.input_layernorm.weight" in message(extra, target)
-    assert "48 codes and width 32, but the target has 24" in message(state, published_target(vocab_size=24))
-    assert "target has 48 codes and width 64" in message(state, published_target(dim=64))
+    assert "48 tokens and width 32, but the target has 24" in message(state, published_target(vocab_size=24))
+    assert "target has 48 tokens and width 64" in message(state, published_target(dim=64))
     assert "another kind of model" in message({"weight": torch.ones(1)}, target)
 
 

@@ -62,7 +62,7 @@ def close(ours: Tensor, golden: Tensor, kind: str, tolerances: dict[str, Any] = 
     torch.testing.assert_close(ours, golden, **tolerances[kind])
 
 
-def codes(golden: dict[str, Tensor], prefix: str) -> Tensor:
+def token_ids(golden: dict[str, Tensor], prefix: str) -> Tensor:
     """Recorded indices of all scales, [B, L]."""
     scales = sum(key.startswith(f"{prefix}.") for key in golden)
     return torch.cat([golden[f"{prefix}.{scale}"] for scale in range(scales)], dim=1)
@@ -90,7 +90,7 @@ def test_encode(name: str) -> None:
     model, golden = tokenizer(name), tensors(TOKENIZERS[name]["cases"])
     encoding = model.encode(golden["image"])
     close(encoding.latents, golden["f"], "f_hat")
-    assert torch.equal(encoding.indices, codes(golden, "enc_idx"))
+    assert torch.equal(encoding.indices, token_ids(golden, "enc_idx"))
     close(encoding.quantized, golden[f"enc_f_hat.{len(model.schedule) - 1}"], "f_hat")
     close(model.decode(encoding.quantized).clamp(-1, 1), golden["enc_recon"], "images")
 
@@ -100,7 +100,7 @@ def test_residual_quantisation(name: str) -> None:
     """From the recorded latents: the indices and the running sum after every scale."""
     model, golden = tokenizer(name), tensors(TOKENIZERS[name]["cases"])
     indices, _, maps = model.quantize.encode(golden["f"])
-    assert torch.equal(indices, codes(golden, "enc_idx"))
+    assert torch.equal(indices, token_ids(golden, "enc_idx"))
     assert len(maps) == len(model.schedule)
     for scale, value in enumerate(maps):
         close(value, golden[f"enc_f_hat.{scale}"], "f_hat")
@@ -108,15 +108,15 @@ def test_residual_quantisation(name: str) -> None:
 
 @pytest.mark.parametrize("source", ["enc", "rnd"])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_codes_to_images(name: str, source: str) -> None:
-    """Feature maps after every scale, what each scale sees, and the image, of encoded and random codes."""
+def test_token_ids_to_images(name: str, source: str) -> None:
+    """Feature maps after every scale, what each scale sees, and the image, of encoded and random token ids."""
     model, golden = tokenizer(name), tensors(TOKENIZERS[name]["cases"])
-    indices = codes(golden, f"{source}_idx")
+    indices = token_ids(golden, f"{source}_idx")
     for scale, value in enumerate(model.quantize.feature_maps(indices)):
         close(value, golden[f"{source}_f_hat.{scale}"], "f_hat")
     close(model.quantize.inputs(indices), golden[f"{source}_var_input"], "f_hat")
     image = golden["enc_recon" if source == "enc" else "rnd_image"]
-    close(model.decode_codes(indices).clamp(-1, 1), image, "images")
+    close(model.decode_tokens(indices).clamp(-1, 1), image, "images")
 
 
 CONVOLUTIONS = {
@@ -170,7 +170,7 @@ def test_sizes_of_the_transformer(name: str) -> None:
 def test_teacher_forced_logits(name: str) -> None:
     """One masked pass over all scales; the last recorded row has no class."""
     config, golden = TRANSFORMERS[name], tensors(TRANSFORMERS[name]["cases"])
-    inputs = tokenizer(config["tokenizer"]).quantize.inputs(codes(golden, "tf.idx"))
+    inputs = tokenizer(config["tokenizer"]).quantize.inputs(token_ids(golden, "tf.idx"))
     close(inputs, golden["tf.x"], "f_hat")
     labels = golden["tf.labels"]
     assert labels[-1] == GENERATION["null_class"]
@@ -232,7 +232,7 @@ class Run:
         self.image = (codebook.decode(features.value).clamp(-1, 1) + 1) / 2
 
     def check(self, golden: dict[str, Tensor], name: str, tolerances: dict[str, Any] = TOLERANCES) -> None:
-        assert torch.equal(self.tokens, codes(golden, f"{name}.idx"))
+        assert torch.equal(self.tokens, token_ids(golden, f"{name}.idx"))
         close(self.logits, golden[f"{name}.cfg_logits"], "cfg_logits", tolerances)
         close(self.feature_map, golden[f"{name}.f_hat"], "f_hat", tolerances)
         close(self.image, golden[f"{name}.image"], "images", tolerances)
@@ -259,8 +259,10 @@ def test_collaborative_generation(run: str) -> None:
 
 def test_networks_of_a_collaboration_differ() -> None:
     """Otherwise its runs would prove nothing about the hand-over: each split gives other tokens."""
-    runs = [codes(tensors(o["file"]), f"{name}.idx") for name, o in CODE["runs"].items() if o["cfg"] == 4.0]
-    base = codes(tensors(TRANSFORMERS[CODE["small"]]["cases"]), "greedy_cfg4.0.idx")
+    runs = [
+        token_ids(tensors(o["file"]), f"{name}.idx") for name, o in CODE["runs"].items() if o["cfg"] == 4.0
+    ]
+    base = token_ids(tensors(TRANSFORMERS[CODE["small"]]["cases"]), "greedy_cfg4.0.idx")
     assert len(runs) == 3
     for i, tokens in enumerate(runs):
         assert not any(torch.equal(tokens, other) for other in [base, *runs[:i]])
@@ -282,7 +284,7 @@ def test_published_loop(name: str, run: str) -> None:
         top_p=options["top_p"],
         generator=torch.Generator().manual_seed(options.get("g_seed", 0)),
     )
-    assert torch.equal(tokens, codes(golden, f"{run}.idx"))
+    assert torch.equal(tokens, token_ids(golden, f"{run}.idx"))
     close(feature_map, golden[f"{run}.f_hat"], "f_hat")
 
 

@@ -18,10 +18,10 @@ from torch import nn
 
 from tests.tiny import (
     CLASSES,
-    CODES,
     GRID,
     PROMPTS,
     SCALES,
+    VOCAB_SIZE,
     drafting_pipeline,
     new_pipeline,
     pipeline,
@@ -65,12 +65,12 @@ def on(*job_types: type[Job]) -> pytest.MarkDecorator:
 every = on(*PARADIGMS)
 
 
-def codes(host: str, prompts: Any, **options: Any) -> torch.Tensor:
+def token_ids(host: str, prompts: Any, **options: Any) -> torch.Tensor:
     return pipeline(host)(prompts, output_type="latent", **options).images
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal codes; latents are as equal as sums can be whose order depends on the size of the batch."""
+    """Equal tokens; latents are as equal as sums can be whose order depends on the size of the batch."""
     return torch.allclose(a, b, atol=1e-4, rtol=0) if a.is_floating_point() else torch.equal(a, b)
 
 
@@ -96,21 +96,21 @@ def test_fills_the_canvas(host: str, name: str) -> None:
         assert out.images.isfinite().all()
         assert (out.images.flatten(2).std(2) > 0.01).all(), "tokens of an image differ"
     else:
-        assert 0 <= int(out.images.min()) <= int(out.images.max()) < CODES
+        assert 0 <= int(out.images.min()) <= int(out.images.max()) < VOCAB_SIZE
 
 
 @every
 def test_deterministic_under_a_seed(host: str, name: str) -> None:
-    first, again, other = (codes(host, PROMPTS[host], seed=s, accelerator=name) for s in (5, 5, 6))
+    first, again, other = (token_ids(host, PROMPTS[host], seed=s, accelerator=name) for s in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 @every
 def test_independent_of_the_batch(host: str, name: str) -> None:
-    together = codes(host, PROMPTS[host], seed=11, accelerator=name)
+    together = token_ids(host, PROMPTS[host], seed=11, accelerator=name)
     for index, prompt in enumerate(PROMPTS[host]):
-        alone = codes(host, prompt, seed=11 + index, accelerator=name)
+        alone = token_ids(host, prompt, seed=11 + index, accelerator=name)
         assert same(alone[0], together[index])
         assert not same(alone[0], together[index - 1])
 
@@ -153,9 +153,9 @@ def test_static_shapes_equal_dynamic_ones(host: str, name: str) -> None:
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("mode", ["masked", "published"])
 def test_wide_window_is_plain_decoding(host: str, mode: str) -> None:
-    plain = codes(host, PROMPTS[host], seed=4)
+    plain = token_ids(host, PROMPTS[host], seed=4)
     for window in (GRID, GRID + 3):
-        assert torch.equal(codes(host, PROMPTS[host], seed=4, accelerator=ZipAR(window, mode)), plain)
+        assert torch.equal(token_ids(host, PROMPTS[host], seed=4, accelerator=ZipAR(window, mode)), plain)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -171,10 +171,10 @@ def test_zipar_passes(window: int) -> None:
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_gumbel_images_do_not_depend_on_the_window(host: str) -> None:
-    one = codes(host, PROMPTS[host], seed=4, accelerator=Jacobi(window=1))
+    one = token_ids(host, PROMPTS[host], seed=4, accelerator=Jacobi(window=1))
     for window in (2, 5, 99):
-        assert torch.equal(codes(host, PROMPTS[host], seed=4, accelerator=Jacobi(window)), one)
-    assert torch.equal(codes(host, PROMPTS[host], seed=4, accelerator="auto"), one)
+        assert torch.equal(token_ids(host, PROMPTS[host], seed=4, accelerator=Jacobi(window)), one)
+    assert torch.equal(token_ids(host, PROMPTS[host], seed=4, accelerator="auto"), one)
 
 
 def test_auto_names_what_it_chose_by_the_free_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,14 +225,14 @@ def test_a_device_is_measured() -> None:
 
 
 def test_images_of_one_prompt_stand_together() -> None:
-    pair = codes("t2i", ["a red sphere", "a blue cube"], num_images_per_prompt=2, seed=7)
-    assert torch.equal(pair[2:], codes("t2i", "a blue cube", num_images_per_prompt=2, seed=9))
+    pair = token_ids("t2i", ["a red sphere", "a blue cube"], num_images_per_prompt=2, seed=7)
+    assert torch.equal(pair[2:], token_ids("t2i", "a blue cube", num_images_per_prompt=2, seed=9))
 
 
 def test_classes_by_label_and_name() -> None:
-    by_label = codes("c2i", 0, seed=0)
+    by_label = token_ids("c2i", 0, seed=0)
     for name in ("tench", "Tinca Tinca ", "0"):
-        assert torch.equal(codes("c2i", name, seed=0), by_label)
+        assert torch.equal(token_ids("c2i", name, seed=0), by_label)
 
 
 def test_guidance_of_one_is_no_guidance() -> None:
@@ -242,7 +242,9 @@ def test_guidance_of_one_is_no_guidance() -> None:
 
 
 def test_temperature_zero_is_greedy() -> None:
-    assert torch.equal(codes("t2i", "cube", temperature=0.0, seed=0), codes("t2i", "cube", top_k=1, seed=9))
+    assert torch.equal(
+        token_ids("t2i", "cube", temperature=0.0, seed=0), token_ids("t2i", "cube", top_k=1, seed=9)
+    )
 
 
 def test_output_types() -> None:
@@ -264,10 +266,12 @@ def test_generators() -> None:
     def fresh(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
-    assert torch.equal(codes("c2i", [0, 1], generator=[fresh(5), fresh(6)]), codes("c2i", [0, 1], seed=5))
-    one = codes("c2i", [0, 1], generator=fresh(1))
-    assert torch.equal(one, codes("c2i", [0, 1], generator=fresh(1)))
-    assert not torch.equal(codes("c2i", 0), codes("c2i", 0)), "without a seed every call differs"
+    assert torch.equal(
+        token_ids("c2i", [0, 1], generator=[fresh(5), fresh(6)]), token_ids("c2i", [0, 1], seed=5)
+    )
+    one = token_ids("c2i", [0, 1], generator=fresh(1))
+    assert torch.equal(one, token_ids("c2i", [0, 1], generator=fresh(1)))
+    assert not torch.equal(token_ids("c2i", 0), token_ids("c2i", 0)), "without a seed every call differs"
 
 
 def test_callback_sees_every_pass_and_can_stop() -> None:
@@ -366,13 +370,13 @@ def test_bad_accelerator_options(name: str, options: dict[str, Any], message: st
 
 def test_unknown_and_endless_prompts_are_drawn() -> None:
     """Unknown words and text beyond the prefix change nothing about the call; the docstring says so."""
-    assert codes("t2i", "a red zebra", seed=0).shape == (1, GRID, GRID)
-    assert codes("t2i", "a red sphere " * 800, seed=0).shape == (1, GRID, GRID)
+    assert token_ids("t2i", "a red zebra", seed=0).shape == (1, GRID, GRID)
+    assert token_ids("t2i", "a red sphere " * 800, seed=0).shape == (1, GRID, GRID)
 
 
 def test_components_must_fit() -> None:
     with pytest.raises(InputError, match="token ids"):
-        LlamaGenPipeline(transformer("c2i"), vq_model(codebook_size=CODES + 1))
+        LlamaGenPipeline(transformer("c2i"), vq_model(codebook_size=VOCAB_SIZE + 1))
     with pytest.raises(InputError, match="text_encoder"):
         LlamaGenPipeline(transformer("t2i"), vq_model())
 
@@ -452,7 +456,7 @@ def test_damaged_component(tmp_path: Path) -> None:
 
 
 def test_plain_is_the_default() -> None:
-    assert torch.equal(codes("c2i", 0, seed=0), codes("c2i", 0, seed=0, accelerator=Plain()))
+    assert torch.equal(token_ids("c2i", 0, seed=0), token_ids("c2i", 0, seed=0, accelerator=Plain()))
 
 
 def test_unknown_words_are_named_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:

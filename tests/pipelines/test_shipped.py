@@ -1,15 +1,15 @@
-"""What ships: the model follows prompts, the tokenizer reconstructs, the recipes run as printed."""
+"""What ships: the model follows prompts, drafters pay off, the tokenizers reconstruct."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import PlainTokens, ShippedPipelines
 from varaccel import (
     AutoPipeline,
     CoDe,
@@ -29,29 +29,35 @@ from varaccel.models.detector import load_detector
 from varaccel.scenes import HELD_OUT_SEED, render, sample_scene
 from varaccel.scenes.grammar import Caption
 
-PATTERNS = ("llamagen_*.py", "var_*.py", "mar_*.py")
+pytestmark = pytest.mark.slow
 
 
-@cache
-def shipped() -> LlamaGenPipeline:
-    pipe = AutoPipeline.from_pretrained("mini-llamagen")
-    assert isinstance(pipe, LlamaGenPipeline)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+@pytest.fixture(scope="module")
+def raster(shipped: ShippedPipelines) -> LlamaGenPipeline:
+    return shipped("mini-llamagen")
 
 
-def test_images_have_the_stated_size() -> None:
-    out = shipped()("a red sphere", seed=0)
+@pytest.fixture(scope="module")
+def pyramid(shipped: ShippedPipelines) -> VARPipeline:
+    return shipped("mini-var")
+
+
+@pytest.fixture(scope="module")
+def masked(shipped: ShippedPipelines) -> MARPipeline:
+    return shipped("mini-mar")
+
+
+def test_images_have_the_stated_size(raster: LlamaGenPipeline) -> None:
+    out = raster("a red sphere", seed=0)
     assert out.images[0].size == (128, 128)
     assert out.written.shape == (1, 16, 16)
     assert np.asarray(out.images[0]).std() > 10, "no blank image"
 
 
-@pytest.mark.slow
-def test_images_follow_prompts() -> None:
+def test_images_follow_prompts(raster: LlamaGenPipeline) -> None:
     """Far above what images score with another prompt's caption; the card has the measured figures."""
     captions = [c for c in held_out_captions(60) if len(c.mentions) == 1][:24]
-    images = shipped()([c.text for c in captions], seed=0).images
+    images = raster([c.text for c in captions], seed=0).images
     detector = load_detector()
     right = score_adherence(detector, images, captions).rates["correct"].share
     shuffled = score_adherence(detector, images, captions[1:] + captions[:1]).rates["correct"].share
@@ -59,13 +65,6 @@ def test_images_follow_prompts() -> None:
     assert shuffled <= 0.25
 
 
-@cache
-def greedy_plain() -> torch.Tensor:
-    prompts = [caption.text for caption in held_out_captions(8)]
-    return shipped()(prompts, temperature=0.0, output_type="latent").images
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "accelerator",
     [
@@ -76,11 +75,13 @@ def greedy_plain() -> torch.Tensor:
     ],
     ids=lambda a: f"{a.name}-{'-'.join(map(str, a.options().values()))}",
 )
-def test_greedy_images_are_those_of_plain_decoding(accelerator: Jacobi | Speculative) -> None:
+def test_greedy_images_are_those_of_plain_decoding(
+    accelerator: Jacobi | Speculative, raster: LlamaGenPipeline, plain_tokens: PlainTokens
+) -> None:
     """`eval/greedy.py` does the same for any number of prompts; 64 of 64 agree."""
     prompts = [caption.text for caption in held_out_captions(8)]
-    images = shipped()(prompts, temperature=0.0, accelerator=accelerator, output_type="latent").images
-    assert torch.equal(images, greedy_plain())
+    images = raster(prompts, temperature=0.0, accelerator=accelerator, output_type="latent").images
+    assert torch.equal(images, plain_tokens("mini-llamagen", prompts, temperature=0.0))
 
 
 @pytest.mark.parametrize(
@@ -88,36 +89,36 @@ def test_greedy_images_are_those_of_plain_decoding(accelerator: Jacobi | Specula
     [(Jacobi(16), 1.5), (Speculative("eagle", tree=5), 1.5), (Speculative("small", tree=5), 1.5)],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_guesses_pay_off(accelerator: Jacobi | Speculative, gained: float) -> None:
+def test_guesses_pay_off(accelerator: Jacobi | Speculative, gained: float, raster: LlamaGenPipeline) -> None:
     """Far below what the card and docs/bench.md have, far above what an untrained drafter gains."""
     prompts = [caption.text for caption in held_out_captions(4)]
-    stats = shipped()(prompts, seed=0, accelerator=accelerator, output_type="latent").stats
+    stats = raster(prompts, seed=0, accelerator=accelerator, output_type="latent").stats
     assert stats.mean_accepted is not None
     assert stats.mean_accepted > gained
     assert stats.passes < stats.tokens / (1 + gained / 2)
 
 
-def test_tokenizer_reconstructs() -> None:
+def test_tokenizer_reconstructs(raster: LlamaGenPipeline) -> None:
     scenes = np.stack([render(sample_scene(HELD_OUT_SEED + i)).image for i in range(8)])
     images = torch.from_numpy(scenes).permute(0, 3, 1, 2).float() / 127.5 - 1
-    vq = shipped().vq_model
+    vq = raster.vq_model
     with torch.no_grad():
         encoding = vq.encode(images)
-        decoded = vq.decode_codes(encoding.indices)
+        decoded = vq.decode_tokens(encoding.indices)
     psnr = 10 * torch.log10(4 / (decoded - images).square().mean((1, 2, 3))).mean()
     assert psnr > 29
     assert encoding.indices.unique().numel() > 200
 
 
-def test_cached_decoding_equals_a_full_pass() -> None:
+def test_cached_decoding_equals_a_full_pass(raster: LlamaGenPipeline) -> None:
     """The shipped network at full length: every distribution of 256 cached steps against one teacher-forced pass."""
-    pipe = shipped()
-    codes = pipe("a blue cube", seed=0, guidance_scale=1.0, output_type="latent").images.flatten(1)
+    pipe = raster
+    token_ids = pipe("a blue cube", seed=0, guidance_scale=1.0, output_type="latent").images.flatten(1)
     given = pipe._condition(["a blue cube"])
     condition, mask = given.values, given.mask
     with torch.no_grad():
-        logits = pipe.transformer(condition, codes[:, :-1], mask)[:, pipe.transformer.prefix_length - 1 :]
-    chosen = logits.log_softmax(-1).gather(-1, codes.unsqueeze(-1))
+        logits = pipe.transformer(condition, token_ids[:, :-1], mask)[:, pipe.transformer.prefix_length - 1 :]
+    chosen = logits.log_softmax(-1).gather(-1, token_ids.unsqueeze(-1))
     assert chosen.mean() > -2.5, "the decoded tokens are likely under the full pass"
     greedy = pipe("a blue cube", temperature=0.0, guidance_scale=1.0, output_type="latent").images.flatten(1)
     with torch.no_grad():
@@ -125,23 +126,14 @@ def test_cached_decoding_equals_a_full_pass() -> None:
     assert (logits.argmax(-1) == greedy).float().mean() > 0.99
 
 
-def test_wide_window_draws_the_plain_image() -> None:
-    plain = shipped()("a yellow cone", seed=3).images[0]
+def test_wide_window_draws_the_plain_image(raster: LlamaGenPipeline) -> None:
+    plain = raster("a yellow cone", seed=3).images[0]
     assert (
-        shipped()("a yellow cone", seed=3, accelerator=ZipAR(window=16)).images[0].tobytes()
-        == plain.tobytes()
+        raster("a yellow cone", seed=3, accelerator=ZipAR(window=16)).images[0].tobytes() == plain.tobytes()
     )
 
 
 # -- the next-scale model ------------------------------------------------------------------------------
-
-
-@cache
-def shipped_var() -> VARPipeline:
-    pipe = AutoPipeline.from_pretrained("mini-var")
-    assert isinstance(pipe, VARPipeline)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def one_object(count: int) -> list[Caption]:
@@ -152,34 +144,33 @@ def adherence(images: Sequence[Image.Image], captions: list[Caption]) -> float:
     return score_adherence(load_detector(), images, captions).rates["correct"].share
 
 
-@pytest.mark.slow
-def test_var_images_follow_prompts_plainly_and_by_code() -> None:
+def test_var_images_follow_prompts_plainly_and_by_code(pyramid: VARPipeline) -> None:
     """Far above what images score with another prompt's caption; the card has the measured figures."""
     captions = one_object(24)
     prompts = [c.text for c in captions]
     for accelerator in (None, CoDe(draft_scales=5)):
-        images = shipped_var()(prompts, seed=0, accelerator=accelerator).images
+        images = pyramid(prompts, seed=0, accelerator=accelerator).images
         assert adherence(images, captions) >= 0.4
         assert adherence(images, captions[1:] + captions[:1]) <= 0.25
 
 
-def test_relay_of_the_shipped_model_with_itself_draws_its_images() -> None:
-    pipe = shipped_var()
+def test_relay_of_the_shipped_model_with_itself_draws_its_images(pyramid: VARPipeline) -> None:
+    pipe = pyramid
     plain = pipe("a blue cube", seed=4, output_type="latent").images
     for scales in range(1, 7):
         relay = CoDe(refiner=pipe.transformer, draft_scales=scales)
         assert torch.equal(pipe("a blue cube", seed=4, accelerator=relay, output_type="latent").images, plain)
 
 
-def test_small_models_can_be_named_as_refiners() -> None:
-    stats = shipped_var()("a blue cube", seed=4, accelerator=CoDe("mini-var-small", draft_scales=4)).stats
+def test_small_models_can_be_named_as_refiners(pyramid: VARPipeline) -> None:
+    stats = pyramid("a blue cube", seed=4, accelerator=CoDe("mini-var-small", draft_scales=4)).stats
     assert [stage.passes for stage in stats.stages] == [4, 3]
-    assert stats.cache_bytes < shipped_var()("a blue cube", seed=4).stats.cache_bytes
+    assert stats.cache_bytes < pyramid("a blue cube", seed=4).stats.cache_bytes
 
 
-def test_published_loop_draws_what_the_engine_draws() -> None:
+def test_published_loop_draws_what_the_engine_draws(pyramid: VARPipeline) -> None:
     """The shipped weights at full length, against the published loop without any of our savings."""
-    pipe = shipped_var()
+    pipe = pyramid
     given = pipe._condition(["a red sphere", "a green cone"])
     features, mask = given.values, given.mask
     with torch.no_grad():
@@ -189,13 +180,13 @@ def test_published_loop_draws_what_the_engine_draws() -> None:
     assert (ours.images == theirs).float().mean() > 0.99, "ties aside"
 
 
-def test_multiscale_tokenizer_reconstructs() -> None:
+def test_multiscale_tokenizer_reconstructs(pyramid: VARPipeline) -> None:
     scenes = np.stack([render(sample_scene(HELD_OUT_SEED + i)).image for i in range(8)])
     images = torch.from_numpy(scenes).permute(0, 3, 1, 2).float() / 127.5 - 1
-    vq = shipped_var().vq_model
+    vq = pyramid.vq_model
     with torch.no_grad():
         encoding = vq.encode(images)
-        decoded = vq.decode_codes(encoding.indices)
+        decoded = vq.decode_tokens(encoding.indices)
     psnr = 10 * torch.log10(4 / (decoded - images).square().mean((1, 2, 3))).mean()
     assert psnr > 28
     assert encoding.indices.unique().numel() > 150
@@ -204,16 +195,8 @@ def test_multiscale_tokenizer_reconstructs() -> None:
 # -- the masked model ----------------------------------------------------------------------------------
 
 
-@cache
-def shipped_mar() -> MARPipeline:
-    pipe = AutoPipeline.from_pretrained("mini-mar")
-    assert isinstance(pipe, MARPipeline)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def test_the_masked_model_brings_its_drafter() -> None:
-    pipe = shipped_mar()
+def test_the_masked_model_brings_its_drafter(masked: MARPipeline) -> None:
+    pipe = masked
     small = AutoPipeline.from_pretrained("mini-mar-small").transformer
     drafter = pipe.draft_transformer
     assert drafter is not None
@@ -221,8 +204,7 @@ def test_the_masked_model_brings_its_drafter() -> None:
     assert pipe.image_size == 128
 
 
-@pytest.mark.slow
-def test_mar_images_follow_prompts_plainly_and_accelerated() -> None:
+def test_mar_images_follow_prompts_plainly_and_accelerated(masked: MARPipeline) -> None:
     """Far above what images score with another prompt's caption; the card has the measured figures."""
     captions = one_object(8)
     prompts = [c.text for c in captions]
@@ -230,14 +212,14 @@ def test_mar_images_follow_prompts_plainly_and_accelerated() -> None:
     noisy = {"num_iterations": 16, "head_steps": 25}
     runs = ((None, quick), (FeatureCache(refresh=2), quick), (CSpD("exact", draft_length=2), noisy))
     for accelerator, call in runs:
-        images = shipped_mar()(prompts, seed=0, accelerator=accelerator, **call).images
+        images = masked(prompts, seed=0, accelerator=accelerator, **call).images
         assert adherence(images, captions) >= 0.6
         assert adherence(images, captions[1:] + captions[:1]) <= 0.25
 
 
-def test_continuous_speculation_keeps_some_guesses_of_the_shipped_pair() -> None:
+def test_continuous_speculation_keeps_some_guesses_of_the_shipped_pair(masked: MARPipeline) -> None:
     call = {"seed": 0, "num_iterations": 16, "head_steps": 25, "output_type": "latent"}
-    stats = shipped_mar()(
+    stats = masked(
         ["a red sphere", "a blue cube"], accelerator=CSpD("reference", draft_length=3), **call
     ).stats
     assert 0.05 < sum(stats.kept) / 2 < 0.9
@@ -245,10 +227,10 @@ def test_continuous_speculation_keeps_some_guesses_of_the_shipped_pair() -> None
     assert stats.draft_passes == 15
 
 
-def test_kl_tokenizer_reconstructs() -> None:
+def test_kl_tokenizer_reconstructs(masked: MARPipeline) -> None:
     scenes = np.stack([render(sample_scene(HELD_OUT_SEED + i)).image for i in range(8)])
     images = torch.from_numpy(scenes).permute(0, 3, 1, 2).float() / 127.5 - 1
-    vae = shipped_mar().vae
+    vae = masked.vae
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mean
         decoded = vae.decode(latents).sample

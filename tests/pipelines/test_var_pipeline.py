@@ -15,10 +15,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.models.test_var_parity import CODE, GENERATION, GOLDEN, TOLERANCES, TRANSFORMERS, close, tensors
-from tests.models.test_var_parity import codes as recorded
 from tests.models.test_var_parity import network as golden_network
+from tests.models.test_var_parity import token_ids as recorded
 from tests.models.test_var_parity import tokenizer as golden_tokenizer
-from tests.tiny import CLASSES, CODES, PROMPTS, SCALES, multiscale_vq, new_pipeline, pipeline, var_transformer
+from tests.tiny import (
+    CLASSES,
+    PROMPTS,
+    SCALES,
+    VOCAB_SIZE,
+    multiscale_vq,
+    new_pipeline,
+    pipeline,
+    var_transformer,
+)
 from varaccel import AutoPipeline, CoDe, VARPipeline
 from varaccel.accelerators import ACCELERATORS, Accelerator, fitting
 from varaccel.accelerators.plain import Plain
@@ -37,7 +46,7 @@ SIZE = 2 * SCHEDULE.last_side
 on_hosts = pytest.mark.parametrize("host", HOSTS)
 
 
-def codes(host: str, prompt: Any = None, **options: Any) -> Tensor:
+def token_ids(host: str, prompt: Any = None, **options: Any) -> Tensor:
     prompt = PROMPTS[host] if prompt is None else prompt
     return pipeline(host)(prompt, output_type="latent", **{"seed": 3, **options}).images
 
@@ -119,9 +128,9 @@ def test_previews_leave_the_published_stream_alone() -> None:
 
 def test_published_numbers_depend_on_the_batch() -> None:
     """The price of parity: image 1 alone is not image 1 of two."""
-    pair = codes("var-class", [0, 1], published_rng=True)
-    assert not torch.equal(codes("var-class", 1, published_rng=True, seed=4), pair[1:])
-    assert torch.equal(codes("var-class", [0, 1], published_rng=True), pair)
+    pair = token_ids("var-class", [0, 1], published_rng=True)
+    assert not torch.equal(token_ids("var-class", 1, published_rng=True, seed=4), pair[1:])
+    assert torch.equal(token_ids("var-class", [0, 1], published_rng=True), pair)
 
 
 def test_a_file_of_another_depth() -> None:
@@ -138,10 +147,10 @@ def test_a_file_of_another_depth() -> None:
 @on_hosts
 @pytest.mark.parametrize("draft_scales", range(1, len(SCALES) + 1))
 def test_taking_over_from_itself_changes_nothing(host: str, draft_scales: int) -> None:
-    plain, accelerator = codes(host), with_itself(host, draft_scales)
-    assert torch.equal(codes(host, accelerator=accelerator), plain)
+    plain, accelerator = token_ids(host), with_itself(host, draft_scales)
+    assert torch.equal(token_ids(host, accelerator=accelerator), plain)
     for index, prompt in enumerate(PROMPTS[host]):
-        alone = codes(host, prompt, seed=3 + index, accelerator=accelerator)
+        alone = token_ids(host, prompt, seed=3 + index, accelerator=accelerator)
         assert torch.equal(alone[0], plain[index])
 
 
@@ -192,15 +201,17 @@ def test_four_fifths_of_the_scales_are_drafted(scales: tuple[int, ...], drafted:
 def test_what_was_chosen_is_told() -> None:
     stats = pipeline("var-class")(0, seed=0, accelerator="code").stats
     assert stats.options["draft_scales"] == 2
-    assert torch.equal(codes("var-class", accelerator="code"), codes("var-class", accelerator=CoDe(None, 2)))
+    assert torch.equal(
+        token_ids("var-class", accelerator="code"), token_ids("var-class", accelerator=CoDe(None, 2))
+    )
 
 
 @on_hosts
 def test_the_refiner_matters(host: str) -> None:
-    plain = codes(host)
+    plain = token_ids(host)
     for draft_scales in range(1, len(SCALES)):
         border = BORDERS[draft_scales]
-        refined = codes(host, accelerator=CoDe(draft_scales=draft_scales))
+        refined = token_ids(host, accelerator=CoDe(draft_scales=draft_scales))
         assert torch.equal(refined[:, :border], plain[:, :border])
         assert not torch.equal(refined[:, border:], plain[:, border:])
 
@@ -216,9 +227,11 @@ def test_refiner_alone(host: str) -> None:
         guidance_scale=3.0,
     )
     expected = small(PROMPTS[host], seed=3, output_type="latent").images
-    assert torch.equal(codes(host, accelerator="refiner"), expected)
+    assert torch.equal(token_ids(host, accelerator="refiner"), expected)
     accelerator = CoDe(refiner=small, draft_scales=1)
-    assert torch.equal(codes(host, accelerator=accelerator), codes(host, accelerator=CoDe(draft_scales=1)))
+    assert torch.equal(
+        token_ids(host, accelerator=accelerator), token_ids(host, accelerator=CoDe(draft_scales=1))
+    )
 
 
 @on_hosts
@@ -233,9 +246,9 @@ def test_options_of_refined_scales(
     """A refiner that is the model itself draws its scales as a call with a list of options does."""
     accelerator = with_itself(host, draft_scales, **{f"refiner_{option}": value})
     listed = [rest] * draft_scales + [value] * (len(SCALES) - draft_scales)
-    drawn = codes(host, accelerator=accelerator)
-    assert torch.equal(drawn, codes(host, **{option: listed}))
-    assert torch.equal(drawn[:, : BORDERS[draft_scales]], codes(host)[:, : BORDERS[draft_scales]])
+    drawn = token_ids(host, accelerator=accelerator)
+    assert torch.equal(drawn, token_ids(host, **{option: listed}))
+    assert torch.equal(drawn[:, : BORDERS[draft_scales]], token_ids(host)[:, : BORDERS[draft_scales]])
 
 
 @on_hosts
@@ -245,8 +258,8 @@ def test_options_of_refined_scales(
     ids=str,
 )
 def test_further_options_of_refined_scales(host: str, options: dict[str, float]) -> None:
-    plain, border = codes(host), BORDERS[1]
-    drawn = codes(host, accelerator=with_itself(host, 1, **options))
+    plain, border = token_ids(host), BORDERS[1]
+    drawn = token_ids(host, accelerator=with_itself(host, 1, **options))
     assert torch.equal(drawn[:, :border], plain[:, :border])
     assert not torch.equal(drawn[:, border:], plain[:, border:])
 
@@ -255,9 +268,9 @@ def test_further_options_of_refined_scales(host: str, options: dict[str, float])
 
 
 def test_lists_have_an_entry_per_scale() -> None:
-    plain = codes("var-class")
-    assert torch.equal(codes("var-class", temperature=[1.0] * 3, top_k=[0, CODES, 0]), plain)
-    greedy_end = codes("var-class", temperature=[1.0, 1.0, 0.0])
+    plain = token_ids("var-class")
+    assert torch.equal(token_ids("var-class", temperature=[1.0] * 3, top_k=[0, VOCAB_SIZE, 0]), plain)
+    greedy_end = token_ids("var-class", temperature=[1.0, 1.0, 0.0])
     assert torch.equal(greedy_end[:, : BORDERS[2]], plain[:, : BORDERS[2]])
     assert not torch.equal(greedy_end, plain)
 
@@ -267,7 +280,7 @@ def test_guidance_is_off_at_zero(host: str) -> None:
     one = PROMPTS[host][0]
     assert pipeline(host)(one, seed=0, guidance_scale=1).stats.rows == 1
     assert pipeline(host)(one, seed=0, guidance_scale=1.1).stats.rows == 2
-    off, on = (codes(host, guidance_scale=scale) for scale in (1.0, 7.0))
+    off, on = (token_ids(host, guidance_scale=scale) for scale in (1.0, 7.0))
     assert torch.equal(off[:, :1], on[:, :1]), "the first scale is never guided"
     assert not torch.equal(off, on)
 
@@ -275,7 +288,7 @@ def test_guidance_is_off_at_zero(host: str) -> None:
 @on_hosts
 def test_prompts_matter(host: str) -> None:
     first, second, _ = PROMPTS[host]
-    assert not torch.equal(codes(host, first), codes(host, second))
+    assert not torch.equal(token_ids(host, first), token_ids(host, second))
 
 
 @on_hosts
@@ -291,7 +304,7 @@ def test_output_types(host: str, accelerator: str | None) -> None:
     assert max(np.abs(a * 255 - np.asarray(p)).max() for a, p in zip(array, images, strict=True)) <= 1
     latent, stats = pipe(PROMPTS[host], output_type="latent", return_dict=False, **options)
     with torch.no_grad():
-        decoded = pipe.vq_model.decode_codes(latent).clamp(-1, 1) / 2 + 0.5
+        decoded = pipe.vq_model.decode_tokens(latent).clamp(-1, 1) / 2 + 0.5
     torch.testing.assert_close(tensor, decoded, atol=1e-5, rtol=0)
     assert stats.tokens == TOKENS
 
@@ -323,7 +336,7 @@ def test_half_precision(host: str) -> None:
 def test_smooth_images(host: str) -> None:
     """Soft vectors change what the next scales see, and the images, but not what the first scale draws."""
     pipe = pipeline(host)
-    plain, smooth = codes(host), codes(host, smooth=True)
+    plain, smooth = token_ids(host), token_ids(host, smooth=True)
     assert torch.equal(smooth[:, :1], plain[:, :1])
     options = {"seed": 3, "output_type": "pt"}
     first = pipe(PROMPTS[host], smooth=True, **options).images
@@ -364,7 +377,7 @@ def test_stopping_early(host: str, accelerator: Accelerator | None, scale: int) 
 
     options: dict[str, Any] = {"seed": 3, "accelerator": accelerator}
     out = pipe(PROMPTS[host], output_type="latent", callback_on_step_end=stop, **options)
-    full = codes(host, accelerator=accelerator)
+    full = token_ids(host, accelerator=accelerator)
     assert torch.equal(out.images[:, :border], full[:, :border])
     assert not out.images[:, border:].any()
     assert not out.written[:, border:].any()
@@ -384,7 +397,7 @@ def test_compiled_network_draws_the_same(host: str, accelerator: str | None) -> 
     pipe.compile(backend="eager")
     for _ in range(2):
         drawn = pipe(PROMPTS[host], seed=3, accelerator=accelerator, output_type="latent").images
-        assert torch.equal(drawn, codes(host, accelerator=accelerator))
+        assert torch.equal(drawn, token_ids(host, accelerator=accelerator))
 
 
 # -- what cannot be used -------------------------------------------------------------------------------
@@ -405,8 +418,8 @@ def refused(message: str, error: type[Exception] = InputError) -> Any:
         ({"guidance_scale": 0.9}, "guidance_scale"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"guidance_scale": float("inf")}, "guidance_scale"),
-        ({"top_k": CODES + 1}, f"{CODES} codes"),
-        ({"top_k": [0, 0, CODES + 1]}, f"{CODES} codes"),
+        ({"top_k": VOCAB_SIZE + 1}, f"{VOCAB_SIZE} tokens"),
+        ({"top_k": [0, 0, VOCAB_SIZE + 1]}, f"{VOCAB_SIZE} tokens"),
         ({"top_k": [1, 2]}, "2 entries"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
@@ -419,7 +432,7 @@ def refused(message: str, error: type[Exception] = InputError) -> Any:
         ({"num_images_per_prompt": 0}, "at least 1"),
         ({"output_type": "jpeg"}, "pil"),
         ({"accelerator": CoDe(draft_scales=4)}, "3 scales"),
-        ({"accelerator": CoDe(refiner_top_k=CODES + 1)}, f"{CODES} codes"),
+        ({"accelerator": CoDe(refiner_top_k=VOCAB_SIZE + 1)}, f"{VOCAB_SIZE} tokens"),
         ({"accelerator": CoDe(refiner_guidance_scale=0.0)}, "guidance_scale"),
         ({"accelerator": CoDe(refiner_temperature=-1.0)}, "temperature"),
         ({"accelerator": CoDe(refiner=nn.Linear(1, 1))}, "got Linear"),
@@ -471,7 +484,7 @@ def test_no_refiner(name: str) -> None:
     [
         ("class", {"scales": (1, 2, 4)}, r"\(1, 2, 4\)"),
         ("class", {"scales": (1, 2)}, r"\(1, 2\) instead of"),
-        ("class", {"vocab_size": CODES + 1}, f"token ids {CODES + 1} instead of {CODES}"),
+        ("class", {"vocab_size": VOCAB_SIZE + 1}, f"token ids {VOCAB_SIZE + 1} instead of {VOCAB_SIZE}"),
         ("class", {"codebook_dim": 5}, "numbers per token 5 instead of 4"),
         ("caption", {}, "kind of condition caption instead of class"),
         ("class", {"num_classes": 6}, "number of classes or width of text features 6"),
@@ -500,8 +513,8 @@ def test_components_must_fit() -> None:
     network = var_transformer("class")
     with refused("scales"):
         VARPipeline(network, multiscale_vq(scales=(1, 3)))
-    with refused("codes"):
-        VARPipeline(network, multiscale_vq(codebook_size=CODES + 1))
+    with refused("codebook entries"):
+        VARPipeline(network, multiscale_vq(codebook_size=VOCAB_SIZE + 1))
     with refused("numbers"):
         VARPipeline(network, multiscale_vq(codebook_dim=8))
     with refused("scales"):
@@ -528,7 +541,7 @@ KEPT = torch.tensor([True] + [True, False] * 2 + [True, False, False] * 3)
 """What stays of the right half: of 3 columns the outer two are touched; of 2 columns the right one."""
 
 
-def source_codes(host: str, image: Image.Image) -> Tensor:
+def source_token_ids(host: str, image: Image.Image) -> Tensor:
     with torch.no_grad():
         return pipeline(host).vq_model.encode(image_tensor(image, SIZE)).indices
 
@@ -556,7 +569,7 @@ def test_kept_tokens_of_a_half_mask() -> None:
 @pytest.mark.parametrize("prompted", [False, True])
 def test_inpainting(host: str, accelerator: str | None, prompted: bool) -> None:
     prompt = PROMPTS[host][1] if prompted else None
-    source = source_codes(host, source_image())
+    source = source_token_ids(host, source_image())
 
     def painted(**options: Any) -> Any:
         return pipeline(host).inpaint(
@@ -640,7 +653,7 @@ def test_outpainting(host: str, accelerator: str | None) -> None:
     kept = kept_tokens(mask, SCHEDULE)
     assert kept[BORDERS[2] :].tolist() == [True, True, False] * 2 + [False] * 3
     tokens = pipe.outpaint(source_image(), box, PROMPTS[host][0], output_type="latent", **options).images
-    assert torch.equal(tokens[:, kept], source_codes(host, larger)[:, kept])
+    assert torch.equal(tokens[:, kept], source_token_ids(host, larger)[:, kept])
     inpainted = pipe.inpaint(larger, mask, PROMPTS[host][0], output_type="latent", **options).images
     assert torch.equal(tokens, inpainted)
 
@@ -729,10 +742,10 @@ def test_a_saved_pipeline_by_name_is_a_refiner(tmp_path: Path) -> None:
     small = VARPipeline(pipeline("var-class").refiner, pipeline("var-class").vq_model)
     small.save_pretrained(tmp_path / "small")
     named = CoDe(refiner=str(tmp_path / "small"), draft_scales=1)
-    expected = codes("var-class", accelerator=CoDe(draft_scales=1))
-    assert torch.equal(codes("var-class", accelerator=named), expected)
+    expected = token_ids("var-class", accelerator=CoDe(draft_scales=1))
+    assert torch.equal(token_ids("var-class", accelerator=named), expected)
     with pytest.raises(CheckpointError):
-        codes("var-class", accelerator=CoDe(refiner="no-such-model", draft_scales=1))
+        token_ids("var-class", accelerator=CoDe(refiner="no-such-model", draft_scales=1))
 
 
 def test_save_and_load_without_a_refiner(tmp_path: Path) -> None:
@@ -762,7 +775,7 @@ class Hub:
 
 
 IMAGE_TOKENIZER = ("FoundationVision/var", "vae_ch160v4096z32.pth")
-# 64 codes of 8 numbers, as the transformers want; the tokenizer's file serves any schedule
+# a codebook of 64 entries of 8 numbers, as the transformers want; the tokenizer's file serves any schedule
 WIDE = "vae_b.safetensors"
 
 
@@ -786,7 +799,7 @@ def test_published_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (settings.guidance_scale, settings.top_k, settings.top_p) == (2.5, 900, 0.96)
     assert len(settings.class_names) == 1000
     assert pipe.class_label("goldfish") == 1
-    with refused("top_k=900 is more than the model's 64 codes"):
+    with refused("top_k=900 is more than the model's 64 tokens"):
         pipe(0, seed=0)
     assert len(pipe(["tench", "goldfish"], seed=0, top_k=0).images) == 2
 

@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import CODES, GRID, PROMPTS, drafting_pipeline, eagle_head, pipeline, transformer, vq_model
+from tests.tiny import (
+    GRID,
+    PROMPTS,
+    VOCAB_SIZE,
+    drafting_pipeline,
+    eagle_head,
+    pipeline,
+    transformer,
+    vq_model,
+)
 from varaccel import LlamaGenPipeline, Plain, ZipAR
 from varaccel.accelerators import Accelerator, make_accelerator
 from varaccel.accelerators.jacobi import Jacobi
@@ -362,7 +371,7 @@ def test_without_accepted_tokens_the_course_is_that_of_zipar(
 
 # -- rows that end in a token of their own -------------------------------------------------------------
 
-END = CODES - 1
+END = VOCAB_SIZE - 1
 
 
 @pytest.mark.parametrize(("width", "height"), [(4, 5), (4, 2), (4, 1)])
@@ -721,12 +730,12 @@ def test_what_does_not_fit_the_model_is_refused_in_the_call() -> None:
             pipe(0, seed=0, accelerator=accelerator)
         assert "\n" not in str(error.value)
 
-    refused(Lantern(k=CODES), f"k must be smaller than the vocabulary of {CODES}, got {CODES}")
+    refused(Lantern(k=VOCAB_SIZE), f"k must be smaller than the vocabulary of {VOCAB_SIZE}, got {VOCAB_SIZE}")
     for name in ("eagle", "small"):
         refused(Speculative(name), f"came without a drafter called '{name}'", bare)
     refused(Lantern(drafter="eagle"), "came without a drafter called 'eagle'", bare)
-    small = transformer("c2i", vocab_size=CODES + 1, **sizes)
-    refused(Speculative(small), f"number of token ids {CODES + 1} instead of {CODES}")
+    small = transformer("c2i", vocab_size=VOCAB_SIZE + 1, **sizes)
+    refused(Speculative(small), f"number of token ids {VOCAB_SIZE + 1} instead of {VOCAB_SIZE}")
     refused(
         Speculative(transformer("c2i", grid_size=5, **sizes)),
         r"sides of grids or scales \(5,\) instead of \(4,\)",
@@ -742,7 +751,7 @@ def test_what_does_not_fit_the_model_is_refused_in_the_call() -> None:
             text("sphere", seed=0, accelerator=Speculative(transformer("t2i", **sizes, **change)))
     same = {"dim": 8, "num_layers": 3, "num_heads": 1}
     for change, what in (
-        ({"vocab_size": CODES + 1}, f"{CODES + 1} instead of {CODES} token ids"),
+        ({"vocab_size": VOCAB_SIZE + 1}, f"{VOCAB_SIZE + 1} instead of {VOCAB_SIZE} token ids"),
         ({"grid_size": 5}, "5 instead of 4 tokens per row"),
         ({"dim": 16}, "16 instead of 8 feature channels"),
     ):

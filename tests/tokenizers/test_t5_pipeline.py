@@ -39,7 +39,7 @@ def pipe() -> LlamaGenPipeline:
     return pipe
 
 
-def codes(pipe: LlamaGenPipeline, prompt: str | Sequence[str], **options: object) -> torch.Tensor:
+def token_ids(pipe: LlamaGenPipeline, prompt: str | Sequence[str], **options: object) -> torch.Tensor:
     return pipe(prompt, **{"output_type": "latent", "seed": 3, **options}).images
 
 
@@ -51,19 +51,19 @@ def test_draws_with_every_accelerator(pipe: LlamaGenPipeline, name: str) -> None
 
 
 def test_prompts_matter(pipe: LlamaGenPipeline) -> None:
-    assert not torch.equal(codes(pipe, "a red sphere"), codes(pipe, "a blue cube"))
+    assert not torch.equal(token_ids(pipe, "a red sphere"), token_ids(pipe, "a blue cube"))
 
 
 def test_prompts_are_cleaned(pipe: LlamaGenPipeline) -> None:
-    expected = codes(pipe, "a red sphere!")
+    expected = token_ids(pipe, "a red sphere!")
     for dirty in (
         "A red  sphere!",
         "  <b>a RED sphere!</b>\n",
         "a red sphere! (www.example.com) 800x600",
         "a%20red%2520sphere!",
     ):
-        assert torch.equal(codes(pipe, dirty), expected), dirty
-    assert not torch.equal(codes(pipe, "a red sphere"), expected), "an exclamation mark is no litter"
+        assert torch.equal(token_ids(pipe, dirty), expected), dirty
+    assert not torch.equal(token_ids(pipe, "a red sphere"), expected), "an exclamation mark is no litter"
 
 
 def test_features_are_left_padded(pipe: LlamaGenPipeline) -> None:
@@ -85,9 +85,9 @@ def test_features_are_left_padded(pipe: LlamaGenPipeline) -> None:
 def test_images_do_not_depend_on_longer_or_shorter_neighbours(
     pipe: LlamaGenPipeline, accelerator: object
 ) -> None:
-    together = codes(pipe, PROMPTS, seed=9, accelerator=accelerator)
+    together = token_ids(pipe, PROMPTS, seed=9, accelerator=accelerator)
     for index, prompt in enumerate(PROMPTS):
-        alone = codes(pipe, prompt, seed=9 + index, accelerator=accelerator)
+        alone = token_ids(pipe, prompt, seed=9 + index, accelerator=accelerator)
         assert torch.equal(alone[0], together[index])
 
 

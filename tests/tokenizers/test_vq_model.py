@@ -78,15 +78,15 @@ def test_encode_matches_published_code(golden_model: VQModel, golden_io: dict[st
 @torch.no_grad()
 def test_decode_matches_published_code(golden_model: VQModel, golden_io: dict[str, Tensor]) -> None:
     torch.testing.assert_close(golden_model.decode(golden_io["quant"]), golden_io["recon"], **TOLERANCE)
-    codes = golden_io["codes"]
-    grid = codes.view(len(codes), 8, 8)
+    token_ids = golden_io["codes"]
+    grid = token_ids.view(len(token_ids), 8, 8)
     torch.testing.assert_close(golden_model.lookup(grid), golden_io["code_latents"], **TOLERANCE)
-    torch.testing.assert_close(golden_model.decode_codes(codes), golden_io["code_image"], **TOLERANCE)
-    assert torch.equal(golden_model.decode_codes(codes), golden_model.decode_codes(grid.int()))
+    torch.testing.assert_close(golden_model.decode_tokens(token_ids), golden_io["code_image"], **TOLERANCE)
+    assert torch.equal(golden_model.decode_tokens(token_ids), golden_model.decode_tokens(grid.int()))
 
 
 @torch.no_grad()
-def test_channels_last_model_gives_the_same_codes(
+def test_channels_last_model_gives_the_same_token_ids(
     golden_state: dict[str, Tensor], golden_io: dict[str, Tensor]
 ) -> None:
     model = VQModel(**GOLDEN_CONFIG).eval()
@@ -206,8 +206,8 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert loaded.config.channel_multipliers == [1, 2]
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
-    codes = torch.arange(16).view(1, 16)
-    assert torch.equal(model.decode_codes(codes), loaded.decode_codes(codes))
+    token_ids = torch.arange(16).view(1, 16)
+    assert torch.equal(model.decode_tokens(token_ids), loaded.decode_tokens(token_ids))
 
 
 @torch.no_grad()
@@ -265,7 +265,7 @@ def test_encode_refuses_wrong_shapes(shape: tuple[int, ...], message: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("codes", "message"),
+    ("token_ids", "message"),
     [
         (torch.tensor([[0, 1, 2, 24]]), r"\[0, 24\)"),
         (torch.tensor([[0, 1, 2, -1]]), r"\[0, 24\)"),
@@ -274,9 +274,9 @@ def test_encode_refuses_wrong_shapes(shape: tuple[int, ...], message: str) -> No
         (torch.zeros(4, dtype=torch.long), r"\[B, h, w\]"),
     ],
 )
-def test_decode_codes_refuses_bad_codes(codes: Tensor, message: str) -> None:
+def test_decode_tokens_refuses_bad_token_ids(token_ids: Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        tiny().decode_codes(codes)
+        tiny().decode_tokens(token_ids)
 
 
 def test_other_bad_input() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tests.tiny import CODES, GRID, new_pipeline, transformer, vq_model
+from tests.tiny import GRID, VOCAB_SIZE, new_pipeline, transformer, vq_model
 from varaccel.cli import train as commands
 from varaccel.errors import CheckpointError, InputError
 from varaccel.hosts.causal.guidance import Guidance
@@ -23,7 +23,6 @@ from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.scenes.cache import write_cache
 from varaccel.training import drafter as trainer
-from varaccel.training.codes import encode_cache
 from varaccel.training.drafter import (
     DrafterRecipe,
     Pairs,
@@ -34,8 +33,9 @@ from varaccel.training.drafter import (
     predictions,
     train_drafter,
 )
-from varaccel.training.llamagen import Condition
 from varaccel.training.run import Budget, TrainingRun
+from varaccel.training.token_ids import encode_cache
+from varaccel.training.tokens import Condition
 
 SAMPLES = 40
 N = GRID**2
@@ -47,13 +47,13 @@ EXACT = dataclasses.replace(RECIPE, precision="float32", warmup_steps=1, decay=1
 def data(model_type: str) -> tuple[Tensor, Condition]:
     """Images and conditions at random: a drafter learns about its target, not about images."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(CODES, (SAMPLES, N), generator=generator)
+    token_ids = torch.randint(VOCAB_SIZE, (SAMPLES, N), generator=generator)
     if model_type == "c2i":
         labels = torch.arange(SAMPLES) % 5
-        return codes, lambda indices: (labels[indices], None)
+        return token_ids, lambda indices: (labels[indices], None)
     features = torch.randn(SAMPLES, 8, 16, generator=generator)
     mask = torch.arange(8) >= torch.arange(SAMPLES).remainder(6)[:, None]
-    return codes, lambda indices: (features[indices], mask[indices])
+    return token_ids, lambda indices: (features[indices], mask[indices])
 
 
 def fresh(target: LlamaGenTransformer) -> EagleHead:
@@ -67,17 +67,17 @@ def train(
 ) -> tuple[EagleHead, TrainingRun]:
     target = transformer(model_type)
     head = fresh(target)
-    codes, condition = data(model_type)
+    token_ids, condition = data(model_type)
     run = train_drafter(
-        head, target, codes, condition, folder, budget=Budget(steps=steps), recipe=recipe, validation=8
+        head, target, token_ids, condition, folder, budget=Budget(steps=steps), recipe=recipe, validation=8
     )
     return head, run
 
 
 def some_pairs(target: LlamaGenTransformer, guided: bool, count: int = 3) -> Pairs:
-    codes, condition = data(target.config.model_type)
+    token_ids, condition = data(target.config.model_type)
     indices = torch.arange(count)
-    return make_pairs(target, target.transform, *condition(indices), codes[indices], guided)
+    return make_pairs(target, target.transform, *condition(indices), token_ids[indices], guided)
 
 
 def same_weights(a: EagleHead, b: EagleHead) -> None:
@@ -90,15 +90,15 @@ def test_pairs_are_the_targets_features(model_type: str) -> None:
     """Feature t is beside the token of slot t + 1, and the target's head reads the next distribution off `wanted`."""
     target = transformer(model_type)
     pairs = some_pairs(target, guided=True)
-    codes, condition = data(model_type)
+    token_ids, condition = data(model_type)
     features, mask = condition(torch.arange(3))
     prefix = target.prefix_length
     assert pairs.tokens.shape == (2, 3, prefix - 1 + N - 1)
     assert not pairs.tokens[:, :, : prefix - 1].any()
-    assert torch.equal(pairs.tokens[0, :, prefix - 1 :], codes[:3, :-1])
+    assert torch.equal(pairs.tokens[0, :, prefix - 1 :], token_ids[:3, :-1])
     assert pairs.wanted.shape == (2, 3, N - 1, 32)
     for branch, given in enumerate((features, target.unconditional(features))):
-        logits = target(given, codes[:3, :-1], mask)
+        logits = target(given, token_ids[:3, :-1], mask)
         torch.testing.assert_close(target.logits(pairs.wanted[branch]), logits[:, prefix:], atol=1e-4, rtol=0)
         before = target.logits(pairs.features[branch])
         torch.testing.assert_close(before, logits[:, :-1], atol=1e-4, rtol=0)
@@ -175,7 +175,7 @@ def test_wide_codebooks_are_computed_in_groups(monkeypatch: pytest.MonkeyPatch) 
         return losses.detach(), head.fc.weight.grad.clone()
 
     whole = gradient()
-    monkeypatch.setattr(trainer, "_DISTRIBUTION_ENTRIES", 2 * CODES * N)
+    monkeypatch.setattr(trainer, "_DISTRIBUTION_ENTRIES", 2 * VOCAB_SIZE * N)
     torch.testing.assert_close(gradient(), whole)
 
 
@@ -209,19 +209,19 @@ def test_learns_its_target(tmp_path: Path, model_type: str, scale: float) -> Non
     before = {name: value.clone() for name, value in target.state_dict().items()}
     head = fresh(target)
     embedding = head.embed_tokens.weight.clone()
-    codes, condition = data(model_type)
+    token_ids, condition = data(model_type)
 
     def more(steps: int) -> dict[str, float]:
         budget = Budget(steps=steps)
         run = train_drafter(
-            head, target, codes, condition, tmp_path, budget=budget, recipe=recipe, validation=8
+            head, target, token_ids, condition, tmp_path, budget=budget, recipe=recipe, validation=8
         )
         return run.history()[-1]
 
     start, end = more(1), more(60)
     assert end["ema_validation_loss"] < 0.7 * start["ema_validation_loss"]
     for depth in (1, 2, 3):
-        assert end[f"acceptance_{depth}"] > start[f"acceptance_{depth}"] + 0.3
+        assert end[f"ema_validation_acceptance_{depth}"] > start[f"ema_validation_acceptance_{depth}"] + 0.3
     assert torch.equal(head.embed_tokens.weight, embedding)
     assert not head.training
     assert not target.training
@@ -238,16 +238,16 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     for wrong in ({"temperature": 0.0}, {"unroll": 0}, {"precision": "float16"}):
         with pytest.raises(InputError):
             DrafterRecipe(**wrong)
-    target, (codes, condition) = transformer("t2i"), data("t2i")
+    target, (token_ids, condition) = transformer("t2i"), data("t2i")
     fit: dict = {"budget": Budget(steps=1), "recipe": RECIPE, "validation": 8}
     with pytest.raises(InputError, match="made for another model"):
-        train_drafter(fresh(transformer("c2i")), target, codes, condition, tmp_path, **fit)
+        train_drafter(fresh(transformer("c2i")), target, token_ids, condition, tmp_path, **fit)
     with pytest.raises(InputError, match="images of 16 tokens"):
-        train_drafter(fresh(target), target, codes[:, 1:], condition, tmp_path, **fit)
+        train_drafter(fresh(target), target, token_ids[:, 1:], condition, tmp_path, **fit)
     with pytest.raises(InputError, match="the target has 24"):
-        train_drafter(fresh(target), target, codes + 20, condition, tmp_path, **fit)
+        train_drafter(fresh(target), target, token_ids + 20, condition, tmp_path, **fit)
     with pytest.raises(InputError, match="do not fill a batch"):
-        train_drafter(fresh(target), target, codes[:12], condition, tmp_path, **fit)
+        train_drafter(fresh(target), target, token_ids[:12], condition, tmp_path, **fit)
     assert not list(tmp_path.iterdir())
 
 
@@ -264,7 +264,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pipe.register_modules(vq_model=image_tokenizer)
         pipe.save_pretrained(folder / model_type)
     write_cache(folder / "scenes", first_seed=0, count=24, size=pipe.image_size, progress=False)
-    encode_cache(image_tokenizer, folder / "scenes", folder / "codes", precision="float32", progress=False)
+    encode_cache(
+        image_tokenizer, folder / "scenes", folder / "token-ids", precision="float32", progress=False
+    )
     np.save(folder / "labels.npy", np.arange(24, dtype=np.uint8) % 5)
     return folder
 
@@ -273,7 +275,15 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(workshop: Path, tmp_path: Path) -> Callable[..., tuple[str, BaseException | None]]:
     def run(*arguments: object, target: str = "t2i") -> tuple[str, BaseException | None]:
         sizes = ("--steps", 3, "--batch-size", 4, "--validation", 4, "--out", tmp_path / "run")
-        line = ("drafter", "--target", workshop / target, "--codes", workshop / "codes", *sizes, *arguments)
+        line = (
+            "drafter",
+            "--target",
+            workshop / target,
+            "--token-ids",
+            workshop / "token-ids",
+            *sizes,
+            *arguments,
+        )
         result = CliRunner().invoke(commands.train_app, list(map(str, line)))
         return result.output, result.exception
 
@@ -331,16 +341,16 @@ def test_command_errors_are_one_sentence(
     assert "pass --labels" in message(target="c2i")
     assert "temperature" in message(*scenes, "--temperature", 0)
     assert "at least 1" in message(*scenes, "--batch-size", 0)
-    assert "no codes" in message(*scenes, "--codes", tmp_path)
+    assert "no token ids" in message(*scenes, "--token-ids", tmp_path)
     np.save(tmp_path / "labels.npy", np.arange(24))
     assert "the labels go from 0 to 23" in message("--labels", tmp_path / "labels.npy", target="c2i")
     np.save(tmp_path / "labels.npy", np.arange(5))
     assert "5 labels for 24 images" in message("--labels", tmp_path / "labels.npy", target="c2i")
     assert "cannot be read" in message("--labels", tmp_path / "none.npy", target="c2i")
-    manifest = (workshop / "codes" / "manifest.json").read_text()
+    manifest = (workshop / "token-ids" / "manifest.json").read_text()
     own = manifest.split('"tokenizer": "')[1][:16]
     other = tmp_path / "other"
     other.mkdir()
     (other / "manifest.json").write_text(manifest.replace(own, "0" * 16))
-    (other / "codes-00000.npy").write_bytes((workshop / "codes" / "codes-00000.npy").read_bytes())
-    assert "another image tokenizer" in message(*scenes, "--codes", other)
+    (other / "token-ids-00000.npy").write_bytes((workshop / "token-ids" / "token-ids-00000.npy").read_bytes())
+    assert "another image tokenizer" in message(*scenes, "--token-ids", other)

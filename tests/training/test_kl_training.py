@@ -22,11 +22,11 @@ from varaccel.scenes.cache import CachedScenes, write_cache
 from varaccel.tokenizers.kl import kl_config, patchify
 from varaccel.tokenizers.vq import VQModel
 from varaccel.training import latents as latents_module
-from varaccel.training.codes import fingerprint
-from varaccel.training.kl import KLRecipe, KLTrainer, evaluate, latent_scale, on_device, pixel_batches
+from varaccel.training.images import on_device, to_images
+from varaccel.training.kl import KLRecipe, KLTrainer, evaluate, latent_scale, pixel_batches
 from varaccel.training.latents import encode_cache, encode_pixels, latents_path, main, read_latents
 from varaccel.training.run import Budget
-from varaccel.training.vq import to_images
+from varaccel.training.shards import fingerprint
 
 RECIPE = KLRecipe(batch_size=4, warmup_steps=2, bfloat16=False)
 

@@ -19,7 +19,7 @@ SAMPLES = 72
 
 
 def data() -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, None]]]:
-    """Images that are constant per class: class c is the code c everywhere."""
+    """Images that are constant per class: class c is the token c everywhere."""
     labels = torch.arange(SAMPLES) % 5
     return labels.unsqueeze(1).repeat(1, GRID**2), lambda indices: (labels[indices], None)
 
@@ -27,10 +27,10 @@ def data() -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, N
 def train(
     folder: Path, steps: int, recipe: LlamaGenRecipe = RECIPE
 ) -> tuple[LlamaGenTransformer, TrainingRun]:
-    codes, condition = data()
+    token_ids, condition = data()
     model = transformer("c2i", dropout=0.0)
     run = train_llamagen(
-        model, codes, condition, folder, budget=Budget(steps=steps), recipe=recipe, validation=8
+        model, token_ids, condition, folder, budget=Budget(steps=steps), recipe=recipe, validation=8
     )
     return model, run
 

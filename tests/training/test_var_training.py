@@ -1,4 +1,4 @@
-"""The VAR trainers: they learn codes and conditions, resume exactly, and refine only the scales they are for."""
+"""The VAR trainers: they learn tokens and conditions, resume exactly, and refine only the scales they are for."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ from varaccel.nn.scale_schedule import ScaleSchedule
 from varaccel.scenes.cache import CachedScenes, write_cache
 from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer, MultiScaleVQModel
 from varaccel.tokenizers.vq import VQModel
-from varaccel.training.codes import codes_path, encode_cache, load_tokenizer, main, read_codes, read_manifest
 from varaccel.training.conditions import label_condition
+from varaccel.training.images import to_images
 from varaccel.training.run import Budget, TrainingRun
+from varaccel.training.token_ids import (
+    encode_cache,
+    load_tokenizer,
+    main,
+    read_manifest,
+    read_token_ids,
+    token_ids_path,
+)
 from varaccel.training.tokens import Condition
 from varaccel.training.var import (
     RefinerObjective,
@@ -29,10 +37,9 @@ from varaccel.training.var import (
     train_refiner,
     train_var,
 )
-from varaccel.training.vq import to_images
 
 SCALES = (1, 2, 3)
-LENGTH, CODES, WIDTH, CLASSES, SAMPLES = 14, 12, 4, 4, 40
+LENGTH, VOCAB_SIZE, WIDTH, CLASSES, SAMPLES = 14, 12, 4, 4, 40
 RECIPE = VARRecipe(batch_size=8, warmup_steps=5, condition_dropout=0.2, ema_decay=0.8)
 STEADY = VARRecipe(batch_size=8, warmup_steps=1, decay=1e-9)  # the rate must not depend on the budget
 
@@ -42,7 +49,7 @@ def model(seed: int = 0, **changes: object) -> VARTransformer:
         "depth": 2,
         "dim": 16,
         "num_heads": 2,
-        "vocab_size": CODES,
+        "vocab_size": VOCAB_SIZE,
         "codebook_dim": WIDTH,
         "scales": SCALES,
         "num_classes": CLASSES,
@@ -52,16 +59,16 @@ def model(seed: int = 0, **changes: object) -> VARTransformer:
         return VARTransformer(**{**sizes, **changes})
 
 
-def quantizer(scales: tuple[int, ...] = SCALES, codes: int = CODES) -> MultiScaleQuantizer:
+def quantizer(scales: tuple[int, ...] = SCALES, size: int = VOCAB_SIZE) -> MultiScaleQuantizer:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return MultiScaleQuantizer(codes, WIDTH, ScaleSchedule(scales), 4, 0.5)
+        return MultiScaleQuantizer(size, WIDTH, ScaleSchedule(scales), 4, 0.5)
 
 
 def data() -> tuple[Tensor, Condition]:
     """Images of a random pattern per class."""
     labels = torch.arange(SAMPLES) % CLASSES
-    patterns = torch.randint(CODES, (CLASSES, LENGTH), generator=torch.Generator().manual_seed(1))
+    patterns = torch.randint(VOCAB_SIZE, (CLASSES, LENGTH), generator=torch.Generator().manual_seed(1))
     return patterns[labels], label_condition(labels, CLASSES, "cpu")
 
 
@@ -96,9 +103,11 @@ def test_memorises_what_belongs_to_a_condition(tmp_path: Path) -> None:
     counts = [side * side for side in SCALES]
     scales = [last[f"ema_validation_loss_scale{s}"] for s in range(3)]
     assert last["ema_validation_loss"] == pytest.approx(np.average(scales, weights=counts), abs=1e-4)
-    codes, _ = data()
+    token_ids, _ = data()
     first = trained(torch.arange(CLASSES), torch.zeros(CLASSES, 0, WIDTH))
-    assert torch.equal(first[:, 0].argmax(-1), codes[:CLASSES, 0]), "token 0 follows from the condition alone"
+    assert torch.equal(first[:, 0].argmax(-1), token_ids[:CLASSES, 0]), (
+        "token 0 follows from the condition alone"
+    )
 
 
 def test_captions_are_a_condition_too(tmp_path: Path) -> None:
@@ -128,14 +137,14 @@ def test_resumes_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_a_drafter_learns_and_reads_the_leading_scales_only(tmp_path: Path) -> None:
-    codes, condition = data()
-    other = codes.clone()
-    other[:, 5:] = (other[:, 5:] + 1) % CODES
+    token_ids, condition = data()
+    other = token_ids.clone()
+    other[:, 5:] = (other[:, 5:] + 1) % VOCAB_SIZE
     indices, dropped = torch.arange(8), torch.zeros(8, dtype=torch.bool)
     trained = opinionated(0)
-    losses = [VARObjective(trained, quantizer(), c, condition, scales=2) for c in (codes, other)]
+    losses = [VARObjective(trained, quantizer(), c, condition, scales=2) for c in (token_ids, other)]
     assert torch.equal(*(o.loss(indices, dropped) for o in losses))
-    whole = [VARObjective(trained, quantizer(), c, condition) for c in (codes, other)]
+    whole = [VARObjective(trained, quantizer(), c, condition) for c in (token_ids, other)]
     assert not torch.equal(*(o.loss(indices, dropped) for o in whole))
     expected = whole[0].validate(indices)
     for name, value in losses[0].validate(indices).items():
@@ -165,10 +174,10 @@ def test_divergence_is_that_of_the_refined_scales_from_the_teacher() -> None:
     student, teacher = opinionated(0), opinionated(1)
     indices = torch.arange(8)
     dropped = indices < 4
-    codes, condition = data()
+    token_ids, condition = data()
     labels, _ = condition(indices)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        inputs = quantizer().inputs(codes[indices])
+        inputs = quantizer().inputs(token_ids[indices])
         p, q = (m(labels, inputs, None, dropped)[:, 5:].softmax(-1) for m in (teacher, student))
     expected = (p * (p / q).log()).sum(-1).mean()
     torch.testing.assert_close(refiner(student, teacher).loss(indices, dropped).detach(), expected)
@@ -246,20 +255,22 @@ def test_muon_gets_the_matrices_of_attention_and_feed_forward() -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    codes, condition = data()
+    token_ids, condition = data()
     fitting = quantizer()
 
-    def start(codes: Tensor = codes, quantizer: MultiScaleQuantizer = fitting, **options: int) -> None:
-        train_var(model(), quantizer, codes, condition, tmp_path, budget=Budget(steps=1), **options)
+    def start(
+        token_ids: Tensor = token_ids, quantizer: MultiScaleQuantizer = fitting, **options: int
+    ) -> None:
+        train_var(model(), quantizer, token_ids, condition, tmp_path, budget=Budget(steps=1), **options)
 
     with pytest.raises(InputError, match="images of 14 tokens"):
-        start(codes[:, :9])
+        start(token_ids[:, :9])
     with pytest.raises(InputError, match="knows 0 to 11"):
-        start(codes + CODES)
+        start(token_ids + VOCAB_SIZE)
     with pytest.raises(InputError, match=r"the scales \[1, 2, 4\]"):
         start(quantizer=quantizer((1, 2, 4)))
-    with pytest.raises(InputError, match="13 codes of width 4"):
-        start(quantizer=quantizer(codes=13))
+    with pytest.raises(InputError, match="13 entries of width 4"):
+        start(quantizer=quantizer(size=13))
     for wrong in (0, 3):
         with pytest.raises(InputError, match="from 1 to 2"):
             start(draft_scales=wrong)
@@ -279,7 +290,7 @@ def test_bad_input(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "nothing was started"
 
 
-# -- codes of a multi-scale tokenizer ------------------------------------------------------------------
+# -- token ids of a multi-scale tokenizer -------------------------------------------------------------
 
 
 def tokenizer(scales: tuple[int, ...] = (1, 2, 4)) -> MultiScaleVQModel:
@@ -303,29 +314,29 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_multiscale_codes_round_trip(scenes: Path, tmp_path: Path) -> None:
+def test_multiscale_token_ids_round_trip(scenes: Path, tmp_path: Path) -> None:
     vq = tokenizer()
     vq.save_pretrained(tmp_path / "vq")
     arguments = ["--tokenizer", str(tmp_path / "vq"), "--scenes", str(scenes), "--precision", "float32"]
-    assert main([*arguments, "--out", str(tmp_path / "codes")]) == 0
-    codes, _ = read_codes(tmp_path / "codes")
-    manifest = read_manifest(tmp_path / "codes")
+    assert main([*arguments, "--out", str(tmp_path / "token-ids")]) == 0
+    token_ids, _ = read_token_ids(tmp_path / "token-ids")
+    manifest = read_manifest(tmp_path / "token-ids")
     assert (manifest.scales, manifest.grid, manifest.num_tokens) == ((1, 2, 4), (4, 4), 21)
     with torch.no_grad():
         encoding = vq.encode(to_images(CachedScenes(scenes).batch_pixels(range(6))))
-        maps = vq.quantize.feature_maps(codes.long())
-    assert torch.equal(codes.long(), encoding.indices)
+        maps = vq.quantize.feature_maps(token_ids.long())
+    assert torch.equal(token_ids.long(), encoding.indices)
     torch.testing.assert_close(maps[-1], encoding.quantized)
-    assert main([*arguments, "--out", str(tmp_path / "codes")]) == 0, "it resumes"
+    assert main([*arguments, "--out", str(tmp_path / "token-ids")]) == 0, "it resumes"
 
 
-def test_codes_of_other_scales_do_not_mix(scenes: Path, tmp_path: Path) -> None:
+def test_token_ids_of_other_scales_do_not_mix(scenes: Path, tmp_path: Path) -> None:
     encode_cache(tokenizer(), scenes, tmp_path, precision="float32", progress=False)
     with pytest.raises(CheckpointError, match="another scales"):
         encode_cache(tokenizer((1, 3, 4)), scenes, tmp_path, precision="float32", progress=False)
-    np.save(codes_path(tmp_path, 0), np.zeros((4, 16), dtype=np.uint16))
+    np.save(token_ids_path(tmp_path, 0), np.zeros((4, 16), dtype=np.uint16))
     with pytest.raises(CheckpointError, match="does not match"):
-        read_codes(tmp_path)
+        read_token_ids(tmp_path)
 
 
 def test_manifests_without_scales_are_of_one_scale(tmp_path: Path) -> None:

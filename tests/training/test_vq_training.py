@@ -16,26 +16,25 @@ from numpy.typing import NDArray
 
 from varaccel.errors import CheckpointError, InputError
 from varaccel.tokenizers.vq import VQModel
-from varaccel.training.codes import fingerprint
 from varaccel.training.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
 )
+from varaccel.training.images import colorful_crop, to_images
 from varaccel.training.perceptual import RandomFeatureLoss, laplacian_loss, ssim_loss
+from varaccel.training.reconstruction import chroma_loss
 from varaccel.training.run import Budget, ExponentialAverage
+from varaccel.training.shards import fingerprint
 from varaccel.training.vq import (
     CODEBOOK_KEY,
     CodeRevival,
     VQRecipe,
     VQTrainer,
-    chroma_loss,
-    colorful_crop,
     entropy_loss,
     evaluate,
     perplexity,
-    to_images,
 )
 
 RECIPE = VQRecipe(batch_size=4, warmup_steps=2, revive_every=2, bfloat16=False, feature_weight=0.1)
@@ -152,7 +151,7 @@ def test_discriminator_joins_and_learns(tmp_path: Path) -> None:
     assert all(math.isfinite(row["discriminator_loss"]) for row in rows[2:])
 
 
-def test_decoder_alone_improves_and_leaves_the_codes(tmp_path: Path) -> None:
+def test_decoder_alone_improves_and_leaves_the_token_ids(tmp_path: Path) -> None:
     held_out = discs(8, seed=2)
     model = tiny()
     before = evaluate(model.eval(), held_out)
@@ -176,7 +175,7 @@ def test_bad_recipes_and_data(tmp_path: Path) -> None:
 
 
 def test_entropy_loss_extremes() -> None:
-    sure_and_even = torch.eye(8)  # each site on another code
+    sure_and_even = torch.eye(8)  # each site on another entry
     sure_and_collapsed = torch.zeros(8, 8)
     sure_and_collapsed[:, 0] = 1
     unsure = torch.zeros(8, 8)
@@ -237,7 +236,7 @@ def test_discriminator_shapes_and_losses() -> None:
     assert float(adaptive_weight((3 * weight).sum(), weight.sum(), weight)) == pytest.approx(3, rel=1e-3)
 
 
-def test_revival_moves_only_unused_codes() -> None:
+def test_revival_moves_only_unused_entries() -> None:
     model = tiny().train()
     average = ExponentialAverage(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

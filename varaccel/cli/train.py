@@ -26,8 +26,8 @@ def train() -> None:
     """Train helpers of a finished pipeline."""
 
 
-CodesFolder = Annotated[
-    Path, typer.Option(help="Folder of token ids, from `python -m varaccel.training.codes`.")
+TokenIdsFolder = Annotated[
+    Path, typer.Option(help="Folder of token ids, from `python -m varaccel.training.token_ids`.")
 ]
 ScenesFolder = Annotated[Path | None, typer.Option(help="Folder of the encoded images, for their captions.")]
 LabelsFile = Annotated[
@@ -50,7 +50,7 @@ InstallFolder = Annotated[Path | None, typer.Option(help="Also write the drafter
 
 @train_app.command()
 def drafter(
-    codes: CodesFolder,
+    token_ids: TokenIdsFolder,
     target: Annotated[str, typer.Option(help="The pipeline to draft for.")] = "mini-llamagen",
     scenes: ScenesFolder = None,
     labels: LabelsFile = None,
@@ -95,7 +95,7 @@ def drafter(
         unroll=unroll,
         seed=seed,
     )
-    tokens, made_by = _own_tokens(pipe, codes, target)
+    tokens, made_by = _own_tokens(pipe, token_ids, target)
     pipe.transformer.to(device)
     tokens, condition = _conditions(pipe, tokens, scenes, labels, device)
     torch.manual_seed(seed)
@@ -115,19 +115,20 @@ def drafter(
     _write_and_tell(run, head, out, install)
 
 
-def _own_tokens(pipe: Any, codes: Path, target: str) -> tuple[Tensor, str]:
+def _own_tokens(pipe: Any, token_ids: Path, target: str) -> tuple[Tensor, str]:
     """The token ids in a folder, and the fingerprint of the image tokenizer that made them.
 
     Raises:
         InputError: that was another tokenizer than the pipeline's.
     """
-    from varaccel.training.codes import fingerprint, read_codes
+    from varaccel.training.shards import fingerprint
+    from varaccel.training.token_ids import read_token_ids
 
-    tokens, made_by = read_codes(codes)
+    tokens, made_by = read_token_ids(token_ids)
     own = fingerprint(pipe.vq_model)
     if made_by != own:
         raise InputError(
-            f"the token ids in {codes} were made by another image tokenizer ({made_by}) than that of {target} "
+            f"the token ids in {token_ids} were made by another image tokenizer ({made_by}) than that of {target} "
             f"({own}); encode the images with the target's vq_model."
         )
     return tokens, own
@@ -139,21 +140,22 @@ def _write_and_tell(run: Any, head: EagleHead, out: Path, install: Path | None) 
 
     save_drafter(head, out / "export")
     with contextlib.suppress(ImportError):  # matplotlib comes with the `train` extra only
-        run.plot(["loss", *(f"acceptance_{depth}" for depth in range(1, MEASURED_DEPTH + 1))])
+        run.plot(["loss", *(f"validation_acceptance_{depth}" for depth in range(1, MEASURED_DEPTH + 1))])
     typer.echo(f"{out / 'export'}: {run.step} steps in {run.seconds / 60:.1f} min")
     if install is not None:
         save_drafter(copy.deepcopy(head).half(), install)
         typer.echo(f"{install}: the same in half precision")
-    measured = [row for row in run.history() if "acceptance_1" in row]
+    names = [f"ema_validation_acceptance_{depth}" for depth in range(1, MEASURED_DEPTH + 1)]
+    measured = [row for row in run.history() if names[0] in row]
     if measured:
-        chances = [f"{v:.3f}" for k, v in sorted(measured[-1].items()) if k.startswith("acceptance_")]
+        chances = [f"{measured[-1][name]:.3f}" for name in names]
         typer.echo(f"chance that draft token 1, 2, 3 in a row is accepted: {', '.join(chances)}")
 
 
 def _conditions(
-    pipe: Any, tokens: Tensor, scenes: Path | None, labels: Path | None, device: str
+    pipe: Any, token_ids: Tensor, scenes: Path | None, labels: Path | None, device: str
 ) -> tuple[Tensor, Condition]:
-    """The token ids of the images that have a condition, and their conditions."""
+    """The token ids that have a condition, and their conditions."""
     import torch
 
     from varaccel.scenes.cache import CachedScenes
@@ -164,20 +166,20 @@ def _conditions(
         if scenes is None:
             raise InputError("a text-conditional target needs the captions of the images: pass --scenes.")
         captions = CachedScenes(scenes, allow_partial=True).captions
-        count = min(len(tokens), len(captions))
+        count = min(len(token_ids), len(captions))
         pipe.text_encoder.to(device)
         condition = caption_condition(
             captions[:count], pipe.tokenizer, pipe.text_encoder, model.prefix_length, device
         )
-        return tokens[:count], condition
+        return token_ids[:count], condition
     if labels is None:
         raise InputError("a class-conditional target needs the labels of the images: pass --labels.")
     numbers = torch.from_numpy(_read_array(labels))
-    if len(numbers) < len(tokens):
+    if len(numbers) < len(token_ids):
         raise InputError(
-            f"{labels} holds {len(numbers)} labels for {len(tokens)} images; one for each is needed."
+            f"{labels} holds {len(numbers)} labels for {len(token_ids)} images; one for each is needed."
         )
-    return tokens, label_condition(numbers[: len(tokens)], model.config.num_classes, device)
+    return token_ids, label_condition(numbers[: len(token_ids)], model.config.num_classes, device)
 
 
 def _read_array(path: Path) -> Any:

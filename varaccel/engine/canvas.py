@@ -18,7 +18,7 @@ class Canvas:
     at, which pass wrote a token. Taking a decision back is setting it to 0.
 
     Attributes:
-        tokens: [B, N] int64 codes, or [B, N, C] vectors for continuous models; 0 where empty.
+        tokens: [B, N] int64 token ids, or [B, N, C] vectors for continuous models; 0 where empty.
         written: [B, N] int32, number of the pass that decided the position, counted from 1; 0 = empty.
         fixed: [B, N] bool, positions whose token is given: they are decided like all others, in some pass, but
             always for the token that stands there. None if there are none.
@@ -32,7 +32,7 @@ class Canvas:
     def empty(
         cls, batch: int, positions: int, *, channels: int | None = None, device: torch.device | str = "cpu"
     ) -> Canvas:
-        """A blank canvas for codes, or for vectors of `channels` numbers."""
+        """A blank canvas for token ids, or for vectors of `channels` numbers."""
         written = torch.zeros(batch, positions, dtype=torch.int32, device=device)
         if channels is None:
             return cls(torch.zeros(batch, positions, dtype=torch.int64, device=device), written)
@@ -40,10 +40,10 @@ class Canvas:
 
     @classmethod
     def given(cls, tokens: Tensor, fixed: Tensor) -> Canvas:
-        """A canvas for codes of which some are given and stay, on the device of `tokens`.
+        """A canvas for token ids of which some are given and stay, on the device of `tokens`.
 
         Args:
-            tokens: [B, N] int64 codes; only those at fixed positions count.
+            tokens: [B, N] int64 token ids; only those at fixed positions count.
             fixed: [B, N] bool.
 
         Raises:
@@ -51,7 +51,7 @@ class Canvas:
         """
         if tokens.dim() != 2 or tokens.shape != fixed.shape:
             raise InputError(
-                f"given codes and the mask of fixed ones must both be [B, N], got {list(tokens.shape)} and "
+                f"given token ids and the mask of fixed ones must both be [B, N], got {list(tokens.shape)} and "
                 f"{list(fixed.shape)}."
             )
         fixed = fixed.to(tokens.device, torch.bool)
@@ -82,7 +82,7 @@ class Canvas:
         Args:
             positions: [P] shared by the batch, or [B, P] with one list per row; in a list per row, -1 is
                 padding and its value is ignored.
-            values: [B, P] codes or [B, P, C] vectors; ignored where the token is fixed.
+            values: [B, P] token ids or [B, P, C] vectors; ignored where the token is fixed.
         """
         if self.fixed is not None:
             values = self._keep_fixed(self.fixed, positions, values)

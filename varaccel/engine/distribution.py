@@ -23,7 +23,7 @@ class Distribution(Protocol):
 
 @dataclass(frozen=True)
 class Categorical:
-    """Distributions over a codebook, given by logits; -inf marks impossible codes.
+    """Distributions over a codebook, given by logits; -inf marks impossible tokens.
 
     Attributes:
         logits: [B, P, V] float32, not necessarily normalised.
@@ -42,9 +42,9 @@ class Categorical:
         return self.logits.softmax(dim=-1)
 
     def sample(self, uniforms: Tensor) -> Tensor:
-        """Invert the cumulative distribution at `uniforms` [B, P] -> codes [B, P] int64.
+        """Invert the cumulative distribution at `uniforms` [B, P] -> token ids [B, P] int64.
 
-        In float64, so that neither rare codes of a large codebook nor the last code are lost to rounding,
+        In float64, so that neither rare tokens of a large codebook nor the last token are lost to rounding,
         and a code of probability zero is never drawn.
         """
         if self.greedy:

@@ -61,9 +61,11 @@ class Randomness:
         """Numbers for the passes to come, `width` per image and pass."""
         return Stream(_seeded(self.stream_seeds), width, self.uniforms.device)
 
-    def gumbel(self, codes: int) -> GumbelNoise:
-        """Gumbel noise for every position and each of `codes` codes."""
-        return GumbelNoise(_seeded(self.noise_seeds), self.uniforms.shape[1], codes, self.uniforms.device)
+    def gumbel(self, vocab_size: int) -> GumbelNoise:
+        """Gumbel noise for every position and each of `vocab_size` tokens."""
+        return GumbelNoise(
+            _seeded(self.noise_seeds), self.uniforms.shape[1], vocab_size, self.uniforms.device
+        )
 
 
 def _seeded(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -108,10 +110,15 @@ class GumbelNoise:
     BLOCK = 64
 
     def __init__(
-        self, generators: Sequence[torch.Generator], positions: int, codes: int, device: torch.device
+        self, generators: Sequence[torch.Generator], positions: int, vocab_size: int, device: torch.device
     ) -> None:
-        self.generators, self.positions, self.codes, self.device = generators, positions, codes, device
-        self._noise = torch.empty(len(generators), 0, codes, device=device)
+        self.generators, self.positions, self.vocab_size, self.device = (
+            generators,
+            positions,
+            vocab_size,
+            device,
+        )
+        self._noise = torch.empty(len(generators), 0, vocab_size, device=device)
 
     def at(self, positions: Tensor) -> Tensor:
         """Noise of `positions` [B, P]: [B, P, V] float32. Asks the device for the last of them.
@@ -121,7 +128,7 @@ class GumbelNoise:
         """
         wanted = min(int(positions.max()) + 1, self.positions)
         while self._noise.shape[1] < wanted:
-            shape = (min(self.BLOCK, self.positions - self._noise.shape[1]), self.codes)
+            shape = (min(self.BLOCK, self.positions - self._noise.shape[1]), self.vocab_size)
             rows = [torch.empty(shape, device=g.device).exponential_(generator=g) for g in self.generators]
             block = torch.stack(rows).to(self.device).log_().neg_()
             self._noise = torch.cat([self._noise, block], dim=1)

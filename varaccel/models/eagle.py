@@ -247,8 +247,8 @@ class EagleHead(ModelMixin, ConfigMixin):
         wanted = (target.config.vocab_size, target.config.dim)
         if (vocab_size, dim) != wanted:
             raise CheckpointError(
-                f"{path} drafts for a model of {vocab_size} codes and width {dim}, but the target has "
-                f"{wanted[0]} codes and width {wanted[1]}."
+                f"{path} drafts for a model of {vocab_size} tokens and width {dim}, but the target has "
+                f"{wanted[0]} tokens and width {wanted[1]}."
             )
         head = cls(
             vocab_size=vocab_size,

@@ -197,7 +197,7 @@ class VARTransformer(ModelMixin, ConfigMixin):
     Args:
         depth: number of blocks.
         dim, num_heads: width and heads; 64 and 1 per block if None, the published rule.
-        vocab_size, codebook_dim: number and width of the image tokenizer's codes.
+        vocab_size, codebook_dim: number and width of the image tokenizer's codebook entries.
         scales: sides of the token maps, coarse to fine.
         num_classes: classes without the unconditional one (condition_type "class").
         condition_type: "class", or "caption": the mean of text features of width `caption_dim`, which is where

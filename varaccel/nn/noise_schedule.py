@@ -10,13 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from varaccel.engine.options import check_choice, positive_integer
-from varaccel.errors import InputError
+from varaccel.errors import InputError, unknown_name
 
 NoiseSchedule = Literal["cosine", "linear"]
 TRAINING_STEPS = 1000
@@ -84,10 +83,12 @@ class DiffusionSchedule:
         Raises:
             InputError: an unknown schedule, or not 1 to 1000 steps.
         """
-        positive_integer("head_steps", steps)
-        check_choice("noise_schedule", kind, get_args(NoiseSchedule))
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise InputError(f"head_steps must be an integer >= 1, got {steps!r}.")
         if steps > TRAINING_STEPS:
             raise InputError(f"head_steps must be at most {TRAINING_STEPS}, got {steps}.")
+        if kind not in _BETAS:
+            raise unknown_name("noise_schedule", kind, _BETAS)
         return _respaced(steps, kind)
 
     @classmethod

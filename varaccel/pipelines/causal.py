@@ -42,7 +42,7 @@ class CausalPipeline(TokenPipeline):
 
     Args:
         transformer: the autoregressive model, a `CausalNetwork`.
-        vq_model: the image tokenizer whose token ids it predicts: `decode_codes` and `downsample_factor`, and
+        vq_model: the image tokenizer whose token ids it predicts: `decode_tokens` and `downsample_factor`, and
             `quantize.embedding` if its codebook has vectors.
         text_encoder, tokenizer: for text-conditional models, see `varaccel.tokenizers.text`.
         class_names: for class-conditional models, names that can be used instead of labels.
@@ -165,7 +165,7 @@ class CausalPipeline(TokenPipeline):
             generator: instead of a seed: one generator, or one per image.
             temperature, top_k, top_p: see `Sampling`; the model's own defaults if None.
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
-            output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token codes.
+            output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token ids.
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every pass as (pipe, step from 0, tokens decided per image in
                 this pass, {"canvas": canvas, "preview": function, "written": function}); `preview()` decodes what
@@ -237,7 +237,7 @@ class CausalPipeline(TokenPipeline):
         return self._as_grid(run, run.canvas.tokens)
 
     def _pixels(self, run: Run) -> Tensor:
-        return self.vq_model.decode_codes(self._as_grid(run, run.canvas.tokens))
+        return self.vq_model.decode_tokens(self._as_grid(run, run.canvas.tokens))
 
     def _written(self, run: Run) -> Tensor:
         return self._as_grid(run, run.canvas.written)

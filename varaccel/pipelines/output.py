@@ -19,7 +19,7 @@ class ImageOutput(BaseOutput):
     """Images and their cost.
 
     Attributes:
-        images: PIL images, an array [B, H, W, 3] or tensor [B, 3, H, W] in [0, 1], or token codes
+        images: PIL images, an array [B, H, W, 3] or tensor [B, 3, H, W] in [0, 1], or token ids
             [B, h, w], by `output_type`. Images of one prompt stand together.
         stats: what the call cost.
         written: [B, h, w] int32, the pass that decided each token: the acceptance map. [B, L] for models whose

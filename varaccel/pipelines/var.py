@@ -44,7 +44,7 @@ class VARSettings:
         smooth: soften code vectors, see `FeatureMap`.
         published_seed: seed of the published random stream; None for numbers of each image's own.
         cache_dtype: number type of stored keys and values.
-        source: codes [1, L] and kept tokens [L] of an image that is edited.
+        source: token ids [1, L] and kept tokens [L] of an image that is edited.
     """
 
     guidance: ScaleGuidance
@@ -60,9 +60,9 @@ class VARPipeline(TokenPipeline):
 
     Args:
         transformer: the next-scale model.
-        vq_model: the multi-scale image tokenizer whose codes it predicts.
+        vq_model: the multi-scale image tokenizer whose tokens it predicts.
         text_encoder, tokenizer: for text-conditional models, see `varaccel.tokenizers.text`.
-        refiner: a smaller transformer of the same scales, codes and conditions, for `CoDe`.
+        refiner: a smaller transformer of the same scales, vocabulary and conditions, for `CoDe`.
         class_names: for class-conditional models, names that can be used instead of labels.
         guidance_scale, top_k, top_p, temperature: defaults of a call.
 
@@ -211,7 +211,7 @@ class VARPipeline(TokenPipeline):
                 device, but an image then depends on its batch.
             cache_dtype: number type of stored keys and values, such as `torch.bfloat16`; the network's if None.
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
-            output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token codes [B, L].
+            output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token ids [B, L].
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every scale as (pipe, scale from 0, its tokens, {"canvas": canvas,
                 "preview": function, "written": function}); `preview()` decodes what there is to images of
@@ -341,8 +341,8 @@ class VARPipeline(TokenPipeline):
         source = run.settings.source
         if source is None:
             return super()._new_canvas(run)
-        codes, kept = source
-        return Canvas.given(codes.expand(run.call.images, -1), kept.expand(run.call.images, -1))
+        token_ids, kept = source
+        return Canvas.given(token_ids.expand(run.call.images, -1), kept.expand(run.call.images, -1))
 
     def _randomness(self, run: Run) -> Randomness | PublishedDraws:
         """The source of draws for the canvas."""
@@ -389,7 +389,7 @@ def check_tokenizer(network: VARTransformer, vq_model: MultiScaleVQModel) -> Non
     """Refuse a transformer that was made for another image tokenizer.
 
     Raises:
-        InputError: other scales, another number of codes or another width of codes.
+        InputError: other scales, another number of codebook entries or another width of them.
     """
     if network.schedule != vq_model.schedule:
         raise InputError(
@@ -400,8 +400,9 @@ def check_tokenizer(network: VARTransformer, vq_model: MultiScaleVQModel) -> Non
     own = (vq_model.config.codebook_size, vq_model.config.codebook_dim)
     if sizes != own:
         raise InputError(
-            f"the transformer is made for {sizes[0]} codes of {sizes[1]} numbers but the image tokenizer has "
-            f"{own[0]} of {own[1]}; use the tokenizer that the transformer was trained with."
+            f"the transformer is made for {sizes[0]} codebook entries of {sizes[1]} numbers "
+            f"but the image tokenizer has {own[0]} of {own[1]}; "
+            "use the tokenizer that the transformer was trained with."
         )
 
 

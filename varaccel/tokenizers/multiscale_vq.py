@@ -69,8 +69,8 @@ class MultiScaleQuantizer(nn.Module):
     Everything here runs in float32, whatever an autocast region around it says.
 
     Args:
-        codebook_size: number of codes V.
-        codebook_dim: width D of a code.
+        codebook_size: number V of codebook entries.
+        codebook_dim: width D of a code vector.
         schedule: the scales.
         shared_convolutions: how many convolutions the scales share.
         convolution_ratio: r of `Phi`.
@@ -91,7 +91,7 @@ class MultiScaleQuantizer(nn.Module):
         self.table = shared_convolution_table(schedule, shared_convolutions)
 
     def nearest(self, sites: Tensor) -> Tensor:
-        """Indices [N] int64 of the codes nearest to float32 `sites` [N, D] by Euclidean distance."""
+        """Indices [N] int64 of the codebook entries nearest to float32 `sites` [N, D] by Euclidean distance."""
         codebook = self.embedding.weight.float()
         norms = codebook.square().sum(1)
         return torch.cat(
@@ -108,7 +108,7 @@ class MultiScaleQuantizer(nn.Module):
         return torch.zeros(batch, weight.shape[1], side, side, device=weight.device)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Codes [B, p*p] of a scale as float32 vectors [B, p*p, D]."""
+        """Token ids [B, p*p] of a scale as float32 vectors [B, p*p, D]."""
         return F.embedding(indices, self.embedding.weight).float()
 
     def spread(self, vectors: Tensor, scale: int) -> Tensor:
@@ -149,7 +149,7 @@ class MultiScaleQuantizer(nn.Module):
 
     @torch.no_grad()
     def pyramid(self, latents: Tensor) -> Tensor:
-        """What each scale would have to say of `latents` [B, D, n, n] if codes were exact: [B, L, D]."""
+        """What each scale would have to say of `latents` [B, D, n, n] if code vectors were exact: [B, L, D]."""
         rest, sites = latents.float(), []
         for scale in range(len(self.schedule)):
             sites.append(self.look(rest, scale))
@@ -191,8 +191,8 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
         channel_multipliers: width of each level in units of `base_channels`, full resolution first; every
             level but the last halves height and width.
         num_res_blocks: residual blocks per encoder level; the decoder has one more.
-        codebook_size: number of codes V.
-        codebook_dim: width D of a code and of the feature map.
+        codebook_size: number V of codebook entries.
+        codebook_dim: width D of a code vector and of the feature map.
         scales: sides of the token maps, coarse to fine; the last one is the side of the feature map.
         norm_groups: groups of every GroupNorm (32 in the published model).
         shared_convolutions: convolutions shared by the scales (4 in the published model).
@@ -315,20 +315,20 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
         check_latents(quantized, self.config.codebook_dim)
         return self.decoder(self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype)))
 
-    def decode_codes(self, indices: Tensor) -> Tensor:
-        """Images [B, C, H, W], not clamped, from all codes [B, L], scale after scale.
+    def decode_tokens(self, token_ids: Tensor) -> Tensor:
+        """Images [B, C, H, W], not clamped, from all tokens [B, L], scale after scale.
 
         Raises:
             InputError: not integers, outside [0, codebook_size), or not L of them.
         """
-        check_integers(indices)
-        if indices.ndim != 2 or indices.shape[1] != self.schedule.num_tokens:
+        check_integers(token_ids)
+        if token_ids.ndim != 2 or token_ids.shape[1] != self.schedule.num_tokens:
             raise InputError(
-                f"codes must have shape [B, {self.schedule.num_tokens}] for the scales "
-                f"{list(self.schedule.sides)}, got {list(indices.shape)}."
+                f"token ids must have shape [B, {self.schedule.num_tokens}] for the scales "
+                f"{list(self.schedule.sides)}, got {list(token_ids.shape)}."
             )
-        check_range(indices, self.codebook_size)
-        return self.decode(self.quantize.feature_maps(indices.long())[-1])
+        check_range(token_ids, self.codebook_size)
+        return self.decode(self.quantize.feature_maps(token_ids.long())[-1])
 
     def forward(self, images: Tensor, quantize: bool = True) -> VQTrainingOutput:
         """One training pass over `images` [B, C, H, W]; gradients skip the quantiser (straight-through).

@@ -19,11 +19,11 @@ def neighbour_table(codebook: Tensor, k: int, *, normalise: bool = False, block:
         codebook: [V, d] floating point; distances are measured in float32.
         k: neighbours that will be aggregated, 0 <= k < V.
         normalise: measure between the entries scaled to length 1, as a tokenizer that looks up normalised
-            codes does. The published tables are built from the stored entries.
+            code vectors does. The published tables are built from the stored entries.
         block: entries whose distances to all others are held at a time.
 
     Returns:
-        [V, min(k + 1, V - 1)] int32. Entries at equal distance (unused codes are often equal) are listed by
+        [V, min(k + 1, V - 1)] int32. Entries at equal distance (unused ones are often equal) are listed by
         number, so a table is the beginning of any wider one.
 
     Raises:

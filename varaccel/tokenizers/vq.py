@@ -24,7 +24,7 @@ from varaccel.errors import InputError, unknown_name
 from varaccel.nn.checkpoints import WRAPPERS, load_strict, read_published_weights
 from varaccel.tokenizers.blocks import Decoder, Encoder
 
-# Sites compared with the codebook at once; bounds the score matrix to 256 MB for 16384 codes.
+# Sites compared with the codebook at once; bounds the score matrix to 256 MB for 16384 codebook entries.
 QUANTIZE_CHUNK = 4096
 
 
@@ -53,9 +53,9 @@ class VQTrainingOutput:
         quantized: float32 of the same shape, what stands for it, with gradient to the codebook.
         indices: [B, h, w] int64, or [B, L] of a multi-scale model.
         similarity: [B*h*w, K] float32, cosines of latents and codebook rows, with gradient to both; None where
-            codes are not compared by angle.
+            the codebook is not searched by angle.
         sites: [N, D] float32, what was compared with the codebook, one row per index.
-        rows: [N, D] float32, the codes that were chosen for them.
+        rows: [N, D] float32, the codebook rows that were chosen for them.
     """
 
     reconstruction: Tensor
@@ -102,16 +102,16 @@ def check_latents(latents: Tensor, dim: int) -> None:
         raise InputError(f"decode takes [B, {dim}, h, w] latents, got {list(latents.shape)}.")
 
 
-def check_integers(indices: Tensor) -> None:
-    """Raise InputError unless `indices` are integers of some type."""
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise InputError(f"codes must be integers, got {indices.dtype}.")
+def check_integers(token_ids: Tensor) -> None:
+    """Raise InputError unless `token_ids` are integers of some type."""
+    if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
+        raise InputError(f"token ids must be integers, got {token_ids.dtype}.")
 
 
-def check_range(indices: Tensor, codebook_size: int) -> None:
-    """Raise InputError unless all `indices` are codes. Waits for the device."""
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < codebook_size:
-        raise InputError(f"codes must lie in [0, {codebook_size}).")
+def check_range(token_ids: Tensor, codebook_size: int) -> None:
+    """Raise InputError unless all `token_ids` lie in the codebook. Waits for the device."""
+    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < codebook_size:
+        raise InputError(f"token ids must lie in [0, {codebook_size}).")
 
 
 class VQModel(ModelMixin, ConfigMixin):
@@ -127,8 +127,8 @@ class VQModel(ModelMixin, ConfigMixin):
             level but the last halves height and width.
         num_res_blocks: residual blocks per encoder level; the decoder has one more.
         z_channels: width between the convolutional parts and the 1x1 projections to `codebook_dim`.
-        codebook_size: number of codes K.
-        codebook_dim: dimension D of a code.
+        codebook_size: number K of codebook entries.
+        codebook_dim: dimension D of a code vector.
         norm_groups: groups of every GroupNorm (32 in the published models).
         dropout: dropout inside residual blocks, active in training only.
 
@@ -202,7 +202,7 @@ class VQModel(ModelMixin, ConfigMixin):
 
     @property
     def downsample_factor(self) -> int:
-        """Image pixels per code along each side."""
+        """Image pixels per token along each side."""
         return 2 ** (len(self.config.channel_multipliers) - 1)
 
     @property
@@ -210,7 +210,7 @@ class VQModel(ModelMixin, ConfigMixin):
         return self.config.codebook_size
 
     def grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the code grid of an image of `image_size` pixels (side, or height and width).
+        """Rows and columns of the token grid of an image of `image_size` pixels (side, or height and width).
 
         Raises:
             InputError: a side is not a positive multiple of `downsample_factor`.
@@ -249,24 +249,24 @@ class VQModel(ModelMixin, ConfigMixin):
         check_latents(quantized, self.config.codebook_dim)
         return self.decoder(self.post_quant_conv(quantized))
 
-    def decode_codes(self, indices: Tensor) -> Tensor:
-        """Images [B, C, H, W], not clamped, from `indices` [B, h, w], or [B, N] in raster order of a square.
+    def decode_tokens(self, token_ids: Tensor) -> Tensor:
+        """Images [B, C, H, W], not clamped, from `token_ids` [B, h, w], or [B, N] in raster order of a square.
 
         Raises:
             InputError: not integers, outside [0, codebook_size), or N is not a square number.
         """
-        check_integers(indices)
-        if indices.ndim == 2:
-            side = math.isqrt(indices.shape[1])
-            if side * side != indices.shape[1]:
+        check_integers(token_ids)
+        if token_ids.ndim == 2:
+            side = math.isqrt(token_ids.shape[1])
+            if side * side != token_ids.shape[1]:
                 raise InputError(
-                    f"{indices.shape[1]} codes in a row are no square grid; give them as [B, rows, columns]."
+                    f"{token_ids.shape[1]} tokens in a row are no square grid; give them as [B, rows, columns]."
                 )
-            indices = indices.view(-1, side, side)
-        if indices.ndim != 3:
-            raise InputError(f"codes must have shape [B, h, w] or [B, N], got {list(indices.shape)}.")
-        check_range(indices, self.codebook_size)
-        return self.decode(self.lookup(indices.long()))
+            token_ids = token_ids.view(-1, side, side)
+        if token_ids.ndim != 3:
+            raise InputError(f"token ids must have shape [B, h, w] or [B, N], got {list(token_ids.shape)}.")
+        check_range(token_ids, self.codebook_size)
+        return self.decode(self.lookup(token_ids.long()))
 
     def forward(self, images: Tensor) -> VQTrainingOutput:
         """One training pass over `images` [B, C, H, W]; gradients skip the quantiser (straight-through)."""

@@ -85,7 +85,7 @@ def degrade(
 ) -> Tensor:
     """Images [B, S, S, 3] as an image tokenizer might return them: float32 [B, 3, S, S] around [-1, 1].
 
-    A decoder of vector-quantised codes blurs, wobbles edges, and errs in texture more than in colour; JPEG
+    A decoder of vector-quantised tokens blurs, wobbles edges, and errs in texture more than in colour; JPEG
     artefacts, warps, resampling and grain stand in for that, without tying the detector to one tokenizer.
     """
     options = options or Degradation()

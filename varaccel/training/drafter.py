@@ -9,17 +9,15 @@ verifies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
@@ -27,51 +25,45 @@ from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
 from varaccel.nn.kv_cache import KVCache
-from varaccel.training.llamagen import Condition, SampleOrder
-from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
+from varaccel.training.run import Budget, Schedule, TrainingRun, model_settings
+from varaccel.training.tokens import Condition, CourseRecipe, Scheduled, frozen, train_tokens
 
 MEASURED_DEPTH = 3
-"""How many guesses in a row validation looks at."""
-
-VALIDATE_EVERY = 250
+"""How many draft tokens in a row validation looks at."""
 
 _DISTRIBUTION_ENTRIES = 1 << 24  # probabilities held at a time; 64 MB in float32
 
 
 @dataclass(frozen=True)
-class DrafterRecipe:
-    """Everything that decides what is learnt; a resumed run must have the same.
+class DrafterRecipe(CourseRecipe):
+    """Everything that decides what is learnt; a resumed run must have the same. See `CourseRecipe` for the rest.
 
     Attributes:
-        batch_size: images per optimiser step.
         accumulate: number of equal parts a batch is computed in, to save memory; the step is the same.
         lr: peak learning rate of AdamW (betas 0.9 and 0.95). The default suits short runs for small targets;
             published drafters of the XL size take 20 epochs at 1e-4.
         weight_decay: decoupled, on matrices only.
         feature_weight, distribution_weight: of the smooth L1 and the cross-entropy term, as published. More of the
-            second helps the first guess and harms those after it, whose input it lets drift.
+            second helps the first draft token and harms those after it, whose input it lets drift.
         guidance_scale: 1 or less: one branch, whose condition is dropped for a share of the images. More:
-            both branches of every image, and the cross-entropy of their guided distributions.
+            both branches of every image, and the cross-entropy of their guided distributions; the dropout of
+            conditions then has no meaning.
         temperature: of the distributions in the cross-entropy.
-        condition_dropout: share of images without condition; has no meaning with guidance.
         noise: half-width of uniform noise on the features that the drafter reads, 0 for none. EAGLE's
             formula for a sequence of L slots is 0.1 * 512 / L.
-        unroll: guesses in a row that are trained: the second reads the feature that the first predicted, as
+        unroll: draft tokens in a row that are trained: the second reads the feature that the first predicted, as
             in drafting (HASS, arXiv 2408.15766; EAGLE-3, arXiv 2503.01840). 1 as published; 2 costs another
-            pass of the drafter and makes the second and later guesses much better.
+            pass of the drafter and makes the second and later ones much better.
         mask_first_pair: leave out the pair of the first image token, as the published mask does by accident.
-        warmup_steps, decay: see `Schedule`.
-        ema_decay: of the averaged weights that are exported.
-        grad_clip: largest gradient norm.
         precision: of the matrix products, "bfloat16" or "float32"; the target's distributions are always computed
             from its features in its own precision.
-        seed: of sample order, condition dropout and noise.
 
     Raises:
         InputError: a value out of range.
     """
 
     batch_size: int = 8
+    warmup_steps: int = 50
     accumulate: int = 1
     lr: float = 2e-3
     weight_decay: float = 0.01
@@ -79,16 +71,10 @@ class DrafterRecipe:
     distribution_weight: float = 0.1
     guidance_scale: float = 1.0
     temperature: float = 1.0
-    condition_dropout: float = 0.1
     noise: float = 0.0
     unroll: int = 1
     mask_first_pair: bool = False
-    warmup_steps: int = 50
-    decay: float = 0.4
-    ema_decay: float = 0.998
-    grad_clip: float = 1.0
     precision: str = "bfloat16"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.accumulate < 1 or self.batch_size < 1 or self.batch_size % self.accumulate:
@@ -131,17 +117,17 @@ def make_pairs(
     transform: Callable[[Tensor, AttentionInputs], Tensor],
     condition: Tensor,
     mask: Tensor | None,
-    codes: Tensor,
+    token_ids: Tensor,
     guided: bool,
 ) -> Pairs:
-    """One teacher-forced pass of the target over codes [B, N]; `transform` is its own or a compiled one."""
+    """One teacher-forced pass of the target over tokens [B, N]; `transform` is its own or a compiled one."""
     branches = 2 if guided else 1
     if guided:
         condition = torch.cat([condition, target.unconditional(condition)])
         mask = None if mask is None else torch.cat([mask, mask])  # as in decoding, and as published
     if condition.is_floating_point():
         condition = condition.to(target.dtype)
-    read = codes[:, :-1]
+    read = token_ids[:, :-1]
     prefix = target.embed_condition(condition)  # [G * B, T, dim]
     x = torch.cat([prefix, target.embed_tokens(read.repeat(branches, 1))], dim=1)
     rotary = target.rotary_table(x.device)[: x.shape[1]]
@@ -169,18 +155,18 @@ class _Trail(KVCache):
 
 
 def chain_mask(prefix_pairs: int, tokens: int, depth: int, device: torch.device) -> Tensor:
-    """Whom the pairs of the `depth`-th guess see among the pairs of all guesses so far, [tokens - depth, K].
+    """Whom the pairs of the `depth`-th draft token see among the pairs of all draft tokens so far, [tokens - depth, K].
 
-    The guess at pair n, `depth` steps after the last committed token, reads true features up to pair
-    n - depth + 1, then one pair of each guess in between, then itself.
+    The draft token at pair n, `depth` steps after the last committed token, reads true features up to pair
+    n - depth + 1, then one pair of each draft token in between, then itself.
     """
     n = torch.arange(depth - 1, tokens - 1, device=device).unsqueeze(1)
     true_pairs = torch.arange(-prefix_pairs, tokens - 1, device=device)
-    guessed = (
+    predicted = (
         torch.arange(draft_token - 1, tokens - 1, device=device) == n - (depth - draft_token)
         for draft_token in range(2, depth + 1)
     )
-    return torch.cat([true_pairs <= n - (depth - 1), *guessed], dim=1)
+    return torch.cat([true_pairs <= n - (depth - 1), *predicted], dim=1)
 
 
 def predictions(
@@ -190,9 +176,9 @@ def predictions(
     depth: int = 1,
     noise: Tensor | None = None,
 ) -> list[Tensor]:
-    """Guessed features of `depth` guesses in a row, each from the true tokens and the features guessed before.
+    """Predicted features of `depth` draft tokens in a row, each from the true tokens and the features predicted before.
 
-    Every position of an image is a start, and what a guess attends to is exactly what it would in drafting
+    Every position of an image is a start, and what a draft token attends to is exactly what it would in drafting
     (`chain_mask`). Entry d - 1 is [G, B, N - d, dim], in line with the last N - d features of `pairs.wanted`.
 
     Args:
@@ -235,7 +221,7 @@ def distribution_logits(target: LlamaGenTransformer, features: Tensor, recipe: D
 def _by_images(
     function: Callable[..., Tensor], vocab_size: int, wanted: Tensor, drafts: list[Tensor]
 ) -> Tensor:
-    """Sum of `function(wanted, *guesses)` over groups of images, so that V-wide tensors stay small.
+    """Sum of `function(wanted, *drafts)` over groups of images, so that V-wide tensors stay small.
 
     With several groups, those of the backward pass are computed again instead of being kept.
     """
@@ -249,7 +235,7 @@ def _by_images(
 def distribution_losses(
     target: LlamaGenTransformer, wanted: Tensor, drafts: list[Tensor], recipe: DrafterRecipe
 ) -> Tensor:
-    """Cross-entropy of the target's distribution against that of each guess, mean over positions: [depth]."""
+    """Cross-entropy of the target's distribution against that of each draft token, mean over positions: [depth]."""
 
     def summed(wanted: Tensor, *drafts: Tensor) -> Tensor:
         with torch.no_grad():
@@ -271,7 +257,7 @@ def distribution_losses(
 def acceptance(
     target: LlamaGenTransformer, wanted: Tensor, drafts: list[Tensor], recipe: DrafterRecipe
 ) -> Tensor:
-    """Chance that a token drawn from each guess is accepted, given that those before were: [depth].
+    """Chance that a token drawn from each draft distribution is accepted, given that those before were: [depth].
 
     It is sum_x min(p(x), q(x)), one minus the total variation between target and draft, averaged over
     positions (speculative sampling, arXiv 2211.17192).
@@ -295,34 +281,123 @@ def acceptance(
 def drafter_losses(
     target: LlamaGenTransformer, wanted: Tensor, drafts: list[Tensor], recipe: DrafterRecipe
 ) -> tuple[Tensor, Tensor]:
-    """Feature and distribution loss, each the mean over the guesses."""
+    """Feature and distribution loss, each the mean over the draft tokens."""
     if recipe.mask_first_pair:
         wanted = wanted[:, :, 1:]
-        drafts = [g[:, :, -wanted.shape[2] :] for g in drafts]  # later guesses have no such pair
+        drafts = [g[:, :, -wanted.shape[2] :] for g in drafts]  # later ones have no such pair
     feature = [F.smooth_l1_loss(g.float(), wanted[:, :, -g.shape[2] :].float()) for g in drafts]
     return torch.stack(feature).mean(), distribution_losses(target, wanted, drafts, recipe).mean()
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without gradients, and afterwards as it was."""
-    training = model.training
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+class DrafterObjective:
+    """Features and distributions of the target, as a drafter predicts them; see `train_drafter` for the arguments.
+
+    Raises:
+        InputError: token ids of another grid or codebook, or a drafter of another target.
+    """
+
+    def __init__(
+        self,
+        head: EagleHead,
+        target: LlamaGenTransformer,
+        token_ids: Tensor,
+        condition: Condition,
+        recipe: DrafterRecipe,
+        *,
+        compile: bool = False,
+    ) -> None:
+        head.check_fits(target)
+        _check_token_ids(token_ids, target)
+        self.head, self.target = head, target
+        self.token_ids, self.condition, self.recipe = token_ids, condition, recipe
+        self._read_target = torch.compile(target.transform) if compile else target.transform
+        self._read_pairs = torch.compile(head.transform) if compile else head.transform
+
+    @property
+    def samples(self) -> int:
+        return len(self.token_ids)
+
+    def backward(self, step: int, indices: Tensor, dropped: Tensor) -> dict[str, Tensor]:
+        recipe, device = self.recipe, self.target.device
+        noise = self._noise(step)
+        losses = torch.zeros(2, device=device)
+        # The parts' losses are summed to that of the whole batch before the one step is taken.
+        for part in torch.arange(recipe.batch_size).chunk(recipe.accumulate):
+            with self._autocast():
+                pairs = self._pairs(indices[part], dropped[part])
+                part_noise = None if noise is None else noise[:, part.to(device)]
+                drafts = predictions(self.head, self._read_pairs, pairs, recipe.unroll, part_noise)
+                feature, distribution = drafter_losses(self.target, pairs.wanted, drafts, recipe)
+            (self._weighted(feature, distribution) / recipe.accumulate).backward()
+            losses += torch.stack([feature, distribution]).detach() / recipe.accumulate
+        feature, distribution = losses
+        return {
+            "loss": self._weighted(feature, distribution),
+            "feature_loss": feature,
+            "distribution_loss": distribution,
+        }
+
+    @torch.no_grad()
+    def validate(self, indices: Tensor) -> dict[str, Tensor]:
+        recipe = self.recipe
+        sums = torch.zeros(MEASURED_DEPTH + 1, dtype=torch.float64)
+        for part in indices.split(recipe.batch_size // recipe.accumulate):
+            with self._autocast():
+                pairs = self._pairs(part)
+                drafts = predictions(self.head, self.head.transform, pairs, MEASURED_DEPTH)
+                losses = drafter_losses(self.target, pairs.wanted, drafts[:1], recipe)
+                chances = acceptance(self.target, pairs.wanted, drafts, recipe)
+            sums += len(part) * torch.cat([self._weighted(*losses).view(1), chances]).double().cpu()
+        loss, *chances_of_depths = sums / len(indices)
+        measured = {f"acceptance_{depth}": mean for depth, mean in enumerate(chances_of_depths, start=1)}
+        return {"loss": loss, **measured}
+
+    def _weighted(self, feature: Tensor, distribution: Tensor) -> Tensor:
+        return self.recipe.feature_weight * feature + self.recipe.distribution_weight * distribution
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.recipe.precision == "bfloat16"
+        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=enabled)
+
+    def _pairs(self, indices: Tensor, dropped: Tensor | None = None) -> Pairs:
+        guided, device = self.recipe.guidance.enabled, self.target.device
+        features, mask = self.condition(indices)
+        if dropped is not None and not guided:
+            where = dropped.to(device).view(-1, *[1] * (features.dim() - 1))
+            features = torch.where(where, self.target.unconditional(features), features)
+        image = self.token_ids[indices].to(device, torch.int64)
+        return make_pairs(self.target, self._read_target, features, mask, image, guided)
+
+    def _noise(self, step: int) -> Tensor | None:
+        """[G, batch, pairs, dim], the same however the batch is split."""
+        recipe, head, device = self.recipe, self.head, self.target.device
+        if recipe.noise == 0:
+            return None
+        length = head.prefix_pairs + head.num_tokens - 1
+        generator = torch.Generator(device).manual_seed(recipe.seed * 5_915_587 + step)
+        shape = (2 if recipe.guidance.enabled else 1, recipe.batch_size, length, head.config.dim)
+        return (2 * torch.rand(shape, device=device, generator=generator) - 1) * recipe.noise
+
+
+def optimizers(head: EagleHead, recipe: DrafterRecipe) -> list[Scheduled]:
+    """AdamW with weight decay for what is trained of the matrices."""
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=recipe.lr,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    return [(adam, Schedule(recipe.lr, recipe.warmup_steps, recipe.decay))]
 
 
 def train_drafter(
     head: EagleHead,
     target: LlamaGenTransformer,
-    codes: Tensor,
+    token_ids: Tensor,
     condition: Condition,
     folder: Path,
     *,
@@ -334,148 +409,48 @@ def train_drafter(
 ) -> TrainingRun:
     """Train until the budget is spent; resumes a run found in `folder`.
 
-    The log has `loss`, `feature_loss` and `distribution_loss`, and from validation `acceptance_1` to `acceptance_3`,
-    the chance of the first, second and third guess in a row (see `acceptance`).
+    The log has `loss`, `feature_loss` and `distribution_loss`, and from validation `validation_acceptance_1` to
+    `validation_acceptance_3`, the chance of the first, second and third draft token in a row (see `acceptance`).
 
     Args:
         head: moved to the target's device; ends with the averaged weights. Its embedding is not trained.
         target: what it drafts for; not changed.
-        codes: [M, N] integer codes of M images in raster order, on the CPU; the last `validation` of them
+        token_ids: [M, N] integers, the tokens of M images in raster order, on the CPU; the last `validation` of them
             are not trained on.
         condition: gives the condition of samples, on the target's device.
         compile: compile the passes of both networks (worth minutes of compilation on long runs).
         settings: further facts that must not change between resumes, such as the tokenizer's fingerprint.
 
     Raises:
-        InputError: too few samples, codes of another grid or codebook, or a drafter of another target.
+        InputError: too few samples, token ids of another grid or codebook, or a drafter of another target.
         CheckpointError: `folder` holds a different run.
     """
     recipe = recipe or DrafterRecipe()
-    head.check_fits(target)
-    _check_codes(codes, target)
-    device = target.device
-    head.to(device)
-    guided = recipe.guidance.enabled
-    parameters = [p for p in head.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=recipe.lr,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    schedule = Schedule(recipe.lr, recipe.warmup_steps, recipe.decay)
-    ema = ExponentialAverage(head, recipe.ema_decay)
-    order = SampleOrder(len(codes) - validation, recipe.batch_size, recipe.seed)
-    run = TrainingRun(
-        folder,
-        budget,
-        {
-            "recipe": asdict(recipe),
-            "drafter": model_settings(head.config),
-            "target": model_settings(target.config),
-            **(settings or {}),
-        },
-        {"head": head, "ema": ema, "optimizer": optimizer},
-    )
-    read_target = torch.compile(target.transform) if compile else target.transform
-    read_pairs = torch.compile(head.transform) if compile else head.transform
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-
-    def pairs_of(indices: Tensor, dropped: Tensor | None = None) -> Pairs:
-        features, mask = condition(indices)
-        if dropped is not None and not guided:
-            where = dropped.to(device).view(-1, *[1] * (features.dim() - 1))
-            features = torch.where(where, target.unconditional(features), features)
-        image = codes[indices].to(device, torch.int64)
-        return make_pairs(target, read_target, features, mask, image, guided)
-
-    @torch.no_grad()
-    def validate(kind: str) -> None:
-        head.eval()
-        sums = torch.zeros(MEASURED_DEPTH + 1, dtype=torch.float64)
-        for indices in torch.arange(len(codes) - validation, len(codes)).split(
-            recipe.batch_size // recipe.accumulate
-        ):
-            with autocast():
-                pairs = pairs_of(indices)
-                drafts = predictions(head, head.transform, pairs, MEASURED_DEPTH)
-                feature, distribution = drafter_losses(target, pairs.wanted, drafts[:1], recipe)
-                loss = recipe.feature_weight * feature + recipe.distribution_weight * distribution
-                chances = acceptance(target, pairs.wanted, drafts, recipe)
-            sums += len(indices) * torch.cat([loss.view(1), chances]).double().cpu()
-        mean_loss, *means = (sums / validation).tolist()
-        head.train()
-        run.log(
-            **{f"{kind}_loss": mean_loss},
-            **{f"acceptance_{depth}": mean for depth, mean in enumerate(means, start=1)},
+    objective = DrafterObjective(head, target, token_ids, condition, recipe, compile=compile)
+    head.to(target.device)
+    facts = {"drafter": model_settings(head.config), "target": model_settings(target.config)}
+    with frozen(target):
+        return train_tokens(
+            head,
+            objective,
+            optimizers(head, recipe),
+            folder,
+            budget=budget,
+            recipe=recipe,
+            settings={**facts, **(settings or {})},
+            validation=validation,
+            title="training a drafter",
         )
 
-    def noise_of(step: int) -> Tensor | None:
-        """[G, batch, pairs, dim], the same however the batch is split."""
-        if recipe.noise == 0:
-            return None
-        length = head.prefix_pairs + head.num_tokens - 1
-        generator = torch.Generator(device).manual_seed(recipe.seed * 5_915_587 + step)
-        shape = (2 if guided else 1, recipe.batch_size, length, head.config.dim)
-        return (2 * torch.rand(shape, device=device, generator=generator) - 1) * recipe.noise
 
-    bar = tqdm(total=100, desc="training a drafter", unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}")
-    smooth: float | None = None
-    head.train()
-    with frozen(target):
-        for step in run.steps():
-            drop_seed = torch.Generator().manual_seed(recipe.seed * 7_368_787 + step)
-            dropped = torch.rand(recipe.batch_size, generator=drop_seed) < recipe.condition_dropout
-            noise = noise_of(step)
-            losses = torch.zeros(2, device=device)
-            # The parts' losses are summed to that of the whole batch before the one step is taken.
-            for part in torch.arange(recipe.batch_size).chunk(recipe.accumulate):
-                with autocast():
-                    pairs = pairs_of(order[step][part], dropped[part])
-                    part_noise = None if noise is None else noise[:, part.to(device)]
-                    drafts = predictions(head, read_pairs, pairs, recipe.unroll, part_noise)
-                    feature, distribution = drafter_losses(target, pairs.wanted, drafts, recipe)
-                loss = recipe.feature_weight * feature + recipe.distribution_weight * distribution
-                (loss / recipe.accumulate).backward()
-                losses += torch.stack([feature, distribution]).detach() / recipe.accumulate
-            norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(step, run.progress)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(head)
-            if step % 20 == 0:
-                feature_loss, distribution_loss = losses.tolist()
-                value = recipe.feature_weight * feature_loss + recipe.distribution_weight * distribution_loss
-                smooth = value if smooth is None else 0.8 * smooth + 0.2 * value
-                run.log(
-                    loss=value, feature_loss=feature_loss, distribution_loss=distribution_loss, grad_norm=norm
-                )
-                bar.n = min(100, round(100 * run.progress))
-                bar.set_postfix_str(f"step {step}, loss {smooth:.3f}")
-            if validation and step and step % VALIDATE_EVERY == 0:
-                validate("validation")
-        ema.copy_to(head)
-        if validation:
-            validate("ema_validation")
-    bar.close()
-    head.eval()
-    return run
-
-
-def _check_codes(codes: Tensor, target: LlamaGenTransformer) -> None:
-    if codes.dim() != 2 or codes.shape[1] != target.num_tokens:
+def _check_token_ids(token_ids: Tensor, target: LlamaGenTransformer) -> None:
+    if token_ids.dim() != 2 or token_ids.shape[1] != target.num_tokens:
         raise InputError(
-            f"the codes have the shape {list(codes.shape)}, but the target makes images of "
+            f"the token ids have the shape {list(token_ids.shape)}, but the target makes images of "
             f"{target.num_tokens} tokens; encode images of its size."
         )
-    if int(codes.max()) >= target.config.vocab_size:
+    if int(token_ids.max()) >= target.config.vocab_size:
         raise InputError(
-            f"the codes go up to {int(codes.max())}, but the target has {target.config.vocab_size}; "
+            f"the token ids go up to {int(token_ids.max())}, but the target has {target.config.vocab_size}; "
             "encode the images with its own image tokenizer."
         )

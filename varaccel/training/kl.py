@@ -1,74 +1,57 @@
 """Training a KL image tokenizer from scratch, in minutes on a GPU or an hour on a CPU.
 
 The losses are those of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.1) with the structural
-terms of `training.vq` in place of a pretrained perceptual network, and without a discriminator.
+terms of `training.reconstruction` in place of a pretrained perceptual network, and without a discriminator.
 """
 
 from __future__ import annotations
 
-import copy
 import queue
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from varaccel.errors import InputError
-from varaccel.files import atomic_path
+from varaccel.training.images import PixelSource, drawn_pixels, mirror_half, on_device, to_images
 from varaccel.training.precision import quick_bfloat16
-from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
-from varaccel.training.vq import PixelSource, reconstruction_terms, summed_likeness, to_images
+from varaccel.training.reconstruction import reconstruction_terms, summed_likeness
+from varaccel.training.run import Budget
+from varaccel.training.tokenizer_trainer import TokenizerRecipe, TokenizerTrainer
 
 SCALE_IMAGES = 2048
 """From how many images the scaling factor of latents is measured."""
 
 
 @dataclass(frozen=True)
-class KLRecipe:
-    """How a KL tokenizer is trained.
+class KLRecipe(TokenizerRecipe):
+    """How a KL tokenizer is trained; see `TokenizerRecipe` for the rest.
 
     Attributes:
-        batch_size, learning_rate, warmup_steps, betas, clip_norm, average_decay, flip, seed: as in `VQRecipe`.
         bfloat16: run convolutions under bfloat16 autocast, where the device computes in it.
         compile: run the forward pass and the losses through `torch.compile`.
-        l1_weight, l2_weight, chroma_weight, laplacian_weight, ssim_weight: of the terms that compare images.
         kl_weight: of the divergence of the posterior from a standard normal distribution, in nats per latent
             number. Small, so that latents stay informative; they are scaled to unit variance afterwards.
 
     Raises:
-        InputError: a batch or learning rate that nothing can be trained with.
+        InputError: a batch, learning rate or weight that nothing can be trained with.
     """
 
-    batch_size: int = 16
     learning_rate: float = 1.5e-3
-    warmup_steps: int = 100
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip_norm: float = 1.0
-    average_decay: float = 0.998
-    flip: bool = True
-    l1_weight: float = 1.0
-    l2_weight: float = 1.0
     chroma_weight: float = 1.0
-    laplacian_weight: float = 1.0
-    ssim_weight: float = 0.2
     kl_weight: float = 1e-4
-    bfloat16: bool = True
-    compile: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.learning_rate <= 0 or self.kl_weight < 0:
-            raise InputError("a KL recipe needs batch_size >= 1, learning_rate > 0 and kl_weight >= 0.")
-        object.__setattr__(self, "betas", tuple(self.betas))
+        super().__post_init__()
+        if self.kl_weight < 0:
+            raise InputError("a KL recipe needs kl_weight >= 0.")
 
 
 @contextmanager
@@ -88,11 +71,9 @@ def pixel_batches(
 
     def batch(step: int) -> Tensor:
         generator = np.random.default_rng([recipe.seed, step])
-        indices = generator.integers(len(data), size=recipe.batch_size)
-        pixels = data.batch_pixels(np.sort(indices).tolist())
+        pixels = drawn_pixels(data, recipe.batch_size, generator)
         if recipe.flip:
-            mirrored = generator.random(len(pixels)) < 0.5
-            pixels[mirrored] = pixels[mirrored, :, ::-1]
+            mirror_half(pixels, generator)
         read = torch.from_numpy(pixels)
         return read.pin_memory() if pinned else read
 
@@ -128,12 +109,6 @@ def pixel_batches(
     finally:
         ended.set()
         reader.join()
-
-
-def on_device(pixels: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
-    """Pixels uint8 [B, H, W, 3] as images [B, 3, H, W] in [-1, 1], copied as bytes and converted on the device."""
-    raw = torch.as_tensor(pixels).to(device, non_blocking=True)
-    return raw.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def downsample_factor(model: AutoencoderKL) -> int:
@@ -195,22 +170,8 @@ def latent_scale(model: AutoencoderKL, data: PixelSource, batch_size: int = 32) 
     return float((squares / numbers - (total / numbers) ** 2) ** -0.5)
 
 
-class KLTrainer:
-    """One training run of a KL tokenizer in one folder; constructing it resumes what the folder holds.
-
-    The folder holds the files of `TrainingRun` and, once trained, `export` with the averaged weights and their scaling
-    factor.
-
-    Args:
-        model: in float32; moved to `device` and to channels-last.
-        data: training images.
-        held_out: uint8 [n, H, W, 3], images to measure on, never trained on.
-        folder: of the run.
-        budget: when to stop.
-        recipe: how to train.
-        device: where to train.
-        log_every: steps between lines of the log.
-        evaluate_every: steps between measurements on `held_out`.
+class KLTrainer(TokenizerTrainer[AutoencoderKL, KLRecipe, Tensor]):
+    """One training run of a KL tokenizer, see `TokenizerTrainer`; `export` has the scaling factor of its latents.
 
     Raises:
         InputError: no data, or images that the tokenizer cannot take.
@@ -230,69 +191,35 @@ class KLTrainer:
         log_every: int = 50,
         evaluate_every: int = 1000,
     ) -> None:
-        if len(data) == 0 or len(held_out) == 0:
-            raise InputError("training a tokenizer needs at least one training and one held-out image.")
         factor = downsample_factor(model)
         height, width = held_out.shape[1:3]
         if height % factor or width % factor:
             raise InputError(f"image sides must be multiples of {factor}, got {height}x{width}.")
         self.latent_shape = (model.config.latent_channels, height // factor, width // factor)
-        self.recipe, self.data, self.held_out = recipe or KLRecipe(), data, held_out
-        self.device = torch.device(device)
-        self.log_every, self.evaluate_every = log_every, evaluate_every
-        self.model = model.to(device=self.device, memory_format=torch.channels_last).train()
-        self._generator = torch.Generator(self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=self.recipe.learning_rate,
-            betas=self.recipe.betas,
-            weight_decay=0.0,
-            fused=True,
+        super().__init__(
+            model,
+            data,
+            held_out,
+            folder,
+            budget,
+            recipe or KLRecipe(),
+            device=device,
+            log_every=log_every,
+            evaluate_every=evaluate_every,
         )
-        self.average = ExponentialAverage(self.model, self.recipe.average_decay)
-        self.schedule = Schedule(self.recipe.learning_rate, self.recipe.warmup_steps)
-        state: dict[str, Any] = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "average": self.average,
-        }
-        settings = {"model": model_settings(model.config), "recipe": asdict(self.recipe)}
-        self.run = TrainingRun(folder, budget, settings, state)
+        self._generator = torch.Generator(self.device)
         self._bfloat16 = self.recipe.bfloat16 and quick_bfloat16(self.device)
         self._losses = torch.compile(self._eager) if self.recipe.compile else self._eager
 
-    def train(self) -> AutoencoderKL:
-        """Train until the budget is spent; returns a model with the averaged weights, also in `export`."""
-        last: dict[str, float] = {}
-        first = self.run.step
-        with (
-            pixel_batches(self.data, self.recipe, first, pinned=self.device.type == "cuda") as batches,
-            tqdm(unit="step", initial=first, total=self.run.budget.steps) as bar,
-        ):
-            for step in self.run.steps():
-                terms = self._step(step, next(batches))
-                # reading a number makes the host wait for the accelerator, so only now and then
-                if (step + 1) % self.log_every == 0:
-                    row = {k: float(v) for k, v in terms.items()}
-                    self.run.log(**row)
-                    last["loss"] = row["loss"]
-                    bar.set_postfix({k: f"{v:.4f}" for k, v in last.items()})
-                if (step + 1) % self.evaluate_every == 0:
-                    quality = evaluate(self.averaged(), self.held_out)
-                    self.run.log(**{f"held_out_{k}": v for k, v in asdict(quality).items()})
-                    last["psnr"] = quality.psnr
-                bar.update()
-        averaged = self.averaged()
-        averaged.register_to_config(scaling_factor=latent_scale(averaged, self.data))
-        with atomic_path(self.run.folder / "export") as temporary:
-            averaged.save_pretrained(temporary)
-        return averaged
+    def _batches(self, start: int) -> AbstractContextManager[Iterator[Tensor]]:
+        return pixel_batches(self.data, self.recipe, start, pinned=self.device.type == "cuda")
 
-    def averaged(self) -> AutoencoderKL:
-        """A copy of the model with the exponential moving average of its weights, in eval mode."""
-        result = copy.deepcopy(self.model)
-        self.average.copy_to(result)
-        return result.eval()
+    def _measure(self, model: AutoencoderKL) -> Mapping[str, float]:
+        return asdict(evaluate(model, self.held_out))
+
+    def _finished(self, model: AutoencoderKL) -> AutoencoderKL:
+        model.register_to_config(scaling_factor=latent_scale(model, self.data))
+        return model
 
     def _eager(self, images: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
@@ -302,20 +229,14 @@ class KLTrainer:
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return total + self.recipe.kl_weight * divergence, {**terms, "kl": divergence}
 
-    def _step(self, step: int, pixels: Tensor) -> dict[str, Tensor | float]:
-        rate = self.schedule(step, self.run.progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        images = on_device(pixels, self.device)
+    def _step(self, step: int, batch: Tensor) -> dict[str, Tensor | float]:
+        rate = self._set_rate(step)
+        images = on_device(batch, self.device)
         # drawn afresh for every step, so that a resumed run goes on as if it had never stopped
         self._generator.manual_seed(self.recipe.seed * 1_000_003 + step)
         shape = (len(images), *self.latent_shape)
         noise = torch.randn(shape, generator=self._generator, device=self.device)
         loss, terms = self._losses(images, noise)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-        self.optimizer.step()
-        self.average.update(self.model)
+        norm = self._descend(loss)
         found = {name: value.detach() for name, value in terms.items()}
         return {"loss": loss.detach(), **found, "gradient_norm": norm, "learning_rate": rate}

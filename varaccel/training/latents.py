@@ -8,8 +8,6 @@ resume or to add shards that have been rendered since.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -23,19 +21,16 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
-from varaccel.errors import CheckpointError, InputError, VaraccelError
+from varaccel.errors import CheckpointError, InputError
 from varaccel.scenes.cache import CachedScenes
 from varaccel.tokenizers.kl import patchify
-from varaccel.training.codes import (
-    MANIFEST,
-    claim_folder,
-    encode_shards,
-    fingerprint,
-    load_shard,
-    read_shards,
-    tokenizer_class,
-)
-from varaccel.training.kl import downsample_factor, on_device
+from varaccel.training import shards
+from varaccel.training.command_line import exit_status
+from varaccel.training.images import on_device
+from varaccel.training.kl import downsample_factor
+from varaccel.training.shards import MANIFEST, fingerprint
+
+MODULE = "varaccel.training.latents"
 
 
 @dataclass(frozen=True)
@@ -112,15 +107,12 @@ def encode_cache(
         grid=(side, side),
         channels=vae.config.latent_channels * patch * patch,
         patch=patch,
-        world=data.manifest.version,
-        first_seed=data.manifest.first_seed,
-        size=data.size,
-        shard_size=data.manifest.shard_size,
+        **shards.cache_facts(data),
     )
     target = Path(out)
     present = asdict(read_manifest(target)) if (target / MANIFEST).exists() else None
-    claim_folder(target, asdict(manifest), present, kind="latents")
-    encode_shards(
+    shards.claim_folder(target, asdict(manifest), present, kind="latents")
+    shards.encode_shards(
         data,
         lambda shard: latents_path(target, shard),
         lambda pixels: encode_pixels(vae, pixels, patch),
@@ -137,7 +129,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> AutoencoderKL:
     Raises:
         InputError: there is none, or it is something else.
     """
-    if (name := tokenizer_class(folder)) != AutoencoderKL.__name__:
+    if (name := shards.tokenizer_class(folder)) != AutoencoderKL.__name__:
         raise InputError(f"{folder} holds a {name}, which is no image tokenizer that makes latents.")
     return AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
 
@@ -155,16 +147,14 @@ def read_latents(folder: str | os.PathLike[str]) -> tuple[Tensor, LatentsManifes
     manifest = read_manifest(target)
 
     def read(path: Path) -> NDArray[np.float16]:
-        part = load_shard(path)
+        part = shards.load_shard(path)
         if part.shape[1:] != (2, manifest.num_tokens, manifest.channels) or part.dtype != np.float16:
             raise CheckpointError(f"{path} does not match its manifest; delete it and encode again.")
         return part
 
-    parts = read_shards(lambda shard: latents_path(target, shard), read, manifest.shard_size)
+    parts = shards.read_shards(lambda shard: latents_path(target, shard), read, manifest.shard_size)
     if not parts:
-        raise InputError(
-            f"{folder} holds no finished shard of latents yet; run varaccel.training.latents on it."
-        )
+        raise InputError(f"{folder} holds no finished shard of latents yet; run {MODULE} on it.")
     return torch.from_numpy(np.concatenate(parts)), manifest
 
 
@@ -174,17 +164,11 @@ def read_manifest(folder: str | os.PathLike[str]) -> LatentsManifest:
     Raises:
         InputError: the folder holds no readable manifest.
     """
-    path = Path(folder) / MANIFEST
-    try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+
+    def made(fields: dict[str, Any]) -> LatentsManifest:
         return LatentsManifest(**{**fields, "grid": tuple(fields["grid"])})
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} holds no latents: it has no {MANIFEST}; write them with "
-            "`python -m varaccel.training.latents --tokenizer FOLDER --scenes FOLDER --out FOLDER`."
-        ) from None
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete the folder and encode again.") from error
+
+    return shards.read_manifest(folder, made, "latents", MODULE)
 
 
 def latents_path(folder: Path, shard: int) -> Path:
@@ -193,23 +177,15 @@ def latents_path(folder: Path, shard: int) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the encoder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m varaccel.training.latents", description="Encode a cache of images as latents."
-    )
-    parser.add_argument("--tokenizer", required=True, help="folder of an AutoencoderKL")
-    parser.add_argument("--scenes", required=True, help="folder written by varaccel.scenes.cache")
-    parser.add_argument("--out", required=True, help="folder of the latents")
+    parser = shards.encoder_parser(MODULE, "latents", "an AutoencoderKL")
     parser.add_argument("--patch", type=int, default=1, help="side of the patches that are one token")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    try:
+
+    def encode() -> None:
         vae = load_tokenizer(options.tokenizer).to(options.device)
         encode_cache(vae, options.scenes, options.out, patch=options.patch, batch_size=options.batch_size)
-    except VaraccelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(encode)
 
 
 if __name__ == "__main__":

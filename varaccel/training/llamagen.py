@@ -1,6 +1,6 @@
-"""Training a LlamaGen transformer on image codes (LlamaGen, arXiv 2406.06525, section 3).
+"""Training a LlamaGen transformer on image tokens (LlamaGen, arXiv 2406.06525, section 3).
 
-Next-token cross-entropy on codes of a frozen image tokenizer, with the condition dropped for a share of the
+Next-token cross-entropy on tokens of a frozen image tokenizer, with the condition dropped for a share of the
 samples so that the model can be guided. The loop and the optimisers are those of `training.tokens`.
 """
 
@@ -58,25 +58,25 @@ def token_loss(
     forward: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     condition: Tensor,
     mask: Tensor | None,
-    codes: Tensor,
+    token_ids: Tensor,
 ) -> Tensor:
-    """Mean cross-entropy of the image codes [B, N], in nats per token."""
-    logits = forward(condition, codes[:, :-1], mask)
-    return F.cross_entropy(logits[:, -codes.shape[1] :].flatten(0, 1), codes.flatten())
+    """Mean cross-entropy of the image tokens [B, N], in nats per token."""
+    logits = forward(condition, token_ids[:, :-1], mask)
+    return F.cross_entropy(logits[:, -token_ids.shape[1] :].flatten(0, 1), token_ids.flatten())
 
 
-class LlamaGenObjective:
+class LlamaGenObjective(tokens.LossObjective):
     """Next-token cross-entropy; see `train_llamagen` for the arguments."""
 
     def __init__(
-        self, model: LlamaGenTransformer, codes: Tensor, condition: Condition, compile: bool = False
+        self, model: LlamaGenTransformer, token_ids: Tensor, condition: Condition, compile: bool = False
     ) -> None:
-        self.model, self.codes, self.condition = model, codes, condition
+        self.model, self.token_ids, self.condition = model, token_ids, condition
         self._forward = torch.compile(model.forward) if compile else model.forward
 
     @property
     def samples(self) -> int:
-        return len(self.codes)
+        return len(self.token_ids)
 
     def loss(self, indices: Tensor, dropped: Tensor) -> Tensor:
         features, mask, image = self._batch(indices)
@@ -93,12 +93,12 @@ class LlamaGenObjective:
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         features, mask = self.condition(indices)
-        return features, mask, self.codes[indices].to(self.model.device, torch.int64)
+        return features, mask, self.token_ids[indices].to(self.model.device, torch.int64)
 
 
 def train_llamagen(
     model: LlamaGenTransformer,
-    codes: Tensor,
+    token_ids: Tensor,
     condition: Condition,
     folder: Path,
     *,
@@ -113,7 +113,7 @@ def train_llamagen(
 
     Args:
         model: ends with the averaged weights.
-        codes: [M, N] integer codes of M images in raster order, on the CPU; the last `validation` of them
+        token_ids: [M, N] integers, the tokens of M images in raster order, on the CPU; the last `validation` of them
             are not trained on.
         condition: gives the condition of samples, on the model's device.
         compile: compile the forward and backward pass (worth minutes of compilation on long runs).
@@ -129,7 +129,7 @@ def train_llamagen(
         initialise(model, torch.Generator().manual_seed(recipe.seed))
     return train_tokens(
         model,
-        LlamaGenObjective(model, codes, condition, compile),
+        LlamaGenObjective(model, token_ids, condition, compile),
         optimizers(model, recipe),
         folder,
         budget=budget,

@@ -156,7 +156,7 @@ class Masked:
     noise: Tensor
 
 
-class MARObjective:
+class MARObjective(tokens.LossObjective):
     """Denoising of hidden tokens.
 
     Args:

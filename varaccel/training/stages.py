@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from varaccel.files import atomic_path
 from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
 from varaccel.tokenizers.vq import VQModel
 from varaccel.training import conditions
+from varaccel.training.command_line import exit_status
 from varaccel.training.tokens import Condition
 
 
@@ -34,7 +35,13 @@ def run(*command: object) -> None:
 
 
 def recipe_parser(
-    description: str | None, config: Path, stages: Sequence[str], usual: Sequence[str] | None = None
+    description: str | None,
+    config: Path,
+    stages: Sequence[str],
+    usual: Sequence[str] | None = None,
+    *,
+    tokenizer_minutes: float = 40.0,
+    minutes: float = 120.0,
 ) -> argparse.ArgumentParser:
     """A command line with the options that recipes of text-to-image models share.
 
@@ -42,6 +49,7 @@ def recipe_parser(
         config: of the model that is trained if nothing else is said.
         stages: that can be asked for.
         usual: those that run by default; all if None.
+        tokenizer_minutes, minutes: training times if nothing else is said.
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=raw)
@@ -50,8 +58,8 @@ def recipe_parser(
     parser.add_argument("--scenes", type=Path, help="folder of the images, OUT/scenes by default")
     parser.add_argument("--images", type=int, default=60_000, help="training images")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
-    parser.add_argument("--tokenizer-minutes", type=float, default=40.0)
-    parser.add_argument("--minutes", type=float, default=120.0, help="training time of the transformer")
+    parser.add_argument("--tokenizer-minutes", type=float, default=tokenizer_minutes)
+    parser.add_argument("--minutes", type=float, default=minutes, help="training time of the transformer")
     shown = "all by default" if usual is None else f"{', '.join(usual)} by default"
     parser.add_argument("--stages", nargs="+", choices=stages, default=list(usual or stages), help=shown)
     parser.add_argument("--device", default="cpu")
@@ -66,10 +74,56 @@ def recipe_parser(
     return parser
 
 
-def render_scenes(options: argparse.Namespace) -> None:
+Stage = Callable[[argparse.Namespace, dict[str, Any]], object]
+"""What a stage does with the options and the config."""
+
+
+def run_stages(options: argparse.Namespace, stages: Mapping[str, Stage], prepare: Stage | None = None) -> int:
+    """Run the stages that the options of `recipe_parser` ask for, in this order; the exit status.
+
+    Args:
+        prepare: what comes first, whichever stages are asked for.
+    """
+    options.scenes = options.scenes or options.out / "scenes"
+    config = json.loads(options.config.read_text())
+
+    def work() -> None:
+        if prepare is not None:
+            prepare(options, config)
+        for name, stage in stages.items():
+            if name in options.stages:
+                stage(options, config)
+
+    return exit_status(work)
+
+
+def render_scenes(options: argparse.Namespace, config: dict[str, Any]) -> None:
     """The stage that renders the images, with the options of `recipe_parser`."""
     command = ["-m", "varaccel.scenes.cache", "--out", options.scenes]
     run(*command, "--count", options.images, "--workers", options.workers)
+
+
+def train_image_tokenizer(options: argparse.Namespace, script: Path, out: Path, *more: object) -> None:
+    """The stage that trains an image tokenizer, by a recipe of `tokenizers/` and with more options of that."""
+    command = [script, "--data", options.scenes, "--out", out, *more]
+    run(*command, "--minutes", options.tokenizer_minutes, "--device", options.device)
+
+
+def encode_images(options: argparse.Namespace, module: str, tokenizer: Path, out: Path) -> None:
+    """The stage that encodes the images, with the command line of `module`."""
+    command = ["-m", module, "--tokenizer", tokenizer, "--scenes", options.scenes, "--out", out]
+    run(*command, "--device", options.device)
+
+
+def exported(folder: Path) -> Path:
+    """The folder of an exported transformer.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"there is no transformer in {folder}; train one first.")
+    return folder
 
 
 def write_pipeline(pipe: Any, folder: Path, options: argparse.Namespace) -> None:

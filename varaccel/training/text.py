@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from varaccel.errors import VaraccelError
 from varaccel.files import atomic_path
 from varaccel.scenes import HELD_OUT_SEED, VOCABULARY, WORLD_VERSION, caption, sample_scene
 from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
+from varaccel.training.command_line import exit_status
 from varaccel.training.facts import (
     CAPTION_FACTS,
     NO_ANSWER,
@@ -352,17 +352,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="where to train")
     parser.add_argument("--evaluate", type=int, default=2000, help="held-out captions to read at the end")
     options = parser.parse_args(arguments)
-    try:
+
+    def train() -> None:
         budget = Budget(options.steps, options.minutes)
         reader = train_text_encoder(options.out, budget, device=options.device)
-    except VaraccelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    tokenizer = WordTokenizer.from_pretrained(options.out / "tokenizer")
-    for name, looseness in (("grammar", None), ("loose", Looseness(untouched=0.0))):
-        scores = reading_accuracy(reader, held_out_captions(options.evaluate, looseness), tokenizer)
-        print(name, {key: round(value, 5) for key, value in scores.items()})
-    return 0
+        tokenizer = WordTokenizer.from_pretrained(options.out / "tokenizer")
+        for name, looseness in (("grammar", None), ("loose", Looseness(untouched=0.0))):
+            scores = reading_accuracy(reader, held_out_captions(options.evaluate, looseness), tokenizer)
+            print(name, {key: round(value, 5) for key, value in scores.items()})
+
+    return exit_status(train)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loop that trains a transformer on image codes, whatever family it is of.
+"""The loop that trains a transformer on image tokens, whatever family it is of.
 
 What a sample costs is an `Objective`; everything else is here: sample order, condition dropout, optimisers,
 averaged weights, validation, log and resume. Matrices of the blocks are trained with Muon, everything else with
@@ -7,7 +7,10 @@ AdamW: at the few thousand steps of a small run that needs markedly fewer sample
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,24 +31,19 @@ Scheduled = tuple[torch.optim.Optimizer, Schedule]
 
 
 @dataclass(frozen=True)
-class TokenRecipe:
-    """Everything that decides what is learnt; a resumed run must have the same.
+class CourseRecipe:
+    """What the loop of `train_tokens` goes by; a resumed run must have the same.
 
     Attributes:
         batch_size: samples per optimiser step.
-        matrix_lr, other_lr: peak learning rates of Muon (block matrices) and AdamW (the rest).
-        weight_decay: decoupled, on matrices only.
         condition_dropout: share of samples whose condition is replaced by the unconditional one.
         warmup_steps, decay: see `Schedule`.
         ema_decay: of the averaged weights that are exported.
         grad_clip: largest gradient norm.
-        seed: of initialisation, sample order and condition dropout.
+        seed: of everything that is drawn at random.
     """
 
     batch_size: int = 32
-    matrix_lr: float = 0.02
-    other_lr: float = 2e-3
-    weight_decay: float = 0.02
     condition_dropout: float = 0.1
     warmup_steps: int = 150
     decay: float = 0.4
@@ -54,26 +52,73 @@ class TokenRecipe:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class TokenRecipe(CourseRecipe):
+    """Everything that decides what is learnt; a resumed run must have the same. See `CourseRecipe` for the rest.
+
+    Attributes:
+        matrix_lr, other_lr: peak learning rates of Muon (block matrices) and AdamW (the rest).
+        weight_decay: decoupled, on matrices only.
+    """
+
+    matrix_lr: float = 0.02
+    other_lr: float = 2e-3
+    weight_decay: float = 0.02
+
+
 class Objective(Protocol):
-    """What a model is trained for; it knows the model, the codes and their conditions."""
+    """What a model is trained for; it knows the model, the tokens and their conditions."""
 
     @property
     def samples(self) -> int:
         """How many images there are, those held out included."""
         ...
 
-    def loss(self, indices: Tensor, dropped: Tensor) -> Tensor:
-        """The training loss, a scalar with gradients.
+    def backward(self, step: int, indices: Tensor, dropped: Tensor) -> Mapping[str, Tensor]:
+        """Add the gradients of the training loss to those of the parameters.
 
         Args:
+            step: of the run; all that is drawn at random follows from it, the samples and the seed.
             indices: [B] int64, samples.
             dropped: [B] bool on the CPU, those that go without their condition.
+
+        Returns:
+            named scalars for the log, "loss" among them.
         """
         ...
 
     def validate(self, indices: Tensor) -> Mapping[str, Tensor]:
         """Named scalars of held-out samples [B] with their conditions, "loss" among them; no gradients."""
         ...
+
+
+class LossObjective(ABC):
+    """An objective whose gradients are those of one loss of the whole batch."""
+
+    @abstractmethod
+    def loss(self, indices: Tensor, dropped: Tensor) -> Tensor:
+        """The training loss, a scalar with gradients; arguments as of `Objective.backward`."""
+
+    def backward(self, step: int, indices: Tensor, dropped: Tensor) -> Mapping[str, Tensor]:
+        loss = self.loss(indices, dropped)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients, and afterwards as it was."""
+    training = model.training
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 class SampleOrder:
@@ -118,7 +163,7 @@ def train_tokens(
     folder: Path,
     *,
     budget: Budget,
-    recipe: TokenRecipe,
+    recipe: CourseRecipe,
     settings: Mapping[str, Any],
     validation: int,
     title: str,
@@ -150,9 +195,12 @@ def train_tokens(
     def validate(prefix: str) -> None:
         model.eval()
         held_out = torch.arange(samples - validation, samples).split(recipe.batch_size)
-        rows = [{k: float(v) for k, v in objective.validate(i).items()} for i in held_out]
+        sums: dict[str, float] = defaultdict(float)
+        for indices in held_out:
+            for name, value in objective.validate(indices).items():
+                sums[name] += len(indices) * float(value)
         model.train()
-        run.log(**{f"{prefix}_{name}": sum(row[name] for row in rows) / len(rows) for name in rows[0]})
+        run.log(**{f"{prefix}_{name}": value / validation for name, value in sums.items()})
 
     model.train()
     bar = tqdm(total=100, desc=title, unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}")
@@ -160,8 +208,7 @@ def train_tokens(
     for step in run.steps():
         drop_seed = torch.Generator().manual_seed(recipe.seed * 7_368_787 + step)
         dropped = torch.rand(recipe.batch_size, generator=drop_seed) < recipe.condition_dropout
-        loss = objective.loss(order[step], dropped)
-        loss.backward()
+        terms = objective.backward(step, order[step], dropped)
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
         for optimizer, schedule in scheduled:
             for group in optimizer.param_groups:
@@ -170,9 +217,9 @@ def train_tokens(
             optimizer.zero_grad(set_to_none=True)
         ema.update(model)
         if step % 20 == 0:
-            value = float(loss.detach())
-            smooth = value if smooth is None else 0.8 * smooth + 0.2 * value
-            run.log(loss=value, grad_norm=norm)
+            row = {name: float(value) for name, value in terms.items()}
+            smooth = row["loss"] if smooth is None else 0.8 * smooth + 0.2 * row["loss"]
+            run.log(**row, grad_norm=norm)
             bar.n = min(100, round(100 * run.progress))
             bar.set_postfix_str(f"step {step}, loss {smooth:.3f}")
         if validation and step and step % VALIDATE_EVERY == 0:

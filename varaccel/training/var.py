@@ -1,6 +1,6 @@
-"""Training a VAR transformer on multi-scale image codes (VAR, arXiv 2404.02905, section 3.2).
+"""Training a VAR transformer on multi-scale image tokens (VAR, arXiv 2404.02905, section 3.2).
 
-Teacher-forced cross-entropy on the codes of all scales at once. A specialised drafter learns the leading scales
+Teacher-forced cross-entropy on the tokens of all scales at once. A specialised drafter learns the leading scales
 only, a specialised refiner learns the other ones from a larger model (CoDe, arXiv 2411.17787, section 3.3). The
 loop and the optimisers are those of `training.tokens`.
 """
@@ -21,9 +21,8 @@ from varaccel.errors import InputError
 from varaccel.models.var import VARTransformer
 from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer
 from varaccel.training import tokens
-from varaccel.training.drafter import frozen
 from varaccel.training.run import Budget, TrainingRun, model_settings
-from varaccel.training.tokens import Condition, Scheduled, TokenRecipe, train_tokens
+from varaccel.training.tokens import Condition, Scheduled, TokenRecipe, frozen, train_tokens
 
 GATES = 0.1
 """What gates start from, relative to the other modulations; 1e-5 in the published code, which trains for hundreds
@@ -83,45 +82,45 @@ def optimizers(model: VARTransformer, recipe: TokenRecipe) -> list[Scheduled]:
     return tokens.optimizers(model, recipe, lambda n, _: n.startswith("blocks.") and n.endswith(_MATRICES))
 
 
-class _Objective:
+class _Objective(tokens.LossObjective):
     """Images of a multi-scale tokenizer as a VAR model reads them.
 
     Args:
-        model, quantizer, codes, condition, compile: see `train_var`.
+        model, quantizer, token_ids, condition, compile: see `train_var`.
         scales: only the scales before this one are read; None for all.
 
     Raises:
-        InputError: codes, quantiser or number of scales that do not fit the model.
+        InputError: token ids, quantiser or number of scales that do not fit the model.
     """
 
     def __init__(
         self,
         model: VARTransformer,
         quantizer: MultiScaleQuantizer,
-        codes: Tensor,
+        token_ids: Tensor,
         condition: Condition,
         *,
         scales: int | None = None,
         compile: bool = False,
     ) -> None:
-        _check_codes(model, quantizer, codes)
+        _check_token_ids(model, quantizer, token_ids)
         if scales is not None:
             _check_scales(model, scales)
-        self.model, self.codes, self.condition = model, codes, condition
+        self.model, self.token_ids, self.condition = model, token_ids, condition
         self.quantizer = quantizer.to(model.device)
         self.scales = len(model.schedule) if scales is None else scales
         self._forward = torch.compile(model.forward) if compile else model.forward
 
     @property
     def samples(self) -> int:
-        return len(self.codes)
+        return len(self.token_ids)
 
     @torch.no_grad()
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Condition, its mask, inputs [B, P - 1, D] and codes [B, P] of the scales that are read."""
+        """Condition, its mask, inputs [B, P - 1, D] and tokens [B, P] of the scales that are read."""
         features, mask = self.condition(indices)
         length = self.model.schedule.borders[self.scales]
-        image = self.codes[indices].to(self.model.device, torch.int64)
+        image = self.token_ids[indices].to(self.model.device, torch.int64)
         inputs = self.quantizer.inputs(image)[:, : length - 1]
         return features, mask, inputs, image[:, :length]
 
@@ -137,7 +136,7 @@ class _Objective:
 
 
 class VARObjective(_Objective):
-    """Cross-entropy of the codes, in nats per token; of the scales before `scales` only, if that is given."""
+    """Cross-entropy of the tokens, in nats per token; of the scales before `scales` only, if that is given."""
 
     def loss(self, indices: Tensor, dropped: Tensor) -> Tensor:
         features, mask, inputs, image = self._batch(indices)
@@ -156,13 +155,13 @@ class VARObjective(_Objective):
 class RefinerObjective(_Objective):
     """KL(teacher || student) in nats per token, of the scales from `draft_scales` on.
 
-    Both read the same codes of the same images, with or without the condition alike.
+    Both read the same tokens of the same images, with or without the condition alike.
 
     Args:
-        student, teacher, quantizer, codes, condition, draft_scales, compile: see `train_refiner`.
+        student, teacher, quantizer, token_ids, condition, draft_scales, compile: see `train_refiner`.
 
     Raises:
-        InputError: codes or quantiser that do not fit, models that do not fit each other, or `draft_scales` out
+        InputError: token ids or quantiser that do not fit, models that do not fit each other, or `draft_scales` out
             of range.
     """
 
@@ -171,13 +170,13 @@ class RefinerObjective(_Objective):
         student: VARTransformer,
         teacher: VARTransformer,
         quantizer: MultiScaleQuantizer,
-        codes: Tensor,
+        token_ids: Tensor,
         condition: Condition,
         *,
         draft_scales: int,
         compile: bool = False,
     ) -> None:
-        super().__init__(student, quantizer, codes, condition, compile=compile)
+        super().__init__(student, quantizer, token_ids, condition, compile=compile)
         _check_scales(student, draft_scales)
         _check_pair(student, teacher)
         self.teacher, self.draft_scales = teacher.to(student.device), draft_scales
@@ -210,7 +209,7 @@ class RefinerObjective(_Objective):
 def train_var(
     model: VARTransformer,
     quantizer: MultiScaleQuantizer,
-    codes: Tensor,
+    token_ids: Tensor,
     condition: Condition,
     folder: Path,
     *,
@@ -228,8 +227,8 @@ def train_var(
 
     Args:
         model: ends with the averaged weights.
-        quantizer: of the image tokenizer that made the codes; moved to the model's device, not changed.
-        codes: [M, L] integer codes of M images, scale after scale, on the CPU; the last `validation` of them
+        quantizer: of the image tokenizer that made the tokens; moved to the model's device, not changed.
+        token_ids: [M, L] integers, the tokens of M images, scale after scale, on the CPU; the last `validation` of them
             are not trained on.
         condition: gives the condition of samples, on the model's device.
         draft_scales: train a specialised drafter, which learns and reads the first so many scales only.
@@ -238,11 +237,11 @@ def train_var(
         settings: further facts that must not change between resumes, such as the tokenizer's fingerprint.
 
     Raises:
-        InputError: too few samples, codes or a quantiser that do not fit the model, or `draft_scales` out of range.
+        InputError: too few samples, token ids or a quantiser that do not fit the model, or `draft_scales` out of range.
         CheckpointError: `folder` holds a different run.
     """
     recipe = recipe or VARRecipe()
-    objective = VARObjective(model, quantizer, codes, condition, scales=draft_scales, compile=compile)
+    objective = VARObjective(model, quantizer, token_ids, condition, scales=draft_scales, compile=compile)
     if from_scratch:
         initialise(model, torch.Generator().manual_seed(recipe.seed))
     part = {} if draft_scales is None else {"draft_scales": draft_scales}
@@ -263,7 +262,7 @@ def train_refiner(
     student: VARTransformer,
     teacher: VARTransformer,
     quantizer: MultiScaleQuantizer,
-    codes: Tensor,
+    token_ids: Tensor,
     condition: Condition,
     folder: Path,
     *,
@@ -281,17 +280,17 @@ def train_refiner(
 
     Args:
         student: ends with the averaged weights.
-        teacher: a larger model of the same codes, which drafts; moved to the student's device, not changed.
+        teacher: a larger model of the same vocabulary, which drafts; moved to the student's device, not changed.
         draft_scales: the scales before this one are the drafter's; the student learns the others.
-        quantizer, codes, condition, compile, from_scratch, settings: as in `train_var`.
+        quantizer, token_ids, condition, compile, from_scratch, settings: as in `train_var`.
 
     Raises:
-        InputError: too few samples, codes, quantiser or models that do not fit, or `draft_scales` out of range.
+        InputError: too few samples, token ids, quantiser or models that do not fit, or `draft_scales` out of range.
         CheckpointError: `folder` holds a different run.
     """
     recipe = recipe or VARRecipe()
     objective = RefinerObjective(
-        student, teacher, quantizer, codes, condition, draft_scales=draft_scales, compile=compile
+        student, teacher, quantizer, token_ids, condition, draft_scales=draft_scales, compile=compile
     )
     if from_scratch:
         initialise(student, torch.Generator().manual_seed(recipe.seed))
@@ -314,7 +313,7 @@ def train_refiner(
         )
 
 
-def _check_codes(model: VARTransformer, quantizer: MultiScaleQuantizer, codes: Tensor) -> None:
+def _check_token_ids(model: VARTransformer, quantizer: MultiScaleQuantizer, token_ids: Tensor) -> None:
     if quantizer.schedule != model.schedule:
         raise InputError(
             f"the quantiser has the scales {list(quantizer.schedule.sides)}, but the model has "
@@ -323,16 +322,17 @@ def _check_codes(model: VARTransformer, quantizer: MultiScaleQuantizer, codes: T
     own = (model.config.vocab_size, model.config.codebook_dim)
     if (shape := tuple(quantizer.embedding.weight.shape)) != own:
         raise InputError(
-            f"the quantiser has {shape[0]} codes of width {shape[1]}, but the model is for {own[0]} of {own[1]}."
+            f"the quantiser has {shape[0]} entries of width {shape[1]}, but the model is for {own[0]} of {own[1]}."
         )
-    if codes.dim() != 2 or codes.shape[1] != model.num_tokens:
+    if token_ids.dim() != 2 or token_ids.shape[1] != model.num_tokens:
         raise InputError(
-            f"the codes have the shape {list(codes.shape)}, but the model makes images of "
+            f"the token ids have the shape {list(token_ids.shape)}, but the model makes images of "
             f"{model.num_tokens} tokens; encode the images with its own image tokenizer."
         )
-    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < own[0]:
+    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < own[0]:
         raise InputError(
-            f"the codes go from {int(codes.min())} to {int(codes.max())}, but the model knows 0 to {own[0] - 1}."
+            f"the token ids go from {int(token_ids.min())} to {int(token_ids.max())}, but the model knows "
+            f"0 to {own[0] - 1}."
         )
 
 

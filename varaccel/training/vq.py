@@ -6,23 +6,21 @@ is a Laplacian pyramid with SSIM, or random features, so that no pretrained netw
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from varaccel.errors import InputError
-from varaccel.files import atomic_path
 from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer, MultiScaleVQModel
 from varaccel.tokenizers.vq import VQModel, VQTrainingOutput
 from varaccel.training.discriminator import (
@@ -31,49 +29,30 @@ from varaccel.training.discriminator import (
     discriminator_loss,
     generator_loss,
 )
-from varaccel.training.perceptual import RandomFeatureLoss, laplacian_loss, ssim_loss
-from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
+from varaccel.training.images import PixelSource, colorful_crop, drawn_pixels, mirror_half, to_images
+from varaccel.training.perceptual import RandomFeatureLoss
+from varaccel.training.reconstruction import reconstruction_terms, summed_likeness
+from varaccel.training.run import Budget, ExponentialAverage
+from varaccel.training.tokenizer_trainer import TokenizerRecipe, TokenizerTrainer
 
 CODEBOOK_KEY = "quantize.embedding.weight"
 ImageTokenizer = VQModel | MultiScaleVQModel
 
 
-class PixelSource(Protocol):
-    """Images by index, such as `varaccel.scenes.cache.CachedScenes`."""
-
-    def __len__(self) -> int: ...
-
-    def batch_pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Images `indices`, uint8 [n, H, W, 3]."""
-        ...
-
-
 @dataclass(frozen=True)
-class VQRecipe:
-    """How a tokenizer is trained.
+class VQRecipe(TokenizerRecipe):
+    """How a VQ tokenizer is trained; see `TokenizerRecipe` for the rest.
 
     Attributes:
-        batch_size: images per optimiser step.
-        learning_rate: peak of the warm-up, constant, decay schedule.
-        warmup_steps: steps of linear warm-up.
-        betas: of AdamW; there is no weight decay.
-        clip_norm: gradients are scaled down to this global norm.
-        average_decay: decay of the exponential moving average that is exported.
-        flip: mirror half of the images left to right.
-        l1_weight, l2_weight: of the pixel differences, images in [-1, 1].
-        chroma_weight: of the differences in colour opponents. Colours vary little compared with brightness, so
-            plain pixel losses learn them last; early in a run whole hues are missing.
-        laplacian_weight, ssim_weight, feature_weight: of the structural terms in `training.perceptual`.
+        feature_weight: of the distance between random features, see `training.perceptual`.
         codebook_weight: pulls codebook rows to the latents assigned to them.
         commitment_weight: pulls latents to their codebook rows (beta of VQ-VAE).
         entropy_weight: of confident single assignments at an evenly used codebook.
         entropy_temperature: softmax temperature on negative squared distances in that term.
-        entropy_stride: every how manieth site enters that term.
-        revive_every: steps between re-seedings of codes that none of them used; 0 turns it off.
+        entropy_stride: only every n-th site enters that term.
+        revive_every: steps between re-seedings of codebook entries that none of them used; 0 turns it off.
         adversarial_weight: of the hinge patch discriminator; 0 turns it off.
         adversarial_start: share of the budget after which the discriminator joins.
-        bfloat16: run convolutions under bfloat16 autocast.
-        compile: run the model through `torch.compile`.
         crop_size: side of the crops that the first part of the run trains on; 0 for whole images only.
         crop_batch_size: crops per optimiser step.
         crop_candidates: each crop is the most colourful of so many random ones. Most of an image is plain
@@ -83,21 +62,11 @@ class VQRecipe:
         quantize_after: steps in which a multi-scale model trains without its quantiser; the codebook then starts
             from what the scales would have to say, instead of from noise.
         frozen: parameters whose names start like this stay as they are: the outer levels of a warm start.
-        seed: of batches, mirroring and revived codes.
+
+    Raises:
+        InputError: a batch, learning rate or interval that nothing can be trained with.
     """
 
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip_norm: float = 1.0
-    average_decay: float = 0.998
-    flip: bool = True
-    l1_weight: float = 1.0
-    l2_weight: float = 1.0
-    chroma_weight: float = 0.0
-    laplacian_weight: float = 1.0
-    ssim_weight: float = 0.2
     feature_weight: float = 0.0
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
@@ -107,54 +76,24 @@ class VQRecipe:
     revive_every: int = 50
     adversarial_weight: float = 0.0
     adversarial_start: float = 0.5
-    bfloat16: bool = True
-    compile: bool = False
     crop_size: int = 0
     crop_batch_size: int = 16
     crop_candidates: int = 3
     crop_until: float = 0.7
     quantize_after: int = 0
     frozen: tuple[str, ...] = ()
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.learning_rate <= 0 or self.revive_every < 0:
-            raise InputError("a VQ recipe needs batch_size >= 1, learning_rate > 0 and revive_every >= 0.")
+        super().__post_init__()
+        if self.revive_every < 0:
+            raise InputError("a VQ recipe needs revive_every >= 0.")
         object.__setattr__(self, "frozen", tuple(self.frozen))
 
 
-def to_images(pixels: NDArray[np.uint8]) -> Tensor:
-    """Pixels uint8 [n, H, W, 3] as float32 images [n, 3, H, W] in [-1, 1], channels-last in memory."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-def chroma_loss(difference: Tensor) -> Tensor:
-    """Mean absolute red-green and yellow-blue part of RGB differences [B, 3, H, W]."""
-    red, green, blue = difference.unbind(1)
-    return ((red - green).abs() + ((red + green) / 2 - blue).abs()).mean()
-
-
-def colorful_crop(
-    pixels: NDArray[np.uint8], size: int, candidates: int, generator: np.random.Generator
-) -> NDArray[np.uint8]:
-    """Of `candidates` random square crops of [H, W, 3] pixels, the one whose colours vary most."""
-    height, width = pixels.shape[:2]
-    tops = generator.integers(height - size + 1, size=candidates)
-    lefts = generator.integers(width - size + 1, size=candidates)
-    best, most = pixels[:size, :size], -1.0
-    for top, left in zip(tops, lefts, strict=True):
-        crop = pixels[top : top + size, left : left + size]
-        sparse = crop[::4, ::4].astype(np.float32)
-        spread = float((sparse[..., :2] - sparse[..., 1:]).std(axis=(0, 1)).sum())
-        if spread > most:
-            best, most = crop, spread
-    return best
-
-
 def entropy_loss(similarity: Tensor, temperature: float) -> Tensor:
-    """Mean entropy of each site's code distribution minus the entropy of their mean.
+    """Mean entropy of each site's distribution over the codebook minus the entropy of their mean.
 
-    Low when every site is sure of its code and the codes are used evenly. `similarity` [N, K] are cosines;
+    Low when every site is sure of its entry and the entries are used evenly. `similarity` [N, K] are cosines;
     the logits are negative squared distances on the unit sphere over `temperature`, in float32.
 
     Source: Yu et al., "Language Model Beats Diffusion" (MAGVIT-v2), equation 5; LlamaGen's tokenizer.
@@ -167,18 +106,18 @@ def entropy_loss(similarity: Tensor, temperature: float) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of code `counts` [K]: the number of evenly used codes that would be as diverse."""
+    """exp of the entropy of `counts` [K]: the number of evenly used entries that would be as diverse."""
     share = counts.double() / counts.sum().clamp_min(1)
     return float(torch.special.entr(share).sum().exp())
 
 
 class CodeRevival:
-    """Re-seeds codes that no site chose for a while with latents that are far from every code.
+    """Re-seeds codebook entries that no site chose for a while with latents that are far from every entry.
 
-    Without it, codes that lose out early in a short run are never updated again.
+    Without it, entries that lose out early in a short run are never updated again.
 
     Args:
-        codebook_size: number of codes.
+        codebook_size: number of codebook entries.
         every: steps between re-seedings.
         seed: of the choice of latents.
     """
@@ -205,10 +144,10 @@ class CodeRevival:
         *,
         enabled: bool,
     ) -> int:
-        """Count the codes of this step and, when due, revive the unused; returns how many were revived.
+        """Count the entries used in this step and, when due, revive the unused; returns how many were revived.
 
         New rows are latents of this step, drawn with probability proportional to their squared distance from
-        the chosen code, as k-means++ does. Their moving average and optimiser moments start afresh.
+        the chosen entry, as k-means++ does. Their moving average and optimiser moments start afresh.
         """
         self.counts += torch.bincount(output.indices.flatten().cpu(), minlength=len(self.counts))
         if self.every == 0 or (step + 1) % self.every:
@@ -232,44 +171,6 @@ class CodeRevival:
         return len(dead)
 
 
-class ImageWeights(Protocol):
-    """Weights of the terms that compare a reconstruction with its image, see `VQRecipe`."""
-
-    @property
-    def l1_weight(self) -> float: ...
-    @property
-    def l2_weight(self) -> float: ...
-    @property
-    def chroma_weight(self) -> float: ...
-    @property
-    def laplacian_weight(self) -> float: ...
-    @property
-    def ssim_weight(self) -> float: ...
-
-
-def reconstruction_terms(
-    weights: ImageWeights, images: Tensor, reconstruction: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms by name, and their weighted sum.
-
-    Args:
-        images, reconstruction: [B, 3, H, W] float32 in [-1, 1].
-    """
-    difference = reconstruction - images
-    terms = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
-    total = weights.l1_weight * terms["l1"] + weights.l2_weight * terms["l2"]
-    if weights.chroma_weight:
-        terms["chroma"] = chroma_loss(difference)
-        total = total + weights.chroma_weight * terms["chroma"]
-    if weights.laplacian_weight:
-        terms["laplacian"] = laplacian_loss(reconstruction, images)
-        total = total + weights.laplacian_weight * terms["laplacian"]
-    if weights.ssim_weight:
-        terms["ssim_loss"] = ssim_loss((reconstruction + 1) / 2, (images + 1) / 2)
-        total = total + weights.ssim_weight * terms["ssim_loss"]
-    return terms, total
-
-
 @dataclass(frozen=True)
 class VQQuality:
     """Reconstruction quality and codebook use over a set of images.
@@ -277,31 +178,14 @@ class VQQuality:
     Attributes:
         psnr: mean over images, dB.
         ssim: mean over images, 11x11 Gaussian window.
-        codes_used: share of the codebook that occurs at all.
-        perplexity: effective number of codes.
+        entries_used: share of the codebook that occurs at all.
+        perplexity: effective number of entries.
     """
 
     psnr: float
     ssim: float
-    codes_used: float
+    entries_used: float
     perplexity: float
-
-
-def summed_likeness(decoded: Tensor, images: Tensor) -> tuple[float, float]:
-    """PSNR in dB and SSIM (11x11 Gaussian window) of reconstructions, summed over images.
-
-    Args:
-        decoded, images: [n, 3, H, W] in [-1, 1]; what is decoded beyond that is cut.
-    """
-    from torchmetrics.functional.image import (
-        peak_signal_noise_ratio,
-        structural_similarity_index_measure,
-    )
-
-    decoded, target = ((decoded + 1) / 2).clamp(0, 1), (images + 1) / 2
-    psnr = peak_signal_noise_ratio(decoded, target, data_range=1.0, dim=(1, 2, 3), reduction="sum")
-    ssim = structural_similarity_index_measure(decoded, target, data_range=1.0, reduction="sum")
-    return float(psnr), float(ssim)
 
 
 @torch.no_grad()
@@ -349,28 +233,19 @@ def warm_start(model: ImageTokenizer, source: VQModel) -> list[str]:
     return copied
 
 
-class VQTrainer:
-    """One training run of a tokenizer in one folder; constructing it resumes what the folder holds.
-
-    The folder holds the files of `TrainingRun` and, once trained, `export` with the averaged weights.
+class VQTrainer(TokenizerTrainer[ImageTokenizer, VQRecipe, Tensor]):
+    """One training run of a VQ tokenizer, single-scale or multi-scale; see `TokenizerTrainer`.
 
     Args:
-        model: the tokenizer to train, in float32; moved to `device` and to channels-last.
-        data: training images.
-        held_out: uint8 [n, H, W, 3], images to measure on, never trained on.
-        folder: of the run.
-        budget: when to stop.
-        recipe: how to train.
-        decoder_only: keep the encoder and codebook as they are and train what follows them. Codes made
-            before, and transformers trained on them, stay valid.
-        device: where to train.
-        log_every: steps between lines of the log.
-        evaluate_every: steps between measurements on `held_out`.
+        decoder_only: keep the encoder and codebook as they are and train what follows them. Token ids
+            made before, and transformers trained on them, stay valid.
 
     Raises:
-        InputError: no data, or images that the tokenizer cannot take.
+        InputError: no data, images that the tokenizer cannot take, or `decoder_only` of a multi-scale model.
         CheckpointError: the folder holds a run with other settings.
     """
+
+    shown: ClassVar[tuple[str, ...]] = ("psnr", "entries_used")
 
     def __init__(
         self,
@@ -379,48 +254,27 @@ class VQTrainer:
         held_out: NDArray[np.uint8],
         folder: Path,
         budget: Budget,
-        recipe: VQRecipe = VQRecipe(),
+        recipe: VQRecipe | None = None,
         *,
         decoder_only: bool = False,
         device: str | torch.device = "cpu",
         log_every: int = 20,
         evaluate_every: int = 250,
     ) -> None:
-        if len(data) == 0 or len(held_out) == 0:
-            raise InputError("training a tokenizer needs at least one training and one held-out image.")
+        if decoder_only and isinstance(model, MultiScaleVQModel):
+            raise InputError(
+                "decoder_only is for single-scale tokenizers; freeze a multi-scale one by `frozen`."
+            )
+        recipe = recipe or VQRecipe()
         model.grid((held_out.shape[1], held_out.shape[2]))
-        self.recipe, self.data, self.held_out = recipe, data, held_out
-        self.device = torch.device(device)
-        self.log_every, self.evaluate_every = log_every, evaluate_every
-        self.model = model.to(device=self.device, memory_format=torch.channels_last).train()
         self.decoder_only = decoder_only
-        if decoder_only:
-            self.model.requires_grad_(False)
-            for part in (self.model.post_quant_conv, self.model.decoder):
-                part.requires_grad_(True)
-        for name, parameter in self.model.named_parameters():
-            if name.startswith(recipe.frozen):
-                parameter.requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.model.parameters() if p.requires_grad],
-            lr=recipe.learning_rate,
-            betas=recipe.betas,
-            weight_decay=0.0,
-            fused=True,
-        )
-        self.average = ExponentialAverage(self.model, recipe.average_decay)
+        _freeze(model, recipe.frozen, decoder_only=decoder_only)
+        self.features = RandomFeatureLoss().to(device) if recipe.feature_weight else None
         self.revival = CodeRevival(model.codebook_size, recipe.revive_every, recipe.seed)
-        self.schedule = Schedule(recipe.learning_rate, recipe.warmup_steps)
-        state: dict[str, Any] = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "average": self.average,
-            "revival": self.revival,
-        }
-        self.features = RandomFeatureLoss().to(self.device) if recipe.feature_weight else None
+        state: dict[str, Any] = {"revival": self.revival}
         self.discriminator: PatchDiscriminator | None = None
         if recipe.adversarial_weight:
-            self.discriminator = PatchDiscriminator(model.config.in_channels).to(self.device)
+            self.discriminator = PatchDiscriminator(model.config.in_channels).to(device)
             self.discriminator_optimizer = torch.optim.AdamW(
                 self.discriminator.parameters(),
                 lr=recipe.learning_rate,
@@ -430,43 +284,29 @@ class VQTrainer:
             )
             state["discriminator"] = self.discriminator
             state["discriminator_optimizer"] = self.discriminator_optimizer
-        config = model_settings(model.config)
-        settings: dict[str, Any] = {"model": config, "recipe": asdict(recipe)}
-        if decoder_only:
-            settings["decoder_only"] = True
-        self.run = TrainingRun(folder, budget, settings, state)
-        if decoder_only and isinstance(model, MultiScaleVQModel):
-            raise InputError(
-                "decoder_only is for single-scale tokenizers; freeze a multi-scale one by `frozen`."
-            )
+        super().__init__(
+            model,
+            data,
+            held_out,
+            folder,
+            budget,
+            recipe,
+            device=device,
+            log_every=log_every,
+            evaluate_every=evaluate_every,
+            state=state,
+            settings={"decoder_only": True} if decoder_only else {},
+        )
         forward: Callable[..., VQTrainingOutput] = self._decoder_forward if decoder_only else self.model
         self._forward = torch.compile(forward) if recipe.compile else forward
 
-    def train(self) -> ImageTokenizer:
-        """Train until the budget is spent; returns a model with the averaged weights, also in `export`."""
-        last = {}
-        with tqdm(unit="step", initial=self.run.step, total=self.run.budget.steps) as bar:
-            for step in self.run.steps():
-                losses = self._step(step)
-                if (step + 1) % self.log_every == 0:
-                    last = {k: float(v) for k, v in losses.items()}
-                    self.run.log(**last)
-                if (step + 1) % self.evaluate_every == 0:
-                    quality = evaluate(self.averaged(), self.held_out)
-                    self.run.log(**{f"held_out_{k}": v for k, v in asdict(quality).items()})
-                    last |= {"psnr": quality.psnr, "codes": quality.codes_used}
-                bar.set_postfix({k: f"{v:.3f}" for k, v in last.items() if k in ("loss", "psnr", "codes")})
-                bar.update()
-        averaged = self.averaged()
-        with atomic_path(self.run.folder / "export") as temporary:
-            averaged.save_pretrained(temporary)
-        return averaged
+    @contextmanager
+    def _batches(self, start: int) -> Iterator[Iterator[Tensor]]:
+        # drawn in their step and not ahead of it: what a batch is depends on how far the run is
+        yield (self._batch(step) for step in count(start))
 
-    def averaged(self) -> ImageTokenizer:
-        """A copy of the model with the exponential moving average of its weights, in eval mode."""
-        result = copy.deepcopy(self.model)
-        self.average.copy_to(result)
-        return result.eval()
+    def _measure(self, model: ImageTokenizer) -> Mapping[str, float]:
+        return asdict(evaluate(model, self.held_out))
 
     def _batch(self, step: int) -> Tensor:
         """The images of `step`, or crops of them: [B, 3, H, W] in [-1, 1].
@@ -476,16 +316,14 @@ class VQTrainer:
         recipe = self.recipe
         generator = np.random.default_rng([recipe.seed, step])
         cropped = recipe.crop_size > 0 and self.run.progress < recipe.crop_until
-        count = recipe.crop_batch_size if cropped else recipe.batch_size
-        indices = generator.integers(len(self.data), size=count)
-        pixels = self.data.batch_pixels(np.sort(indices).tolist())
+        size = recipe.crop_batch_size if cropped else recipe.batch_size
+        pixels = drawn_pixels(self.data, size, generator)
         if cropped:
             pixels = np.stack(
                 [colorful_crop(p, recipe.crop_size, recipe.crop_candidates, generator) for p in pixels]
             )
-        if self.recipe.flip:
-            mirrored = generator.random(len(pixels)) < 0.5
-            pixels[mirrored] = pixels[mirrored, :, ::-1]
+        if recipe.flip:
+            mirror_half(pixels, generator)
         return to_images(pixels).to(self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -503,12 +341,9 @@ class VQTrainer:
         reconstruction = self.model.decode(encoding.quantized)
         return VQTrainingOutput(reconstruction, sites, rows, encoding.indices, similarity, sites, rows)
 
-    def _step(self, step: int) -> dict[str, Tensor | float]:
-        recipe = self.recipe
-        rate = self.schedule(step, self.run.progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        images = self._batch(step)
+    def _step(self, step: int, batch: Tensor) -> dict[str, Tensor | float]:
+        recipe, images = self.recipe, batch
+        rate = self._set_rate(step)
         quantized = step >= recipe.quantize_after
         if quantized and step == recipe.quantize_after > 0:
             self._seed_codebook()
@@ -522,16 +357,12 @@ class VQTrainer:
         total = image_loss + terms["codebook_loss"] + terms["entropy_loss"] * recipe.entropy_weight
         if adversarial:
             total = total + self._adversarial_term(output, image_loss, terms)
-        self.optimizer.zero_grad()
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
-        self.optimizer.step()
+        norm = self._descend(total)
         if adversarial:
             terms["discriminator_loss"] = self._discriminator_step(
                 images, output.reconstruction.detach(), rate
             )
-        self.average.update(self.model)
-        # Not in the decay phase: a code that starts there no longer settles.
+        # Not in the decay phase: an entry that starts there no longer settles.
         settled = self.run.progress > 1 - self.schedule.decay
         revived = self.revival.update(
             self.model,
@@ -547,7 +378,7 @@ class VQTrainer:
             **{name: value.detach() for name, value in terms.items()},
             "gradient_norm": norm,
             "learning_rate": rate,
-            "batch_codes_used": used,
+            "batch_entries_used": used,
             "revived": float(revived),
         }
 
@@ -615,3 +446,14 @@ class VQTrainer:
         loss.backward()
         self.discriminator_optimizer.step()
         return loss.detach()
+
+
+def _freeze(model: ImageTokenizer, frozen: tuple[str, ...], *, decoder_only: bool) -> None:
+    """Exclude parameters from training: those whose names start like this, and all before the decoder."""
+    if decoder_only:
+        model.requires_grad_(False)
+        for part in (model.post_quant_conv, model.decoder):
+            part.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if name.startswith(frozen):
+            parameter.requires_grad_(False)

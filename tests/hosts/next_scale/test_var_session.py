@@ -31,7 +31,7 @@ from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 SIDES = (1, 2, 3, 5)  # 2 and 3 do not divide 5: cells of unequal size
 SCHEDULE = ScaleSchedule(SIDES)
 SCALES, TOKENS = len(SIDES), SCHEDULE.num_tokens
-CODES, WIDTH, DIM, DEPTH, CAPTION = 24, 4, 32, 2, 8
+VOCAB_SIZE, WIDTH, DIM, DEPTH, CAPTION = 24, 4, 32, 2, 8
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 GREEDY = ScaleSampling(temperature=0)
 DRAWN = ScaleSampling(temperature=(1.2, 1.1, 1.0, 0.9), top_k=16, top_p=0.95)
@@ -59,7 +59,7 @@ def new_transformer(seed: int = 0, **changes: object) -> VARTransformer:
         "depth": DEPTH,
         "dim": DIM,
         "num_heads": 4,
-        "vocab_size": CODES,
+        "vocab_size": VOCAB_SIZE,
         "codebook_dim": WIDTH,
         "scales": SIDES,
         "num_classes": 5,
@@ -81,7 +81,7 @@ def new_tokenizer(seed: int = 0) -> MultiScaleVQModel:
         base_channels=8,
         channel_multipliers=(1, 2),
         num_res_blocks=1,
-        codebook_size=CODES,
+        codebook_size=VOCAB_SIZE,
         codebook_dim=WIDTH,
         scales=SIDES,
         norm_groups=4,
@@ -103,8 +103,8 @@ def images(count: int = 3) -> Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def random_codes(count: int = 3) -> Tensor:
-    return torch.randint(CODES, (count, TOKENS), generator=torch.Generator().manual_seed(4))
+def random_token_ids(count: int = 3) -> Tensor:
+    return torch.randint(VOCAB_SIZE, (count, TOKENS), generator=torch.Generator().manual_seed(4))
 
 
 Condition = tuple[Tensor | None, Tensor | None]
@@ -168,7 +168,7 @@ class Run:
 
 
 def uncached(network: VARTransformer, condition: Condition, tokens: Tensor, guidance: float) -> list[Tensor]:
-    """Guided logits of every scale by definition: two teacher-forced passes over the finished codes."""
+    """Guided logits of every scale by definition: two teacher-forced passes over the finished tokens."""
     vectors, mask = condition
     inputs = tokenizer().quantize.inputs(tokens)
     with torch.no_grad():
@@ -193,9 +193,9 @@ def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: flo
 
 @pytest.mark.parametrize(("kind", "shared"), VARIANTS)
 def test_random_models_have_opinions(kind: str, shared: bool) -> None:
-    """The tests below prove something only if conditions, earlier codes and networks matter."""
+    """The tests below prove something only if conditions, earlier tokens and networks matter."""
     network, (vectors, mask) = transformer(kind, shared), condition(kind)
-    inputs = tokenizer().quantize.inputs(random_codes())
+    inputs = tokenizer().quantize.inputs(random_token_ids())
 
     def far_apart(a: Tensor, b: Tensor) -> bool:
         return bool((a - b).abs().amax(dim=(1, 2)).min() > 0.1)
@@ -421,7 +421,7 @@ def test_distributions_depend_on_the_seed() -> None:
 def test_feature_map_is_replaced_not_changed() -> None:
     """Tensors that were handed out keep their values, and are those of the tokenizer."""
     quantizer, canvas = tokenizer().quantize, Canvas.empty(3, TOKENS)
-    features, tokens = FeatureMap(quantizer, 3), random_codes()
+    features, tokens = FeatureMap(quantizer, 3), random_token_ids()
     inputs, maps = quantizer.inputs(tokens), [quantizer.start(3), *quantizer.feature_maps(tokens)]
     handed: list[tuple[Tensor, Tensor]] = [(features.value, features.value.clone())]
     for scale in range(SCALES):
@@ -446,7 +446,7 @@ def test_feature_map_is_replaced_not_changed() -> None:
 
 def smooth_run(canvas: Canvas, smooth: bool = True) -> FeatureMap:
     draws = PublishedDraws(torch.Generator().manual_seed(3))
-    features = FeatureMap(tokenizer().quantize, 3, smooth=draws.gumbel(CODES) if smooth else None)
+    features = FeatureMap(tokenizer().quantize, 3, smooth=draws.gumbel(VOCAB_SIZE) if smooth else None)
     session = ScaleSession(
         transformer(), features, given_of(*condition("class")), guidance=ScaleGuidance.published(3.0)
     )
@@ -457,9 +457,9 @@ def smooth_run(canvas: Canvas, smooth: bool = True) -> FeatureMap:
     return features
 
 
-def test_smooth_vectors_stay_codes_where_fixed() -> None:
-    """Softened vectors are means of codes; a given token keeps its own."""
-    given = random_codes()
+def test_smooth_vectors_stay_code_vectors_where_fixed() -> None:
+    """Softened vectors are means of tokens; a given token keeps its own."""
+    given = random_token_ids()
     fixed = torch.rand(3, TOKENS, generator=torch.Generator().manual_seed(6)) < 0.5
     quantizer = tokenizer().quantize
     spread: list[Tensor] = []
@@ -470,7 +470,7 @@ def test_smooth_vectors_stay_codes_where_fixed() -> None:
             return spread[-1]
 
     draws = PublishedDraws(torch.Generator().manual_seed(3))
-    features = Spy(quantizer, 3, smooth=draws.gumbel(CODES))
+    features = Spy(quantizer, 3, smooth=draws.gumbel(VOCAB_SIZE))
     session = ScaleSession(
         transformer(), features, given_of(*condition("class")), guidance=ScaleGuidance.published(3.0)
     )
@@ -486,12 +486,12 @@ def test_smooth_vectors_stay_codes_where_fixed() -> None:
 
 
 def test_smooth_with_all_tokens_fixed_is_not_smooth() -> None:
-    given = random_codes()
+    given = random_token_ids()
     features = smooth_run(Canvas.given(given, torch.ones(3, TOKENS, dtype=torch.bool)))
     torch.testing.assert_close(features.value, tokenizer().quantize.feature_maps(given)[-1])
     free = smooth_run(canvas := Canvas.empty(3, TOKENS))
-    codes = tokenizer().quantize.feature_maps(canvas.tokens)[-1]
-    assert not torch.allclose(free.value, codes, atol=1e-2)
+    token_ids = tokenizer().quantize.feature_maps(canvas.tokens)[-1]
+    assert not torch.allclose(free.value, token_ids, atol=1e-2)
     plain = smooth_run(canvas := Canvas.empty(3, TOKENS), smooth=False)
     torch.testing.assert_close(plain.value, tokenizer().quantize.feature_maps(canvas.tokens)[-1])
 
@@ -519,7 +519,7 @@ def naive_probabilities(logits: list[float], top_k: int, top_p: float, temperatu
 @given(
     seed=st.integers(0, 10_000),
     spread=st.sampled_from([0.3, 1.0, 4.0]),
-    top_k=st.integers(0, CODES),
+    top_k=st.integers(0, VOCAB_SIZE),
     top_p=st.one_of(st.sampled_from([0.0, 1.0, 0.01]), st.floats(0, 1)),
     temperature=st.floats(0.2, 3),
 )
@@ -527,7 +527,7 @@ def naive_probabilities(logits: list[float], top_k: int, top_p: float, temperatu
 def test_filters_by_definition(
     seed: int, spread: float, top_k: int, top_p: float, temperature: float
 ) -> None:
-    logits = torch.randn(2, 3, CODES, generator=torch.Generator().manual_seed(seed)) * spread
+    logits = torch.randn(2, 3, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * spread
     sampling = ScaleSampling(temperature, top_k, top_p)
     original = logits.clone()
     probs = sampling.distribution(sampling.keep(logits, 0), 0).probs
@@ -540,7 +540,7 @@ def test_filters_by_definition(
 
 
 def test_temperature_never_changes_who_survives() -> None:
-    logits = torch.randn(4, CODES, generator=torch.Generator().manual_seed(1)) * 2
+    logits = torch.randn(4, VOCAB_SIZE, generator=torch.Generator().manual_seed(1)) * 2
     kept = [ScaleSampling(t, 10, 0.8).keep(logits, 0) for t in (0.1, 1.0, 5.0)]
     assert torch.equal(kept[0], kept[1])
     assert torch.equal(kept[1], kept[2])
@@ -556,19 +556,19 @@ def test_ties_with_the_kth_are_kept() -> None:
 
 
 def test_settings_per_scale() -> None:
-    logits = torch.randn(1, 5, CODES, generator=torch.Generator().manual_seed(2))
+    logits = torch.randn(1, 5, VOCAB_SIZE, generator=torch.Generator().manual_seed(2))
     sampling = ScaleSampling(temperature=[2.0, 1.0, 0.5, 0.0], top_k=[1, 4, 0, 2])
-    sampling.check(SCHEDULE, CODES)
+    sampling.check(SCHEDULE, VOCAB_SIZE)
     for scale, (temperature, top_k) in enumerate(((2.0, 1), (1.0, 4), (0.5, 0))):
         one = ScaleSampling(temperature=temperature, top_k=top_k)
         ours = sampling.distribution(sampling.keep(logits, scale), scale)
         assert torch.equal(ours.probs, one.distribution(one.keep(logits, 0), 0).probs)
-        assert ((ours.probs > 0).sum(-1) == (top_k or CODES)).all()
+        assert ((ours.probs > 0).sum(-1) == (top_k or VOCAB_SIZE)).all()
     assert sampling.distribution(sampling.keep(logits, 3), 3).greedy
 
 
 def test_one_candidate_is_greedy() -> None:
-    logits = torch.randn(3, 5, CODES, generator=torch.Generator().manual_seed(2))
+    logits = torch.randn(3, 5, VOCAB_SIZE, generator=torch.Generator().manual_seed(2))
     uniforms = torch.rand(3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for sampling in (ScaleSampling(top_k=1), ScaleSampling(top_p=1e-6), GREEDY):
         distribution = sampling.distribution(sampling.keep(logits, 0), 0)
@@ -606,8 +606,8 @@ def test_impossible_filters(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": CODES + 1}, "top_k=25 is more than the model's 24 codes"),
-        ({"top_k": [1, 1, 1, CODES + 1]}, "top_k=25"),
+        ({"top_k": VOCAB_SIZE + 1}, "top_k=25 is more than the model's 24 tokens"),
+        ({"top_k": [1, 1, 1, VOCAB_SIZE + 1]}, "top_k=25"),
         ({"top_k": [5, 5]}, "top_k has 2 entries but the model has 4 scales"),
         ({"temperature": [1.0] * 5}, "temperature has 5 entries but the model has 4 scales"),
         ({"temperature": []}, "temperature has 0 entries"),
@@ -616,11 +616,13 @@ def test_impossible_filters(settings: dict[str, Any]) -> None:
 )
 def test_filters_of_another_model(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ScaleSampling(**settings).check(SCHEDULE, CODES)
+        ScaleSampling(**settings).check(SCHEDULE, VOCAB_SIZE)
 
 
 def test_filters_that_just_fit() -> None:
-    ScaleSampling(temperature=[0.0] * SCALES, top_k=[CODES] * SCALES, top_p=1.0).check(SCHEDULE, CODES)
+    ScaleSampling(temperature=[0.0] * SCALES, top_k=[VOCAB_SIZE] * SCALES, top_p=1.0).check(
+        SCHEDULE, VOCAB_SIZE
+    )
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, 0.9, -0.5])
@@ -640,7 +642,7 @@ def test_guidance_grows_with_the_scale() -> None:
     assert not ScaleGuidance(1.0).enabled
 
 
-# -- schedules, models and codes -----------------------------------------------------------------------
+# -- schedules, models and tokens ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -671,12 +673,12 @@ def test_schedule() -> None:
         (lambda m: m(torch.zeros(1, 3, 12, 12)), "for 10x10 images, got 12x12"),
         (lambda m: m.decode(torch.zeros(1, 5, 5, 5)), r"\[B, 4, h, w\] latents, got \[1, 5, 5, 5\]"),
         (lambda m: m.decode(torch.zeros(4, 5, 5)), r"\[B, 4, h, w\] latents"),
-        (lambda m: m.decode_codes(torch.zeros(1, TOKENS)), "codes must be integers"),
-        (lambda m: m.decode_codes(torch.zeros(1, TOKENS, dtype=torch.bool)), "codes must be integers"),
-        (lambda m: m.decode_codes(torch.zeros(1, 25, dtype=torch.long)), r"\[B, 39\] for the scales"),
-        (lambda m: m.decode_codes(torch.zeros(TOKENS, dtype=torch.long)), r"\[B, 39\] for the scales"),
-        (lambda m: m.decode_codes(torch.full((1, TOKENS), CODES)), r"must lie in \[0, 24\)"),
-        (lambda m: m.decode_codes(torch.full((1, TOKENS), -1)), r"must lie in \[0, 24\)"),
+        (lambda m: m.decode_tokens(torch.zeros(1, TOKENS)), "token ids must be integers"),
+        (lambda m: m.decode_tokens(torch.zeros(1, TOKENS, dtype=torch.bool)), "token ids must be integers"),
+        (lambda m: m.decode_tokens(torch.zeros(1, 25, dtype=torch.long)), r"\[B, 39\] for the scales"),
+        (lambda m: m.decode_tokens(torch.zeros(TOKENS, dtype=torch.long)), r"\[B, 39\] for the scales"),
+        (lambda m: m.decode_tokens(torch.full((1, TOKENS), VOCAB_SIZE)), r"must lie in \[0, 24\)"),
+        (lambda m: m.decode_tokens(torch.full((1, TOKENS), -1)), r"must lie in \[0, 24\)"),
         (lambda m: MultiScaleVQModel(base_channels=8), "norm_groups=32 must divide"),
         (lambda m: MultiScaleVQModel(scales=(2, 1)), "must increase"),
         (lambda m: MultiScaleVQModel(channel_multipliers=()), "at least one level"),
@@ -695,7 +697,7 @@ def test_inputs_that_do_not_fit(call: Callable[[MultiScaleVQModel], object], mes
 def test_inputs_that_are_no_whole_scales(count: int) -> None:
     model, labels = transformer(), torch.tensor([1, 2])
     if count + 1 in SCHEDULE.borders:
-        assert model(labels, torch.zeros(2, count, WIDTH)).shape == (2, count + 1, CODES)
+        assert model(labels, torch.zeros(2, count, WIDTH)).shape == (2, count + 1, VOCAB_SIZE)
         return
     with pytest.raises(InputError, match=f"{count + 1} tokens are no whole scales"):
         model(labels, torch.zeros(2, count, WIDTH))
@@ -756,7 +758,7 @@ def test_published_file_of_another_depth(shared: bool, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds a VAR of depth 2, not 16; choose the file") as caught:
         VARTransformer.from_original(path, depth=16)
     assert "\n" not in str(caught.value)
-    labels, inputs = torch.tensor([1, 2, 3]), tokenizer().quantize.inputs(random_codes())
+    labels, inputs = torch.tensor([1, 2, 3]), tokenizer().quantize.inputs(random_token_ids())
     assert torch.equal(model(labels, inputs), transformer(shared=shared)(labels, inputs))
 
 
@@ -774,17 +776,17 @@ def test_encode_and_decode_agree() -> None:
     assert encoding.indices.shape == (3, TOKENS)
     assert encoding.indices.dtype == torch.int64
     assert encoding.latents.shape == encoding.quantized.shape == (3, WIDTH, 5, 5)
-    assert len(encoding.indices.unique()) > CODES // 3
-    decoded = model.decode_codes(encoding.indices)
+    assert len(encoding.indices.unique()) > VOCAB_SIZE // 3
+    decoded = model.decode_tokens(encoding.indices)
     assert decoded.shape == (3, 3, 10, 10)
     torch.testing.assert_close(decoded, model.decode(encoding.quantized), **EXACT)
-    assert torch.equal(model.decode_codes(encoding.indices.int()), decoded)
+    assert torch.equal(model.decode_tokens(encoding.indices.int()), decoded)
     alone = model.encode(images()[1:2])
     assert torch.equal(alone.indices, encoding.indices[1:2])
 
 
 def test_inputs_do_not_need_the_last_scale() -> None:
-    quantizer, indices = tokenizer().quantize, random_codes()
+    quantizer, indices = tokenizer().quantize, random_token_ids()
     inputs = quantizer.inputs(indices)
     assert inputs.shape == (3, TOKENS - 1, WIDTH)
     assert torch.equal(quantizer.inputs(indices[:, : SCHEDULE.borders[-2]]), inputs)
@@ -797,7 +799,7 @@ def test_saved_tokenizer(tmp_path: Path) -> None:
     assert again.schedule == model.schedule
     assert again.quantize.table == model.quantize.table
     assert torch.equal(again.encode(images()).indices, model.encode(images()).indices)
-    assert torch.equal(again.decode_codes(random_codes()), model.decode_codes(random_codes()))
+    assert torch.equal(again.decode_tokens(random_token_ids()), model.decode_tokens(random_token_ids()))
 
 
 @pytest.mark.parametrize(("kind", "shared"), VARIANTS)
@@ -807,43 +809,45 @@ def test_saved_transformer(kind: str, shared: bool, tmp_path: Path) -> None:
     again = VARTransformer.from_pretrained(tmp_path)
     assert again.schedule == model.schedule
     vectors, mask = condition(kind)
-    inputs = tokenizer().quantize.inputs(random_codes())
+    inputs = tokenizer().quantize.inputs(random_token_ids())
     assert torch.equal(again(vectors, inputs, mask), model(vectors, inputs, mask))
     assert torch.equal(Run(again, (vectors, mask)).tokens, Run(model, (vectors, mask)).tokens)
 
 
 def test_encode_under_autocast() -> None:
-    """Convolutions run in bfloat16, the residual quantisation does not: the codes stay consistent."""
+    """Convolutions run in bfloat16, the residual quantisation does not: the tokens stay consistent."""
     model = tokenizer()
     exact = model.encode(images())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         encoding = model.encode(images())
         inputs = model.quantize.inputs(encoding.indices)
-        image = model.decode_codes(encoding.indices)
+        image = model.decode_tokens(encoding.indices)
     assert encoding.latents.dtype == torch.bfloat16
     assert encoding.quantized.dtype == inputs.dtype == torch.float32
     difference = (encoding.latents.float() - exact.latents).abs().mean()
     assert difference < 0.05 * exact.latents.abs().mean()
     assert torch.equal(inputs, model.quantize.inputs(encoding.indices))
     torch.testing.assert_close(encoding.quantized, model.quantize.feature_maps(encoding.indices)[-1], **EXACT)
-    wanted = model.decode_codes(encoding.indices)
+    wanted = model.decode_tokens(encoding.indices)
     assert (image.float() - wanted).abs().mean() < 0.05 * wanted.abs().mean()
 
 
 def test_half_precision_tokenizer() -> None:
     """float16 weights have 11 bits; the feature map is still summed in float32."""
     model, half = tokenizer(), new_tokenizer().to(torch.float16)
-    wanted, image = model.decode_codes(random_codes()), half.decode_codes(random_codes())
+    wanted, image = model.decode_tokens(random_token_ids()), half.decode_tokens(random_token_ids())
     assert image.dtype == torch.float16
     assert (image.float() - wanted).abs().max() < 0.01 * wanted.abs().max()
-    maps = half.quantize.feature_maps(random_codes())[-1]
+    maps = half.quantize.feature_maps(random_token_ids())[-1]
     assert maps.dtype == torch.float32
-    torch.testing.assert_close(maps, model.quantize.feature_maps(random_codes())[-1], atol=0.01, rtol=0.01)
+    torch.testing.assert_close(
+        maps, model.quantize.feature_maps(random_token_ids())[-1], atol=0.01, rtol=0.01
+    )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)], ids=str)
 def test_half_precision_transformer(dtype: torch.dtype, bound: float) -> None:
-    """A whole network in half precision decodes; its distributions are close where it reads the same codes."""
+    """A whole network in half precision decodes; its distributions are close where it reads the same tokens."""
     exact, network = Run(transformer(), condition("class"), guidance=1.0), new_transformer().to(dtype)
     session = ScaleSession(
         network,

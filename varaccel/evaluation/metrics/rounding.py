@@ -1,7 +1,7 @@
 """How often rounding alone changes an image when it is drawn in another batch.
 
 Every image has its own random numbers, so it does not depend on its batch but for one thing: matrix products of
-other shapes add up in another order. Where two token ids are nearly as likely as the drawn number says, the last digit
+other shapes add up in another order. Where two tokens are nearly as likely as the drawn number says, the last digit
 decides, and all tokens after it may differ.
 """
 

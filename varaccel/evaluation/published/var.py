@@ -1,8 +1,8 @@
 """The published VAR loop, rewritten without any of this library's optimisations: what its engine is compared with.
 
 Per scale it works out every modulation from the condition, grows keys and values by concatenation, keeps those of
-the last scale, runs the output layer over both halves of a guided call, and sorts all token ids for top-p. The weights
-are those of a `VARTransformer`.
+the last scale, runs the output layer over both halves of a guided call, and sorts the whole vocabulary for top-p. The
+weights are those of a `VARTransformer`.
 """
 
 from __future__ import annotations

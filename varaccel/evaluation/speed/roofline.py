@@ -50,7 +50,7 @@ class Floor:
 
     It is max(weight_bytes / bandwidth, operations / rate). It leaves out
     - keys and values, activations, logits and embeddings: everything that is moved and is no weight of a product;
-    - arithmetic other than matrix products, convolutions and attention, so norms, softmax over token ids and draws;
+    - arithmetic other than matrix products, convolutions and attention, so norms, softmax and draws;
     - launches of kernels, Python, and whatever keeps a device from reading and calculating at the same time;
     - the text encoder and the image tokenizer's decoder, which run in other phases.
 

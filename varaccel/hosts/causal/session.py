@@ -26,7 +26,7 @@ class DraftInputs:
     """Tokens to be read although not all of them are decided.
 
     Attributes:
-        tokens: [B, F] codes.
+        tokens: [B, F] token ids.
         positions: [B, F] the position that each stands for, -1 for padding.
         draft_slots: [B, F] scratch slot of a guess, -1 for a decided token, which is read in its own slot.
         visible: [B, F, scratch] bool, the guesses that each entry sees.

@@ -25,9 +25,9 @@ class FeatureMap:
     Args:
         quantizer: of the image tokenizer.
         batch: number of images.
-        smooth: noise for softened code vectors: a mean of all codes under a perturbed distribution instead of
+        smooth: noise for softened code vectors: a mean of all code vectors under a perturbed distribution instead of
             the code that was drawn (VAR's "more smooth" sampling, for looks, not for figures); None for the
-            codes themselves.
+            drawn ones themselves.
 
     Attributes:
         value: [B, D, n, n] float32, the sum so far; replaced, never changed in place.

@@ -26,16 +26,16 @@ class PublishedDraws:
     generator: torch.Generator
 
     def sample(self, distribution: Categorical, positions: Tensor) -> Tensor:
-        """Codes [B, P]; the stream advances by B * P * V numbers, whatever the filters, also if greedy."""
-        batch, count, codes = distribution.logits.shape
-        noise = self._exponential(batch * count, codes).view(batch, count, codes)
+        """Token ids [B, P]; the stream advances by B * P * V numbers, whatever the filters, also if greedy."""
+        batch, count, vocab_size = distribution.logits.shape
+        noise = self._exponential(batch * count, vocab_size).view(batch, count, vocab_size)
         return (
             distribution.logits.argmax(-1) if distribution.greedy else (distribution.probs / noise).argmax(-1)
         )
 
-    def gumbel(self, codes: int) -> PublishedNoise:
+    def gumbel(self, vocab_size: int) -> PublishedNoise:
         """Gumbel noise from the same stream, for smooth sampling."""
-        return PublishedNoise(self, codes)
+        return PublishedNoise(self, vocab_size)
 
     def _exponential(self, *shape: int) -> Tensor:
         device = self.generator.device
@@ -47,8 +47,8 @@ class PublishedNoise:
     """Gumbel noise in the order in which it is asked for."""
 
     draws: PublishedDraws
-    codes: int
+    vocab_size: int
 
     def at(self, positions: Tensor) -> Tensor:
         """Noise [B, P, V] for positions [B, P]."""
-        return self.draws._exponential(*positions.shape, self.codes).log_().neg_()
+        return self.draws._exponential(*positions.shape, self.vocab_size).log_().neg_()

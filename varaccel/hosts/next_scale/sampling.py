@@ -93,11 +93,11 @@ class ScaleSampling:
         if not isinstance(self.top_p, (int, float)) or not 0 <= self.top_p <= 1:
             raise InputError(f"top_p must be in [0, 1], got {self.top_p!r}.")
 
-    def check(self, schedule: ScaleSchedule, codes: int) -> None:
-        """Refuse settings that do not fit a model of that schedule and that many codes.
+    def check(self, schedule: ScaleSchedule, vocab_size: int) -> None:
+        """Refuse settings that do not fit a model of that schedule and vocabulary.
 
         Raises:
-            InputError: a list of another length than there are scales, or top_k above the number of codes.
+            InputError: a list of another length than there are scales, or top_k above the size of the vocabulary.
         """
         for name in ("temperature", "top_k"):
             value = getattr(self, name)
@@ -106,8 +106,10 @@ class ScaleSampling:
                     f"{name} has {len(value)} entries but the model has {len(schedule)} scales; give one number "
                     "or one per scale."
                 )
-        if max(_values(self.top_k)) > codes:
-            raise InputError(f"top_k={max(_values(self.top_k))} is more than the model's {codes} codes.")
+        if max(_values(self.top_k)) > vocab_size:
+            raise InputError(
+                f"top_k={max(_values(self.top_k))} is more than the model's {vocab_size} tokens."
+            )
 
     def keep(self, logits: Tensor, scale: int) -> Tensor:
         """Logits [..., V] of a scale with -inf at dropped tokens, not yet divided by the temperature."""

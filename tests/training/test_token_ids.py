@@ -1,4 +1,4 @@
-"""Encoding an image cache to codes: contents, resume, and the guard against mixing tokenizers."""
+"""Encoding an image cache as token ids: contents, resume, and the guard against mixing tokenizers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from varaccel.errors import CheckpointError, InputError
 from varaccel.scenes.cache import CachedScenes, write_cache
 from varaccel.tokenizers.vq import VQModel
-from varaccel.training import codes as codes_module
-from varaccel.training.codes import (
-    codes_path,
+from varaccel.training import token_ids as token_ids_module
+from varaccel.training.images import to_images
+from varaccel.training.shards import fingerprint
+from varaccel.training.token_ids import (
     encode_cache,
     encode_pixels,
-    fingerprint,
     main,
     precision_agreement,
-    read_codes,
+    read_token_ids,
+    token_ids_path,
 )
-from varaccel.training.vq import to_images
 
 
 def tiny(seed: int = 0) -> VQModel:
@@ -48,18 +48,18 @@ def encode(vq: VQModel, scenes: Path, out: Path, precision: str = "float32") -> 
     encode_cache(vq, scenes, out, precision=precision, batch_size=3, progress=False)
 
 
-def test_codes_are_those_of_the_images(scenes: Path, tmp_path: Path) -> None:
+def test_token_ids_are_those_of_the_images(scenes: Path, tmp_path: Path) -> None:
     vq = tiny()
     encode(vq, scenes, tmp_path)
-    codes, made_by = read_codes(tmp_path)
+    token_ids, made_by = read_token_ids(tmp_path)
     assert made_by == fingerprint(vq)
-    assert codes.shape == (10, 64)
-    assert [len(np.load(codes_path(tmp_path, i))) for i in range(3)] == [4, 4, 2]
-    assert np.load(codes_path(tmp_path, 0)).dtype == np.uint16
+    assert token_ids.shape == (10, 64)
+    assert [len(np.load(token_ids_path(tmp_path, i))) for i in range(3)] == [4, 4, 2]
+    assert np.load(token_ids_path(tmp_path, 0)).dtype == np.uint16
     pixels = CachedScenes(scenes).batch_pixels(range(10))
     with torch.no_grad():
         expected = vq.encode(to_images(pixels)).indices.flatten(1)
-    assert torch.equal(codes.long(), expected)
+    assert torch.equal(token_ids.long(), expected)
 
 
 def test_only_missing_shards_are_encoded(
@@ -67,9 +67,9 @@ def test_only_missing_shards_are_encoded(
 ) -> None:
     vq = tiny()
     encode(vq, scenes, tmp_path)
-    codes, _ = read_codes(tmp_path)
-    codes_path(tmp_path, 1).unlink()
-    assert len(read_codes(tmp_path)[0]) == 4
+    token_ids, _ = read_token_ids(tmp_path)
+    token_ids_path(tmp_path, 1).unlink()
+    assert len(read_token_ids(tmp_path)[0]) == 4
     counts: list[int] = []
 
     def counting(*arguments: object) -> object:
@@ -77,13 +77,13 @@ def test_only_missing_shards_are_encoded(
         counts.append(len(result))
         return result
 
-    monkeypatch.setattr(codes_module, "encode_pixels", counting)
+    monkeypatch.setattr(token_ids_module, "encode_pixels", counting)
     encode(vq, scenes, tmp_path)
     assert sum(counts) == 4
-    assert torch.equal(read_codes(tmp_path)[0], codes)
+    assert torch.equal(read_token_ids(tmp_path)[0], token_ids)
 
 
-def test_codes_of_other_tokenizers_do_not_mix(scenes: Path, tmp_path: Path) -> None:
+def test_token_ids_of_other_tokenizers_do_not_mix(scenes: Path, tmp_path: Path) -> None:
     encode(tiny(), scenes, tmp_path)
     with pytest.raises(CheckpointError, match="another tokenizer"):
         encode(tiny(seed=1), scenes, tmp_path)
@@ -95,13 +95,13 @@ def test_automatic_precision_is_kept_on_resume(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vq = tiny()
-    monkeypatch.setattr(codes_module, "MIN_AGREEMENT", 1.01)
+    monkeypatch.setattr(token_ids_module, "MIN_AGREEMENT", 1.01)
     encode(vq, scenes, tmp_path / "a", precision="auto")
-    assert codes_module.read_manifest(tmp_path / "a").precision == "float32"
-    monkeypatch.setattr(codes_module, "MIN_AGREEMENT", 0.0)
+    assert token_ids_module.read_manifest(tmp_path / "a").precision == "float32"
+    monkeypatch.setattr(token_ids_module, "MIN_AGREEMENT", 0.0)
     encode(vq, scenes, tmp_path / "a", precision="auto")
     encode(vq, scenes, tmp_path / "b", precision="auto")
-    assert codes_module.read_manifest(tmp_path / "b").precision == "bfloat16"
+    assert token_ids_module.read_manifest(tmp_path / "b").precision == "bfloat16"
 
 
 def test_agreement_is_a_share(scenes: Path) -> None:
@@ -112,7 +112,7 @@ def test_agreement_is_a_share(scenes: Path) -> None:
     assert agreement > 0.8
 
 
-def test_fingerprint_sees_what_decides_the_codes() -> None:
+def test_fingerprint_sees_what_decides_the_token_ids() -> None:
     vq = tiny()
     expected = fingerprint(tiny())
     assert len(expected) == 16
@@ -133,21 +133,21 @@ def test_bad_input(scenes: Path, tmp_path: Path) -> None:
         encode(tiny(), scenes, tmp_path, precision="float8")
     with pytest.raises(InputError, match="not a cache"):
         encode(tiny(), tmp_path / "nothing", tmp_path)
-    with pytest.raises(InputError, match="no codes"):
-        read_codes(tmp_path)
+    with pytest.raises(InputError, match="no token ids"):
+        read_token_ids(tmp_path)
     encode(tiny(), scenes, tmp_path)
-    codes_path(tmp_path, 0).write_bytes(b"not an array")
+    token_ids_path(tmp_path, 0).write_bytes(b"not an array")
     with pytest.raises(CheckpointError, match="damaged"):
-        read_codes(tmp_path)
-    np.save(codes_path(tmp_path, 0), np.full((4, 64), 32, dtype=np.uint16))
+        read_token_ids(tmp_path)
+    np.save(token_ids_path(tmp_path, 0), np.full((4, 64), 32, dtype=np.uint16))
     with pytest.raises(CheckpointError, match="does not match"):
-        read_codes(tmp_path)
+        read_token_ids(tmp_path)
 
 
 def test_command_line(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny().save_pretrained(tmp_path / "vq")
-    arguments = ["--scenes", str(scenes), "--out", str(tmp_path / "codes")]
+    arguments = ["--scenes", str(scenes), "--out", str(tmp_path / "token-ids")]
     assert main(["--tokenizer", str(tmp_path / "vq"), *arguments]) == 0
-    assert read_codes(tmp_path / "codes")[1] == fingerprint(tiny())
+    assert read_token_ids(tmp_path / "token-ids")[1] == fingerprint(tiny())
     assert main(["--tokenizer", str(tmp_path / "missing"), *arguments]) == 2
     assert "no tokenizer" in capsys.readouterr().err
