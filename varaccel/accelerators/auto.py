@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+from torch import nn
+
 from varaccel.accelerators.fewer_steps import FewerSteps
 from varaccel.accelerators.jacobi import Jacobi
 from varaccel.accelerators.plain import Plain
@@ -28,7 +30,7 @@ DRAFTER_SHARE = 0.1
 """The largest drafter that is chosen, as a share of the model's weights."""
 
 
-def _weights(network: Network) -> int:
+def _weights(network: Network | nn.Module) -> int:
     return sum(p.numel() for p in network.parameters() if p.dim() > 1 and p.requires_grad)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import OnStep
@@ -35,7 +36,7 @@ class Job(ABC):
     canvas: Canvas
     rows: int
     on_step: OnStep | None = None
-    drafters: Mapping[str, Network] = field(default_factory=dict)
+    drafters: Mapping[str, nn.Module] = field(default_factory=dict)
     load_network: LoadNetwork | None = None
     sessions: list[SessionCost] = field(default_factory=list)
 

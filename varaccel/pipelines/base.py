@@ -7,10 +7,10 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varaccel.accelerators import AnyAccelerator, resolve_accelerator
 from varaccel.engine.accelerator import plan_call
@@ -67,8 +67,12 @@ class Call:
         return len(self.generators)
 
 
+SettingsT = TypeVar("SettingsT")
+JobT = TypeVar("JobT", bound=Job)
+
+
 @dataclass
-class Run:
+class Run(Generic[SettingsT, JobT]):
     """A call under way.
 
     Attributes:
@@ -81,14 +85,14 @@ class Run:
     """
 
     call: Call
-    settings: Any
+    settings: SettingsT
     condition: Condition | None
     device: torch.device
     canvas: Canvas = field(init=False)
-    job: Job = field(init=False)
+    job: JobT = field(init=False)
 
 
-class TokenPipeline(LoadablePipeline):
+class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT]):
     """Base of all pipelines whose images are tokens on a canvas.
 
     A subclass registers its components, checks the arguments of its own in `__call__` and implements `_job`,
@@ -116,22 +120,22 @@ class TokenPipeline(LoadablePipeline):
         return self._interrupt
 
     @property
-    def drafters(self) -> dict[str, Any]:
+    def drafters(self) -> dict[str, nn.Module]:
         """The further networks that came with the model, by the names that accelerators know them by."""
         return {}
 
     # -- what a family brings --------------------------------------------------------------------------
 
     @abstractmethod
-    def _job(self, run: Run, on_step: OnStep) -> Job:
+    def _job(self, run: Run[SettingsT, JobT], on_step: OnStep) -> JobT:
         """The call as accelerators see it."""
 
     @abstractmethod
-    def _latents(self, run: Run) -> Any:
+    def _latents(self, run: Run[SettingsT, JobT]) -> Any:
         """The canvas for `output_type="latent"`; empty places of a stopped call hold token 0."""
 
     @abstractmethod
-    def _pixels(self, run: Run) -> Tensor:
+    def _pixels(self, run: Run[SettingsT, JobT]) -> Tensor:
         """What the canvas shows so far, decoded: [B, 3, H, W] in about [-1, 1]."""
 
     def _condition(self, prompts: list[str | int]) -> Condition | None:
@@ -145,11 +149,11 @@ class TokenPipeline(LoadablePipeline):
         """Caption positions T."""
         return int(self.text_encoder.config.max_length)
 
-    def _new_canvas(self, run: Run) -> Canvas:
+    def _new_canvas(self, run: Run[SettingsT, JobT]) -> Canvas:
         """Where the call starts: an empty canvas, or one with given tokens."""
         return Canvas.empty(run.call.images, self.transformer.num_tokens, device=run.device)
 
-    def _written(self, run: Run) -> Tensor:
+    def _written(self, run: Run[SettingsT, JobT]) -> Tensor:
         """The pass that decided each token, [B, h, w], or [B, N] if the tokens are not one grid."""
         return run.canvas.written
 
@@ -189,7 +193,7 @@ class TokenPipeline(LoadablePipeline):
             callback,
         )
 
-    def _generate(self, call: Call, settings: Any) -> ImageOutput | tuple[Any, Statistics]:
+    def _generate(self, call: Call, settings: SettingsT) -> ImageOutput | tuple[Any, Statistics]:
         """Make the images of a call.
 
         Args:
@@ -202,7 +206,7 @@ class TokenPipeline(LoadablePipeline):
         with memory_errors(call.images):
             return self._run(call, settings)
 
-    def _run(self, call: Call, settings: Any) -> ImageOutput | tuple[Any, Statistics]:
+    def _run(self, call: Call, settings: SettingsT) -> ImageOutput | tuple[Any, Statistics]:
         device = self._execution_device
         clock = Stopwatch(device)
         condition = self._condition(call.prompts)
@@ -210,7 +214,7 @@ class TokenPipeline(LoadablePipeline):
             condition = condition.repeat_interleave(call.num_images_per_prompt)
         clock.lap("text")
 
-        run = Run(call, settings, condition, device)
+        run: Run[SettingsT, JobT] = Run(call, settings, condition, device)
         first = Stopwatch(device)
         run.canvas = self._new_canvas(run)
         accelerator, passes, counts = self._decode(run, first)
@@ -239,7 +243,9 @@ class TokenPipeline(LoadablePipeline):
             return images, stats
         return ImageOutput(images=images, stats=stats, written=self._written(run))
 
-    def _decode(self, run: Run, first: Stopwatch) -> tuple[AnyAccelerator, int, Counts | None]:
+    def _decode(
+        self, run: Run[SettingsT, JobT], first: Stopwatch
+    ) -> tuple[AnyAccelerator, int, Counts | None]:
         """Fill `run.canvas`; what did it, in how many passes, and what it tells, None if it was stopped.
 
         `first` gets a lap called "pass" after the first one.
@@ -272,7 +278,7 @@ class TokenPipeline(LoadablePipeline):
                 counts = plan.run()
         return plan.accelerator, counts.passes if isinstance(counts, StageStats) else passes, counts
 
-    def _shown(self, run: Run) -> Any:
+    def _shown(self, run: Run[SettingsT, JobT]) -> Any:
         """What there is as images of the call's output type; arrays if that is "latent"."""
         return to_output(self._pixels(run), run.call.output_type)
 

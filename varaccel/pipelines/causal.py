@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varaccel.accelerators import AnyAccelerator
 from varaccel.engine.canvas import Canvas
@@ -35,7 +35,7 @@ class CausalSettings:
     sampling: Sampling
 
 
-class CausalPipeline(TokenPipeline):
+class CausalPipeline(TokenPipeline[CausalSettings, CausalJob]):
     """Text- or class-conditional generation with a causal network and any accelerator for it.
 
     A family of its own is a subclass with a `family` and, where they differ, `_condition` and `_grids`.
@@ -110,7 +110,7 @@ class CausalPipeline(TokenPipeline):
         return int(self.transformer.signature().layout[0] * self.vq_model.downsample_factor)
 
     @property
-    def drafters(self) -> dict[str, Any]:
+    def drafters(self) -> dict[str, nn.Module]:
         found = {"eagle": self.eagle_head, "small": self.draft_transformer}
         return {name: drafter for name, drafter in found.items() if drafter is not None}
 
@@ -204,16 +204,16 @@ class CausalPipeline(TokenPipeline):
         slots = self.transformer.signature().condition_slots
         return super()._caption_length() if slots is None else int(slots)
 
-    def _grids(self, run: Run) -> tuple[Grid, ...]:
+    def _grids(self, run: Run[CausalSettings, CausalJob]) -> tuple[Grid, ...]:
         """The grids of an image, one after the other."""
         side = self.transformer.signature().layout[0]
         return (Grid(side, side),)
 
-    def _new_canvas(self, run: Run) -> Canvas:
+    def _new_canvas(self, run: Run[CausalSettings, CausalJob]) -> Canvas:
         positions = sum(grid.num_positions for grid in self._grids(run))
         return Canvas.empty(run.call.images, positions, device=run.device)
 
-    def _job(self, run: Run, on_step: OnStep) -> CausalJob:
+    def _job(self, run: Run[CausalSettings, CausalJob], on_step: OnStep) -> CausalJob:
         assert run.condition is not None
         guidance = run.settings.guidance
         return CausalJob(
@@ -233,16 +233,16 @@ class CausalPipeline(TokenPipeline):
             transform=self._compiled,
         )
 
-    def _latents(self, run: Run) -> Tensor:
+    def _latents(self, run: Run[CausalSettings, CausalJob]) -> Tensor:
         return self._as_grid(run, run.canvas.tokens)
 
-    def _pixels(self, run: Run) -> Tensor:
+    def _pixels(self, run: Run[CausalSettings, CausalJob]) -> Tensor:
         return self.vq_model.decode_tokens(self._as_grid(run, run.canvas.tokens))
 
-    def _written(self, run: Run) -> Tensor:
+    def _written(self, run: Run[CausalSettings, CausalJob]) -> Tensor:
         return self._as_grid(run, run.canvas.written)
 
-    def _as_grid(self, run: Run, values: Tensor) -> Tensor:
+    def _as_grid(self, run: Run[CausalSettings, CausalJob], values: Tensor) -> Tensor:
         """The last grid of the image without ends of line, [B, N] -> [B, h, w]."""
         grid = self._grids(run)[-1]
         return values[:, -grid.num_positions :].unflatten(1, (grid.height, grid.pitch))[..., : grid.width]

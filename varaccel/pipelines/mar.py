@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from varaccel.accelerators import AnyAccelerator
 from varaccel.engine.canvas import Canvas
@@ -45,7 +45,7 @@ class MARSettings:
     iterations: int
 
 
-class MARPipeline(TokenPipeline):
+class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
     """Class- or text-conditional generation with a MAR transformer and any accelerator for it.
 
     Args:
@@ -116,7 +116,7 @@ class MARPipeline(TokenPipeline):
         return self.transformer.config.grid_size * patch_size(self.transformer, self.vae) * 2 ** (levels - 1)
 
     @property
-    def drafters(self) -> dict[str, Any]:
+    def drafters(self) -> dict[str, nn.Module]:
         return {} if self.draft_transformer is None else {"draft": self.draft_transformer}
 
     @classmethod
@@ -255,11 +255,11 @@ class MARPipeline(TokenPipeline):
     def _caption_length(self) -> int:
         return int(self.transformer.buffer)
 
-    def _new_canvas(self, run: Run) -> Canvas:
+    def _new_canvas(self, run: Run[MARSettings, MaskedJob]) -> Canvas:
         network = self.transformer
         return Canvas.empty(run.call.images, network.num_tokens, channels=network.channels, device=run.device)
 
-    def _job(self, run: Run, on_step: OnStep) -> MaskedJob:
+    def _job(self, run: Run[MARSettings, MaskedJob], on_step: OnStep) -> MaskedJob:
         assert run.condition is not None
         network, settings = self.transformer, run.settings
         noise = TokenNoise.draw(run.call.generators, network.num_tokens, network.channels, run.device)
@@ -280,15 +280,15 @@ class MARPipeline(TokenPipeline):
             transforms=self._transforms,
         )
 
-    def _latents(self, run: Run) -> Tensor:
+    def _latents(self, run: Run[MARSettings, MaskedJob]) -> Tensor:
         patch = patch_size(self.transformer, self.vae)
         return unpatchify(run.canvas.tokens, patch, self.transformer.config.grid_size * patch)
 
-    def _pixels(self, run: Run) -> Tensor:
+    def _pixels(self, run: Run[MARSettings, MaskedJob]) -> Tensor:
         latents = self._latents(run).to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents).sample
 
-    def _written(self, run: Run) -> Tensor:
+    def _written(self, run: Run[MARSettings, MaskedJob]) -> Tensor:
         side = self.transformer.config.grid_size
         return run.canvas.written.unflatten(1, (side, side))
 

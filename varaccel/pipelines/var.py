@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varaccel.accelerators import AnyAccelerator
 from varaccel.engine.canvas import Canvas
@@ -55,7 +55,7 @@ class VARSettings:
     source: tuple[Tensor, Tensor] | None = None
 
 
-class VARPipeline(TokenPipeline):
+class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
     """Class- or text-conditional generation with a VAR transformer and any accelerator for it.
 
     Args:
@@ -118,7 +118,7 @@ class VARPipeline(TokenPipeline):
         return self.vq_model.image_size
 
     @property
-    def drafters(self) -> dict[str, Any]:
+    def drafters(self) -> dict[str, nn.Module]:
         return {} if self.refiner is None else {"refiner": self.refiner}
 
     @classmethod
@@ -337,21 +337,21 @@ class VARPipeline(TokenPipeline):
     def _condition(self, prompts: list[str | int]) -> Condition | None:
         return None if prompts[0] is NO_CONDITION else super()._condition(prompts)
 
-    def _new_canvas(self, run: Run) -> Canvas:
+    def _new_canvas(self, run: Run[VARSettings, ScaleJob]) -> Canvas:
         source = run.settings.source
         if source is None:
             return super()._new_canvas(run)
         token_ids, kept = source
         return Canvas.given(token_ids.expand(run.call.images, -1), kept.expand(run.call.images, -1))
 
-    def _randomness(self, run: Run) -> Randomness | PublishedDraws:
+    def _randomness(self, run: Run[VARSettings, ScaleJob]) -> Randomness | PublishedDraws:
         """The source of draws for the canvas."""
         seed = run.settings.published_seed
         if seed is None:
             return Randomness.draw(run.call.generators, run.canvas.num_positions, run.device)
         return PublishedDraws(torch.Generator(run.device).manual_seed(seed))
 
-    def _job(self, run: Run, on_step: OnStep) -> ScaleJob:
+    def _job(self, run: Run[VARSettings, ScaleJob], on_step: OnStep) -> ScaleJob:
         randomness, settings = self._randomness(run), run.settings
         noise = randomness.gumbel(self.vq_model.codebook_size) if settings.smooth else None
         return ScaleJob(
@@ -371,11 +371,10 @@ class VARPipeline(TokenPipeline):
             transform=self._compiled,
         )
 
-    def _latents(self, run: Run) -> Tensor:
+    def _latents(self, run: Run[VARSettings, ScaleJob]) -> Tensor:
         return run.canvas.tokens
 
-    def _pixels(self, run: Run) -> Tensor:
-        assert isinstance(run.job, ScaleJob)
+    def _pixels(self, run: Run[VARSettings, ScaleJob]) -> Tensor:
         features = run.job.features
         features.follow(run.canvas, self._finished_scales(run.canvas))
         return self.vq_model.decode(features.value)
