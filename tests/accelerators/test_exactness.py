@@ -27,12 +27,14 @@ from tests.enumeration import (
 )
 from tests.tiny import drafting_pipeline
 from varaccel.accelerators import Accelerator, jacobi, speculative
-from varaccel.accelerators.jacobi import Jacobi, JacobiProposer
+from varaccel.accelerators.jacobi import Jacobi
 from varaccel.accelerators.lantern import Lantern
 from varaccel.accelerators.plain import Plain
-from varaccel.accelerators.speculative import LayerSkip, Speculative
+from varaccel.accelerators.speculative import Speculative
 from varaccel.engine.distribution import Categorical
 from varaccel.hosts.causal.sampling import Sampling
+from varaccel.speculation.drafters import LayerSkip
+from varaccel.speculation.jacobi_proposer import JacobiProposer
 from varaccel.speculation.loop import Draws, StepResult
 from varaccel.speculation.rejection import Exact, VerificationResult
 from varaccel.speculation.tree import DraftTree, DynamicTree

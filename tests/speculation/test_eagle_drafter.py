@@ -173,14 +173,14 @@ def test_static_drafting(index: int, run: int, monkeypatch: pytest.MonkeyPatch) 
         assert tree.tokens[0, node] == recorded_draws[row, topology.ranks[node]]
     torch.testing.assert_close(torch.cat(target.raw, dim=1), data[f"{name}.head_logits"], atol=1e-4, rtol=0)
     if options["greedy"]:
-        assert tree.draft is None
+        assert tree.draft_probs is None
         # conditional "probabilities" of greedy runs are guided logits
         guided = torch.cat(target.distributions, dim=1)[0].gather(-1, recorded_draws)
         steps = data[f"{name}.cond_probs"].diff(dim=-1)
         torch.testing.assert_close(guided.diff(dim=-1), steps, atol=1e-4, rtol=0)
         return
-    assert tree.draft is not None
-    draft = tree.draft[0]
+    assert tree.draft_probs is not None
+    draft = tree.draft_probs[0]
     torch.testing.assert_close(draft[internal], data[f"{name}.draft_probs"], atol=1e-5, rtol=0)
     assert not draft[[n for n in range(topology.num_nodes) if n not in internal]].any()
     # the distribution of a child given its elder siblings

@@ -26,7 +26,7 @@ from varaccel import LlamaGenPipeline, Plain, ZipAR
 from varaccel.accelerators import Accelerator, make_accelerator
 from varaccel.accelerators.jacobi import Jacobi
 from varaccel.accelerators.lantern import Lantern
-from varaccel.accelerators.speculative import LayerSkip, Speculative
+from varaccel.accelerators.speculative import Speculative
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.counts import SpeculationStats
 from varaccel.engine.distribution import Categorical
@@ -44,6 +44,7 @@ from varaccel.nn.grid import Grid
 from varaccel.pipelines.acceptance_map import pass_colors
 from varaccel.speculation import loop as speculation
 from varaccel.speculation import proposers as drafting
+from varaccel.speculation.drafters import LayerSkip
 from varaccel.speculation.loop import StepResult
 from varaccel.speculation.proposers import StaticProposer, draw_children
 from varaccel.speculation.tree import DynamicTree, Topology

@@ -138,8 +138,11 @@ def test_bad_shapes_are_explained(build: Callable[[], Any], message: str) -> Non
     [
         ({"draw_mode": "sampled"}, "unknown draw_mode 'sampled'"),
         ({"draw_mode": "independent"}, "needs the draft distributions"),
-        ({"draft": torch.zeros(2, 3, 4)}, "takes no draft distributions"),
-        ({"draw_mode": "independent", "draft": torch.zeros(2, 4, 4)}, "draft must be [M, T, V] = [2, 3, V]"),
+        ({"draft_probs": torch.zeros(2, 3, 4)}, "takes no draft distributions"),
+        (
+            {"draw_mode": "independent", "draft_probs": torch.zeros(2, 4, 4)},
+            "draft_probs must be [M, T, V] = [2, 3, V]",
+        ),
         ({"tokens": torch.zeros(2, 4, dtype=torch.int64)}, "tokens must be [M, 3], one per node"),
         (
             {"topology": Topology.from_paths([[0], [2]]), "draw_mode": "without_replacement"},

@@ -720,7 +720,13 @@ def test_bad_inputs_are_explained() -> None:
     for rule, drafts, distribution, numbers, message in (
         (Exact(), tree, target[:, 1:], uniforms, "target must be [M, T, V] = [2, 4, V], got [2, 3, 8]."),
         (Exact(), tree, target, uniforms[:1], "uniforms must be [M, T] = [2, 4], one per node, got [1, 4]."),
-        (Exact(), tree, target[..., :5], uniforms, "draft [2, 4, 8] and target [2, 4, 5] differ in shape."),
+        (
+            Exact(),
+            tree,
+            target[..., :5],
+            uniforms,
+            "draft_probs [2, 4, 8] and target [2, 4, 5] differ in shape.",
+        ),
         (Greedy(), tree, target[:1], uniforms, "target must be [M, T, V]"),
         (KSequential(), sure, target, uniforms, "k-sequential selection needs draft tokens"),
         (Relaxed(line_table(9), 2, delta=0.1), tree, target, uniforms, "the neighbour table is for 9 tokens"),
