@@ -78,6 +78,7 @@ def test_each_kind_of_litter_goes(text: str, cleaned: str) -> None:
     assert clean_caption(text) == cleaned
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=10), st.sampled_from(["", " "]))
 def test_agrees_with_the_published_cleaner(fragments: list[str], glue: str) -> None:

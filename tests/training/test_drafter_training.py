@@ -298,6 +298,7 @@ def test_command_has_the_defaults_of_the_recipe() -> None:
     assert len(shared) == 7
 
 
+@pytest.mark.slow
 def test_command_trains_and_installs(
     command: Callable[..., tuple[str, BaseException | None]], workshop: Path, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 # -- training ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_improves_and_exports_the_average(scenes: Path, tmp_path: Path) -> None:
     pixels = CachedScenes(scenes).batch_pixels(range(10))
     before = evaluate(tiny(), pixels)

@@ -243,6 +243,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TextReader]
     return folder, train_text_encoder(folder, Budget(steps=120), TINY, log_every=10)
 
 
+@pytest.mark.slow
 def test_training_learns_to_read(trained: tuple[Path, TextReader]) -> None:
     folder, reader = trained
     tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")

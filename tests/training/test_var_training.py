@@ -96,6 +96,7 @@ def refiner(student: VARTransformer, teacher: VARTransformer, draft_scales: int 
     return RefinerObjective(student, teacher, quantizer(), *data(), draft_scales=draft_scales)
 
 
+@pytest.mark.slow
 def test_memorises_what_belongs_to_a_condition(tmp_path: Path) -> None:
     trained, run = train(tmp_path, 200)
     last = run.history()[-1]

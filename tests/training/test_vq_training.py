@@ -112,6 +112,7 @@ def test_resumed_run_ends_in_the_same_state(tmp_path: Path) -> None:
     assert torch.equal(whole.revival.counts, rest.revival.counts)
 
 
+@pytest.mark.slow
 def test_training_improves_reconstruction_and_exports_the_average(tmp_path: Path) -> None:
     held_out = discs(8, seed=2)
     before = evaluate(tiny().eval(), held_out)

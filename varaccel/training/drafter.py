@@ -31,6 +31,9 @@ from varaccel.training.tokens import Condition, CourseRecipe, Scheduled, frozen,
 MEASURED_DEPTH = 3
 """How many draft tokens in a row validation looks at."""
 
+VALIDATE_EVERY = 250
+"""Steps between measurements on held-out images: runs are short."""
+
 _DISTRIBUTION_ENTRIES = 1 << 24  # probabilities held at a time; 64 MB in float32
 
 
@@ -440,6 +443,7 @@ def train_drafter(
             settings={**facts, **(settings or {})},
             validation=validation,
             title="training a drafter",
+            validate_every=VALIDATE_EVERY,
         )
 
 

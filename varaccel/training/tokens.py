@@ -22,8 +22,6 @@ from tqdm import tqdm
 from varaccel.errors import InputError
 from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun
 
-VALIDATE_EVERY = 500
-
 Condition = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """Sample indices [B] -> condition (labels [B] or features [B, T, C]) and mask [B, T] or None."""
 
@@ -167,6 +165,7 @@ def train_tokens(
     settings: Mapping[str, Any],
     validation: int,
     title: str,
+    validate_every: int = 500,
 ) -> TrainingRun:
     """Train until the budget is spent; resumes a run found in `folder`.
 
@@ -176,6 +175,7 @@ def train_tokens(
         settings: facts that must not change between resumes, beside the recipe.
         validation: the last so many samples are not trained on.
         title: of the progress bar.
+        validate_every: steps between measurements on the samples held out.
 
     Raises:
         InputError: too few samples.
@@ -222,7 +222,7 @@ def train_tokens(
             run.log(**row, grad_norm=norm)
             bar.n = min(100, round(100 * run.progress))
             bar.set_postfix_str(f"step {step}, loss {smooth:.3f}")
-        if validation and step and step % VALIDATE_EVERY == 0:
+        if validation and step and step % validate_every == 0:
             validate("validation")
     ema.copy_to(model)
     if validation:
