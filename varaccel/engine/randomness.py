@@ -57,6 +57,11 @@ class Randomness:
         """Draw the values of `positions` ([P] or [B, P], -1 = padding) from their distribution: [B, P] or [B, P, C]."""
         return distribution.sample(self.at(positions))
 
+    def orders(self) -> Tensor:
+        """[B, N] int64, a random order of the positions for each image, for schedules that need one."""
+        seeds = [(seed + 2**61) % 2**62 for seed in self.noise_seeds]  # apart from the Gumbel noise
+        return random_orders(_seeded(seeds), self.uniforms.shape[1], self.uniforms.device)
+
     def stream(self, width: int) -> Stream:
         """Numbers for the passes to come, `width` per image and pass."""
         return Stream(_seeded(self.stream_seeds), width, self.uniforms.device)
@@ -66,6 +71,14 @@ class Randomness:
         return GumbelNoise(
             _seeded(self.noise_seeds), self.uniforms.shape[1], vocab_size, self.uniforms.device
         )
+
+
+def random_orders(
+    generators: Sequence[torch.Generator], positions: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """[B, N] int64, a permutation of the positions from each image's own generator, on the generator's device."""
+    rows = [torch.randperm(positions, generator=g, device=g.device).to(device) for g in generators]
+    return torch.stack(rows)
 
 
 def _seeded(seeds: Sequence[int]) -> list[torch.Generator]:

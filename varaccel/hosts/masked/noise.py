@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from varaccel.engine.randomness import random_orders
 from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.nn.gather import rows_of
 
@@ -37,14 +38,14 @@ class TokenNoise:
         cls, generators: Sequence[torch.Generator], positions: int, channels: int, device: torch.device
     ) -> TokenNoise:
         """Draw from each image's own generator, on the generator's device."""
-        orders, starts, uniforms, seeds = [], [], [], []
+        orders = random_orders(generators, positions, device)
+        starts, uniforms, seeds = [], [], []
         for g in generators:
-            orders.append(torch.randperm(positions, generator=g, device=g.device).to(device))
             starts.append(torch.randn(positions, channels, generator=g, device=g.device).to(device))
             number = torch.rand(positions, dtype=torch.float64, generator=g, device=g.device)
             uniforms.append(number.to(device))
             seeds.append(int(torch.randint(2**62, (1,), generator=g, device=g.device)))
-        return cls(torch.stack(orders), torch.stack(starts), torch.stack(uniforms), tuple(seeds))
+        return cls(orders, torch.stack(starts), torch.stack(uniforms), tuple(seeds))
 
     @property
     def batch(self) -> int:
