@@ -200,7 +200,7 @@ def _shown(
             shown.append(row_html(rows[-1], wanted))
     except Stopped as stopped:
         told = stopped.reason or f"stopped after {len(rows)} of {len(chosen)} settings."
-    except Exception as error:  # raised again below, after what there is has been shown
+    except Exception as error:  # raised again below, after the images so far have been shown
         failure, told = error, f"ended after {len(rows)} of {len(chosen)} settings."
     finished = compared_html(shown, wanted, f"{told[:1].upper()}{told[1:]}", machine)
     if rows:

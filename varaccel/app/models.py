@@ -24,7 +24,7 @@ NETWORK_OPTIONS = ("refiner", "drafter")
 """Options of accelerators that may name a further model to load."""
 
 LARGEST_OPTION = 1000
-"""Of integers that visitors give: a chain of 100,000 guesses would take the memory of all."""
+"""Of integers that visitors give: a chain of 100,000 draft tokens would take the memory of all."""
 
 
 class ModelShelf:

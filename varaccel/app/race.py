@@ -42,7 +42,7 @@ class Side:
         passes: forward passes of the host model.
         tokens, of: tokens per image that are decided, and that there are.
         seconds: computing time of this side; of the tokens alone once it has finished.
-        images: what there is, empty before the first preview.
+        images: drawn so far, empty before the first preview.
         written: [B, h, w], the pass that decided each token, 0 = empty; None for models whose tokens are not one grid.
         stats: what the call cost, when it has finished.
     """
@@ -102,7 +102,7 @@ class Race:
         self.sides = [Side(call_label(a.name, a.options()), a.lossless) for a in accelerators]
 
     def stop(self) -> None:
-        """End the race after the pass under way; what there is stays."""
+        """End the race after the pass under way; what was drawn so far stays."""
         self._allowance.stop()
 
     def frames(self) -> Iterator[list[Side]]:

@@ -28,7 +28,7 @@ _PLACES = tuple(
 """Offsets of a number from its point, in order of preference."""
 
 
-# -- what there is -------------------------------------------------------------------------------------
+# -- the points of the plot ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ class SpeculationStats:
 
     Attributes:
         passes: [B] passes of the host model until the image was finished, the prefill included.
-        attempts: [B] chains or trees of guesses that were judged.
-        accepted: [B] tokens decided beyond the one that every judgement yields: the guesses that paid off.
+        attempts: [B] draft chains or trees that were verified.
+        accepted: [B] tokens decided beyond the one that every verification yields: the draft tokens that paid off.
         draft_passes: forward passes of the drafter, shared by all images.
-        verified: [B] guesses that were judged, where a rule keeps or replaces each; None where trees are walked down.
+        verified: [B] draft tokens that were verified, where a rule keeps or replaces each; None where trees are
+            walked down.
     """
 
     passes: Tensor
@@ -28,7 +29,7 @@ class SpeculationStats:
 
     @classmethod
     def start(cls, batch: int, device: torch.device) -> SpeculationStats:
-        """Before the first pass, in which nothing is guessed."""
+        """Before the first pass, in which nothing is drafted."""
         zero = torch.zeros(batch, dtype=torch.int64, device=device)
         return cls(zero, zero.clone(), zero.clone())
 

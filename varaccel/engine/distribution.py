@@ -73,7 +73,7 @@ class Categorical:
         return self.logits.log_softmax(dim=-1).gather(-1, values.unsqueeze(-1)).squeeze(-1)
 
     def residual(self, draft: Self) -> Categorical:
-        """The distribution to draw from after a guess from `draft` was rejected: max(p - q, 0), normalised.
+        """The distribution to draw from after a token drawn from `draft` was rejected: max(p - q, 0), normalised.
 
         Source: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding",
         section 2.3. Where p = q nothing can be rejected; the distribution itself is returned there.

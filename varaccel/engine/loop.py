@@ -1,4 +1,4 @@
-"""The decoding loop: all control flow of decoding without guesses."""
+"""The decoding loop: all control flow of decoding without drafting."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Step:
 
     @property
     def decided(self) -> int:
-        """Tokens decided per image; the most of any image if they differ (asks the device then)."""
+        """Tokens decided per image; the most of any image if they differ (synchronises with the device then)."""
         if self.positions.dim() == 1:
             return self.positions.shape[0]
         return int((self.positions >= 0).sum(1).max())

@@ -22,7 +22,7 @@ class Randomness:
     on the order in which positions are decided: with the same distributions, every order gives the same image. And
     nothing is drawn inside the decoding loop.
 
-    Speculation needs more: guesses are drawn, tested and drawn again, pass after pass. Those numbers come
+    Speculation needs more: draft tokens are drawn, verified and drawn again, pass after pass. Those numbers come
     from `stream` and `gumbel`, each with generators of its own, which the images' generators seed: what one
     of them spends changes nothing for the other.
 
@@ -134,7 +134,7 @@ class GumbelNoise:
         self._noise = torch.empty(len(generators), 0, vocab_size, device=device)
 
     def at(self, positions: Tensor) -> Tensor:
-        """Noise of `positions` [B, P]: [B, P, V] float32. Asks the device for the last of them.
+        """Noise of `positions` [B, P]: [B, P, V] float32. Synchronises with the device.
 
         Args:
             positions: places outside the image get the noise of its border; their draws are not used.

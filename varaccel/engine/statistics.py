@@ -45,9 +45,9 @@ class Statistics:
             raster model, the first scale of a next-scale one, the first iteration of a masked one. 0 if the call was
             stopped before.
         image_passes: passes that each image needed, empty if all need the same.
-        accepted: of each image, tokens gained by guesses per pass and chain or tree; empty without guesses.
+        accepted: of each image, draft tokens that paid off per pass and chain or tree; empty without drafting.
         draft_passes: forward passes of the drafter.
-        kept: of each image, share of the guesses that were kept, where a rule keeps or replaces each.
+        kept: of each image, share of the draft tokens that were kept, where a rule keeps or replaces each.
         stages: shares of the networks, if several took turns.
         device, dtype: where and in which precision the host model ran.
     """
@@ -93,19 +93,19 @@ class Statistics:
 
     @property
     def mean_accepted(self) -> float | None:
-        """Mean of `accepted` over the images, None without guesses."""
+        """Mean of `accepted` over the images, None without drafting."""
         return sum(self.accepted) / len(self.accepted) if self.accepted else None
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
-        guessed = "" if not self.accepted else f", {self.mean_accepted:.2f} guesses accepted per pass"
+        drafted = "" if not self.accepted else f", {self.mean_accepted:.2f} draft tokens accepted per pass"
         if self.kept:
-            guessed += f", {100 * sum(self.kept) / len(self.kept):.0f} % of the guesses kept"
+            drafted += f", {100 * sum(self.kept) / len(self.kept):.0f} % of the draft tokens kept"
         if self.draft_passes:
-            guessed += f", {self.draft_passes} drafter passes"
+            drafted += f", {self.draft_passes} drafter passes"
         stages = "".join(f"; {stage}" for stage in self.stages)
         return (
             f"{self.label}: {self.images} images of {self.tokens} tokens in {self.passes} "
-            f"passes ({self.tokens_per_pass:.2f} tokens per pass{guessed}), {self.total_seconds:.2f} s "
+            f"passes ({self.tokens_per_pass:.2f} tokens per pass{drafted}), {self.total_seconds:.2f} s "
             f"({phases}){stages}"
         )

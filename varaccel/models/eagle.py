@@ -1,8 +1,8 @@
 """The one-layer EAGLE drafter that LANTERN trains for LlamaGen.
 
-EAGLE (Li et al. 2024, arXiv 2401.15077) guesses the target's next *feature*, the hidden state after its final
+EAGLE (Li et al. 2024, arXiv 2401.15077) drafts the target's next *feature*, the hidden state after its final
 norm, from the feature before it and the token that was drawn from that; LANTERN (arXiv 2410.03355) gives it
-LlamaGen's two-dimensional positions. Logits of a guess are the target's own output head on the guessed
+LlamaGen's two-dimensional positions. Logits of a draft token are the target's own output head on the drafted
 feature, so the drafter has none. Parameter names are those of the published checkpoints.
 """
 

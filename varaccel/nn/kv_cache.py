@@ -9,7 +9,7 @@ from torch import Tensor
 class KVCache:
     """Static key and value buffers, `keys` and `values` [L, B, H, S, D], zero where nothing was written.
 
-    A write overwrites the named slots; there is no length to rewind, so taking a guess back is writing over
+    A write overwrites the named slots; there is no length to rewind, so taking a draft token back is writing over
     it. Which slots may be looked at is the caller's mask.
     """
 

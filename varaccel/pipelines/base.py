@@ -279,7 +279,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT]):
         return plan.accelerator, counts.passes if isinstance(counts, StageStats) else passes, counts
 
     def _shown(self, run: Run[SettingsT, JobT]) -> Any:
-        """What there is as images of the call's output type; arrays if that is "latent"."""
+        """The canvas so far as images of the call's output type; arrays if that is "latent"."""
         return to_output(self._pixels(run), run.call.output_type)
 
     @staticmethod
@@ -383,7 +383,7 @@ def _of_counts(counts: Counts | None) -> dict[str, Any]:
 
 
 def _kept(counts: SpeculationStats) -> tuple[float, ...]:
-    """The share of each image's guesses that a rule kept."""
+    """The share of each image's draft tokens that a rule kept."""
     if counts.verified is None:
         return ()
     return tuple((counts.accepted / counts.verified.clamp(min=1)).tolist())

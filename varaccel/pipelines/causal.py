@@ -168,8 +168,8 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob]):
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token ids.
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every pass as (pipe, step from 0, tokens decided per image in
-                this pass, {"canvas": canvas, "preview": function, "written": function}); `preview()` decodes what
-                there is to images of `output_type` (arrays if that is "latent"), `written()` is
+                this pass, {"canvas": canvas, "preview": function, "written": function}); `preview()` decodes the
+                canvas so far to images of `output_type` (arrays if that is "latent"), `written()` is
                 `ImageOutput.written` so far. Set `pipe._interrupt = True` in it to stop. Empty places hold code 0.
 
         Raises:

@@ -211,7 +211,7 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for scaled latents [B, c, H, W].
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every pass as (pipe, pass from 0, tokens decided in it, {"canvas":
-                canvas, "preview": function, "written": function}); `preview()` decodes what there is to images of
+                canvas, "preview": function, "written": function}); `preview()` decodes the canvas so far to images of
                 `output_type` (arrays if that is "latent"), `written()` is `ImageOutput.written` so far. Set
                 `pipe._interrupt = True` in it to stop.
 

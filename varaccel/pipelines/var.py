@@ -214,7 +214,7 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token ids [B, L].
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every scale as (pipe, scale from 0, its tokens, {"canvas": canvas,
-                "preview": function, "written": function}); `preview()` decodes what there is to images of
+                "preview": function, "written": function}); `preview()` decodes the canvas so far to images of
                 `output_type` (arrays if that is "latent"), `written()` is `ImageOutput.written` so far. Set
                 `pipe._interrupt = True` in it to stop; the images then show the scales that are there.
 

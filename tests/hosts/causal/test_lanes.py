@@ -251,3 +251,18 @@ def test_a_stand_in_and_the_token_that_replaces_it() -> None:
     assert fronts.start.tolist() == [[5, -1]]
     assert fronts.refresh is not None
     assert fronts.refresh.tolist() == [-1], "late only once"
+
+
+def test_a_given_end_of_line_needs_no_stand_in() -> None:
+    """A row of a grid with ends of line reads the end of the row above as soon as it may begin; other rows stand in."""
+    height, pitch = 3, 4
+    lanes = Lanes.rows(pitch, height * pitch, 2)
+    plain = Canvas.empty(1, height * pitch)
+    lined = Canvas.given(plain.tokens.clone(), torch.arange(height * pitch)[None] % pitch == pitch - 1)
+    for canvas in (plain, lined):
+        canvas.write(torch.tensor([0, 1, 2]), torch.zeros(1, 3, dtype=torch.int64), 1)
+    stand_in, end = lanes.fronts(plain, 2), lanes.fronts(lined, 2)
+    assert torch.equal(stand_in.start, end.start)
+    row = int((end.start[0] == pitch).nonzero())
+    assert stand_in.source[0, row] != pitch - 1, "the newest token above"
+    assert end.source[0, row] == pitch - 1, "the end of line itself"

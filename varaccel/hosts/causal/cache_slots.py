@@ -149,10 +149,10 @@ class CacheSlots:
         )
 
     def keep(self, draft_slots: Tensor, positions: Tensor) -> None:
-        """Move guesses from scratch slots to the slots of their positions.
+        """Move draft tokens from draft slots to the slots of their positions.
 
         Args:
-            draft_slots: [B, M] scratch slots.
+            draft_slots: [B, M] draft slots.
             positions: [B, M], -1 for entries that are not kept.
         """
         kept = positions >= 0
@@ -182,12 +182,12 @@ def _at(table: Tensor, places: Tensor, rows: int) -> Tensor:
 
 
 def lane_draft_slots(lanes: int, per_lane: int, entries: Tensor) -> Tensor:
-    """Scratch slots [A, n] of `entries` [n] of every lane; each lane has `per_lane` of them in a row."""
+    """Draft slots [A, n] of `entries` [n] of every lane; each lane has `per_lane` of them in a row."""
     return torch.arange(lanes, device=entries.device).unsqueeze(1) * per_lane + entries
 
 
 def spread(visible: Tensor, per_lane: int, total: int) -> Tensor:
-    """What guesses see of the entries of their own lane, [B, A, n, S], over the `total` scratch slots of all.
+    """What draft tokens see of the entries of their own lane, [B, A, n, S], over the `total` draft slots of all.
 
     Returns:
         [B, A * n, total] bool.

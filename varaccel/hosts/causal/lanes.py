@@ -1,4 +1,4 @@
-"""Which positions may be guessed and decided next when every image advances at its own pace."""
+"""Which positions may be drafted and decided next when every image advances at its own pace."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Lanes:
 
         Args:
             fixed: always return `most_open` lanes, so that shapes never change; otherwise the number that
-                the widest image needs, which asks the device for it if there are several lanes.
+                the widest image needs, which synchronises with the device if there are several lanes.
         """
         width, lag = self.width, self.lag
         written = canvas.written.unflatten(1, (-1, width))  # [B, H, W]
@@ -90,6 +90,8 @@ class Lanes:
         two_above = (chosen - 2).clamp(min=0)
         stand_in = two_above * width + done.gather(1, two_above) - 1
         follows = (begun > 0) | above_full.gather(1, chosen)
+        if canvas.fixed is not None:  # an end of line that is given is known before the row above gets there
+            follows |= (start > 0) & canvas.fixed.gather(1, (start - 1).clamp(min=0))
         source = torch.where(follows, start - 1, stand_in)
         # a lane that was finished in the last pass, while the next had begun from a stand-in
         late = (written[:, :-1, -1] == step - 1) & (done[:, 1:] > 0)

@@ -28,8 +28,8 @@ class DraftInputs:
     Attributes:
         tokens: [B, F] token ids.
         positions: [B, F] the position that each stands for, -1 for padding.
-        draft_slots: [B, F] scratch slot of a guess, -1 for a decided token, which is read in its own slot.
-        visible: [B, F, scratch] bool, the guesses that each entry sees.
+        draft_slots: [B, F] draft slot of a draft token, -1 for a decided token, which is read in its own slot.
+        visible: [B, F, draft slots] bool, the draft tokens that each entry sees.
     """
 
     tokens: Tensor
@@ -139,13 +139,13 @@ class CausalSession:
 
     @torch.inference_mode()
     def read(self, drafts: DraftInputs, starts: Tensor | None = None, *, length: int | None = None) -> Tensor:
-        """Read decided tokens and guesses of any shape in one pass.
+        """Read decided tokens and draft tokens of any shape in one pass.
 
         Args:
             starts: the next positions that are decided, -1 for none; beyond the guidance interval the
                 unconditional branch is left out. None if it is needed.
             length: positions before it are all that is in use. If None and shapes are not static, the device
-                is asked for the last position.
+                is synchronised with for the last position.
 
         Returns:
             features [R, F, dim], R = 2 B while guided; those of position p predict position p + 1.

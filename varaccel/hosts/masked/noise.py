@@ -23,7 +23,7 @@ class TokenNoise:
     Attributes:
         permutation: [B, N] int64, the order of every image.
         start: [B, N, C] standard normal, what tokens are denoised from.
-        uniforms: [B, N] float64 in [0, 1), for accepting guesses.
+        uniforms: [B, N] float64 in [0, 1), for accepting draft tokens.
         seeds: of each image, for whatever else is drawn.
     """
 

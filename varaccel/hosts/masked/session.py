@@ -114,7 +114,7 @@ class FeatureCacheSession(MaskedSession):
     plus their difference at the last full pass (LazyMAR's condition cache).
 
     Args:
-        refresh: every so manieth pass is full; 1 reads everything always.
+        refresh: number of passes from one full pass to the next; 1 reads everything in every pass.
         keep_unconditional: leave the unconditional rows out of the other passes.
         network, condition, batch, guidance, sampling, step, loop: as in `MaskedSession`.
     """
