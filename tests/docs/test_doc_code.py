@@ -39,6 +39,7 @@ from varaccel import (
 )
 from varaccel.accelerators import ACCELERATORS
 from varaccel.nn.scale_schedule import SCALES_256
+from varaccel.pipelines import published
 from varaccel.pipelines.base import TokenPipeline
 from varaccel.pipelines.catalog import PUBLISHED
 from varaccel.shipped import shipped_models
@@ -215,6 +216,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         return fresh(_LOADED[key])
 
     monkeypatch.setattr(AutoPipeline, "from_pretrained", staticmethod(from_pretrained))
+    monkeypatch.setattr(published, "load_named", from_pretrained)  # networks that accelerators name
 
     def single_file(family: str) -> Any:
         def from_single_file(path: Any, **options: Any) -> TokenPipeline:
