@@ -387,7 +387,7 @@ def test_rows_with_an_end_of_line(width: int, height: int, window: int) -> None:
     canvas.write(ends, torch.full((2, height), END), 1)
     before = canvas.written[:, ends].clone()
     order = StaggeredRows(width, window, end_of_line=True)
-    session = CausalSession(model, Condition(torch.tensor([0, 3])), (Grid(height, width, END),))
+    session = CausalSession(model, Condition(torch.tensor([0, 3])), (Grid(height, pitch),))
 
     distributions: dict[int, Tensor] = {}
     original = session.predict
