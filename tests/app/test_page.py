@@ -336,7 +336,7 @@ def test_options_as_typed() -> None:
 def test_options_say_what_they_mean() -> None:
     meanings = {o.name: o.help for o in options_of(ACCELERATORS["lantern"])}
     assert meanings["k"].startswith("nearest tokens")
-    assert meanings["tree"].startswith("what is guessed per pass"), "led to another docstring"
+    assert meanings["tree"].startswith("what is drafted per pass"), "led to another docstring"
     assert all(o.help for o in options_of(ACCELERATORS["fewer_steps"])), "said by the base class"
 
 
