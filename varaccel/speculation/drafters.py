@@ -92,7 +92,7 @@ def resolve_drafter(drafter: object, job: CausalJob) -> CausalNetwork | EagleHea
                 "need none, or train one with `varaccel train drafter`."
             )
         drafter = job.drafters[drafter]
-    network = job.resolve_network(drafter, "small")
+    network = getattr(drafter, "transformer", drafter)  # of a pipeline
     if isinstance(
         network, EagleHead
     ):  # reads the model's features, so it is no network of the model's signature
