@@ -92,4 +92,4 @@ def test_the_documented_accelerator_works() -> None:
     assert shown == ["docs/examples/accelerator.py"]
     example = (ROOT / shown[0]).read_text()
     assert "@register" in example
-    assert re.search(r"^class \w+\(Accelerator\):$", example, re.MULTILINE)
+    assert re.search(r"^class \w+\(Accelerator\[CausalJob\]\):$", example, re.MULTILINE)

@@ -110,9 +110,6 @@ class ModulatedHost(Host):
         classes = self.classes(values).unsqueeze(1)
         return torch.cat([self.first.expand(len(values), -1, -1), classes], 1)  # [R, 2, D]
 
-    def unconditional(self, values: Tensor) -> Tensor:
-        return torch.full_like(values, self.config.num_classes)
-
     def positional(self, prefix: int, grids: Sequence[Grid], mask: Tensor | None) -> Tensor:
         return torch.arange(prefix + sum(grid.num_positions for grid in grids)).unsqueeze(0)
 
@@ -179,9 +176,6 @@ class LinedHost(Host):
 
     def embed_condition(self, values: Tensor) -> Tensor:
         return self.classes(values).unsqueeze(1)
-
-    def unconditional(self, values: Tensor) -> Tensor:
-        return torch.full_like(values, self.config.num_classes)
 
     def positional(self, prefix: int, grids: Sequence[Grid], mask: Tensor | None) -> Tensor:
         return torch.arange(prefix + sum(grid.num_positions for grid in grids)).unsqueeze(0)

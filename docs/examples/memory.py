@@ -36,14 +36,15 @@ def caches(count: int) -> str:
 
 
 def llamagen() -> list[str]:
-    """Rows: model, weights, cache of one guided image, which is two rows of prefix, tokens and a spare slot."""
+    """Rows: model, weights, cache of one guided image: two rows of prefix, tokens and a spare slot."""
     classes = [("b", 16), ("l", 16), *((name, 24) for name in ("b", "l", "xl", "xxl", "3b"))]
     models = {f"llamagen-c2i-{name}-{16 * grid}": (name, "c2i", grid) for name, grid in classes}
     models |= {f"llamagen-t2i-xl-{16 * grid}": ("xl", "t2i", grid) for grid in (16, 32)}
     rows = []
     for label, (name, kind, grid) in models.items():
         network = LlamaGenTransformer.from_preset(name.upper(), model_type=kind, grid_size=grid)
-        rows.append(f"| `{label}` | {weights(network)} | {caches(network.new_cache(2, spare=1).nbytes)} |")
+        cache = network.new_cache(2, network.prefix_length + network.num_tokens + 1)
+        rows.append(f"| `{label}` | {weights(network)} | {caches(cache.nbytes)} |")
     return rows
 
 

@@ -61,7 +61,7 @@ class Page(HTMLParser):
     def __post_init__(self) -> None:
         super().__init__()
         self._open: list[str] = []
-        self.inputs(self.path.read_text(encoding="utf-8"))
+        self.feed(self.path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value or "" for name, value in attrs}

@@ -279,7 +279,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin, PrefixConditioned):
         """The condition that means "none", in the shape of `values`."""
         if isinstance(self.cls_embedding, CaptionEmbedding):
             return self.cls_embedding.uncond_embedding.expand_as(values).to(values.dtype)
-        return torch.full_like(values, self.config.num_classes)
+        return super().unconditional(values)
 
     def positional(self, prefix: int, grids: Sequence[Grid], mask: Tensor | None = None) -> Tensor:
         """The rotary table [1, prefix + grid_size ** 2, head_dim / 2, 2]."""

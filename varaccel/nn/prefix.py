@@ -73,8 +73,8 @@ def _left_padded(embeddings: Tensor, mask: Tensor | None, length: int) -> tuple[
 class PrefixConditioned:
     """A causal network that reads its condition as embeddings in front of the image tokens.
 
-    A base class beside `nn.Module`: it makes the `Prefix` of a call from what a network says in `embed_condition`,
-    `unconditional`, `positional` and `modulation`.
+    A base class beside `nn.Module`: it makes the `Prefix` of a call from what a network says in `embed_condition` and,
+    where the defaults do not fit, in `unconditional`, `positional` and `modulation`.
     """
 
     @abstractmethod
@@ -85,9 +85,12 @@ class PrefixConditioned:
     def embed_condition(self, values: Tensor) -> Tensor:
         """Inputs of the prefix slots [R, T, D] for `Condition.values`."""
 
-    @abstractmethod
     def unconditional(self, values: Tensor) -> Tensor:
-        """The condition that means "none", in the shape of `values`."""
+        """The condition that means "none", in the shape of `values`; for classes the label after the last one."""
+        signature = self.signature()
+        if signature.condition != "class" or signature.condition_size is None:
+            raise NotImplementedError(f"{type(self).__name__} must say what its unconditional branch reads")
+        return torch.full_like(values, signature.condition_size)
 
     def positional(self, prefix: int, grids: Sequence[Grid], mask: Tensor | None) -> Tensor | None:
         """See `Prefix.positional`, for `prefix` slots (used ones by `mask` [R, T], see `Prefix`) and `grids`."""

@@ -351,7 +351,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT]):
         Raises:
             InputError: no such class.
         """
-        classes = self.transformer.config.num_classes
+        classes = self.transformer.signature().condition_size
         if isinstance(name, int) and not isinstance(name, bool):
             if 0 <= name < classes:
                 return name

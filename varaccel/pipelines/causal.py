@@ -43,7 +43,7 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob]):
     Args:
         transformer: the autoregressive model, a `CausalNetwork`.
         vq_model: the image tokenizer whose token ids it predicts: `decode_tokens` and `downsample_factor`, and
-            `quantize.embedding` if its codebook has vectors.
+            `codebook` [V, C] if its tokens are vectors.
         text_encoder, tokenizer: for text-conditional models, see `varaccel.tokenizers.text`.
         class_names: for class-conditional models, names that can be used instead of labels.
         guidance_scale, top_k, temperature: defaults of a call.
@@ -118,8 +118,8 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob]):
         """Nearest neighbours in the codebook, int32 [V, k + 1]; kept for the next call."""
         table = self._tables.get(normalise)
         if table is None or table.shape[1] < min(k + 1, self.vq_model.codebook_size - 1):
-            weight = self.vq_model.quantize.embedding.weight.detach().float()
-            table = neighbour_table(weight, k, normalise=normalise)
+            vectors = self.vq_model.codebook.detach().float()
+            table = neighbour_table(vectors, k, normalise=normalise)
             self._tables[normalise] = table
         return table
 
@@ -229,7 +229,7 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob]):
             sampling=run.settings.sampling,
             randomness=Randomness.draw(run.call.generators, run.canvas.num_positions, run.device),
             # an image tokenizer of the user's own may know no nearness of codebook entries
-            neighbours=self._neighbours if hasattr(self.vq_model, "quantize") else None,
+            neighbours=self._neighbours if hasattr(self.vq_model, "codebook") else None,
             transform=self._compiled,
         )
 

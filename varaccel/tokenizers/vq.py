@@ -201,6 +201,11 @@ class VQModel(ModelMixin, ConfigMixin):
         return model.eval()
 
     @property
+    def codebook(self) -> Tensor:
+        """The vectors of the token ids as they are stored, [K, D]; `quantize` normalises them."""
+        return self.quantize.embedding.weight
+
+    @property
     def downsample_factor(self) -> int:
         """Image pixels per token along each side."""
         return 2 ** (len(self.config.channel_multipliers) - 1)

@@ -68,9 +68,8 @@ def _needed(count: int | None, source: str) -> int:
 
 def _classes(pipe: Any) -> int | None:
     """How many classes the model draws, None if it takes descriptions."""
-    config = pipe.transformer.config
-    kind = config.get("condition_type", config.get("model_type"))
-    return int(config.num_classes) if kind in ("class", "c2i") else None
+    signature = pipe.transformer.signature()
+    return signature.condition_size if signature.condition == "class" else None
 
 
 def _lines(path: Path) -> list[str]:
