@@ -350,7 +350,7 @@ def draw_plain() -> Drawing:
 def draw_jacobi() -> Drawing:
     d = Drawing(
         252,
-        "A window of five positions is read in every pass; guesses that hold are decided, the window moves on.",
+        "A window of five positions is read in every pass; accepted draft tokens are decided, the window moves on.",
     )
     size, left = 34, 72
     # per pass: decided before, accepted, redrawn; the rest of the window are the new answers
@@ -376,8 +376,8 @@ def draw_jacobi() -> Drawing:
             f'<rect x="{left + done * size - 3:g}" y="{y - 3:g}" width="{width * size + 4:g}" height="{size + 4:g}" '
             f'rx="5" fill="none" stroke="{BLUE}" stroke-width="2.5"/>'
         )
-    d.legend(12, 180, [(GREEN_LIGHT, "✓ the guess holds"), (ORANGE_LIGHT, "✗ replaced: last one decided")])
-    d.legend(252, 180, [(GREY_LIGHT, "? new guess"), (BLUE_LIGHT, "decided before")])
+    d.legend(12, 180, [(GREEN_LIGHT, "✓ accepted"), (ORANGE_LIGHT, "✗ replaced: last one decided")])
+    d.legend(252, 180, [(GREY_LIGHT, "? new draft token"), (BLUE_LIGHT, "decided before")])
     d.text(12, 236, "frame: the window that one pass of the model reads", anchor="start", size=14)
     return d
 
@@ -403,7 +403,7 @@ def draw_zipar() -> Drawing:
 
 def draw_speculative() -> Drawing:
     d = Drawing(
-        292, "The drafter guesses a tree below the last token; one pass of the model judges all of it."
+        292, "The drafter proposes a tree below the last token; one pass of the model verifies all of it."
     )
     node, kept, gone = 30, (GREEN_LIGHT, GREEN), (RED_LIGHT, RED)
     places = {
@@ -427,18 +427,18 @@ def draw_speculative() -> Drawing:
         d.text(x, y, "•" if name == "root" else "✓" if name in accepted else "✗", ink=ink, size=17)
     d.text(50, 146, "last", size=14)
     d.text(50, 163, "token", size=14)
-    d.text(250, 204, "guesses of the drafter: 6, read in one pass", size=15)
-    d.legend(12, 226, [(GREEN_LIGHT, "✓ kept: two tokens, and one more"), (RED_LIGHT, "✗ dropped")])
+    d.text(250, 204, "draft tokens: 6, read in one pass", size=15)
+    d.legend(12, 226, [(GREEN_LIGHT, "✓ accepted: two, and one more"), (RED_LIGHT, "✗ rejected")])
     d.text(12, 276, "one more: drawn from the model's distribution after the last ✓", anchor="start", size=13)
     return d
 
 
 def draw_lantern() -> Drawing:
     d = Drawing(
-        236, "A guess is judged with the probability of its nearest tokens added to its own, up to a bound."
+        236, "A draft token is verified with the probability of its nearest tokens added to its own, up to a bound."
     )
     base = 160
-    bars = [("guess", 30, GREEN), ("1st", 26, BLUE), ("2nd", 18, BLUE), ("3rd", 34, GREY_LIGHT)]
+    bars = [("draft", 30, GREEN), ("1st", 26, BLUE), ("2nd", 18, BLUE), ("3rd", 34, GREY_LIGHT)]
     for index, (label, height, fill) in enumerate(bars):
         x = 20 + index * 48
         d.box(x, base - height, 34, height, fill, "none", 2)
@@ -457,8 +457,8 @@ def draw_lantern() -> Drawing:
         'stroke-dasharray="6 4"/>'
     )
     d.text(x + 22, base - 104, "bound", ink=ORANGE)
-    d.text(x + 22, base + 14, "guess", size=14)
-    d.text(x + 22, 20, "what judges it", bold=True)
+    d.text(x + 22, base + 14, "draft", size=14)
+    d.text(x + 22, 20, "what verifies it", bold=True)
     d.text(12, 220, "the third would break the bound and is left out", anchor="start", size=14)
     return d
 
@@ -538,7 +538,7 @@ def draw_feature_cache() -> Drawing:
 def draw_cspd() -> Drawing:
     d = Drawing(
         250,
-        "The small model drafts four groups of tokens in turn; one pass of the model judges them.",
+        "The small model drafts four groups of tokens in turn; one pass of the model verifies them.",
     )
     d.text(12, 20, "drafter, 4 passes", anchor="start", bold=True)
     for index in range(4):
@@ -564,7 +564,7 @@ def draw_cspd() -> Drawing:
     d.legend(
         12,
         182,
-        [(GREEN_LIGHT, "✓ kept: the draft's numbers"), (BLUE_LIGHT, "p: drawn from the model instead")],
+        [(GREEN_LIGHT, "✓ kept: the draft's values"), (BLUE_LIGHT, "p: drawn from the model instead")],
     )
     d.text(12, 236, "compared: the Gaussians of one step of denoising", anchor="start", size=14)
     return d
@@ -585,7 +585,7 @@ def draw_auto() -> Drawing:
     node(150, 104, 258, ["f of 2 or more:", "a drafter of ≤ 1/10 of the weights?"], BLUE_LIGHT, BLUE)
     node(12, 210, 120, ["one token", "per pass"], GREEN_LIGHT, GREEN)
     node(150, 210, 122, ["no: Jacobi,", "window f"], GREEN_LIGHT, GREEN)
-    node(286, 210, 122, ["yes: chain of", "f - 1 guesses"], GREEN_LIGHT, GREEN)
+    node(286, 210, 122, ["yes: chain of", "f - 1 tokens"], GREEN_LIGHT, GREEN)
     d.line(140, 66, 80, 102, FAINT, arrow=True)
     d.line(270, 66, 275, 102, FAINT, arrow=True)
     d.line(72, 136, 72, 208, FAINT, arrow=True)

@@ -27,6 +27,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.scripts import ROOT, load_script
+from tests.test_layers import DOORS, LAYERS
 from varaccel import (
     AutoPipeline,
     EagleHead,
@@ -289,6 +290,32 @@ def test_a_wrong_block_is_noticed(world: Path) -> None:
         AutoPipeline.from_pretrained("llamagen-c2i-m-256")
     with pytest.raises(AssertionError, match="top_kk"):
         VARPipeline.from_single_file("x.pth", vq_model="y.pth", top_kk=1)
+
+
+LOOPS = ("varaccel/engine/loop.py", "varaccel/speculation/loop.py")
+
+
+def test_the_loops_of_the_architecture_are_those_of_the_code() -> None:
+    """Excerpts are consecutive lines of the two loops, apart from their indentation."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    excerpts = [block for block in read_blocks(text) if block.is_fragment]
+    for block, file in zip(excerpts, LOOPS, strict=True):
+        assert file in text
+        code = "\n".join(line.removeprefix("    ") for line in (ROOT / file).read_text().splitlines())
+        assert block.text in code, f"docs/architecture.md, line {block.line}, differs from {file}"
+
+
+def test_files_that_the_architecture_names_exist() -> None:
+    """Named from the package or from the root of the repository; rooms as folders of the package."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    names = set(re.findall(r"`((?:[\w*]+/)+(?:[\w*]+\.py)?)`", text))
+    assert len(names) > 40
+    places = ("", "varaccel/", "varaccel/*/")
+    assert [name for name in sorted(names) if not any(any(ROOT.glob(place + name)) for place in places)] == []
+    table = text.split("## The rooms")[1].split("## The nouns")[0]
+    rooms = re.findall(r"^\| (`\w+/?`(?:, `\w+/`)?) \|", table, re.MULTILINE)
+    layers = [name for row in rooms for name in re.findall(r"\w+", row)]
+    assert layers == ["__main__", *DOORS, *reversed(LAYERS)]
 
 
 # -- command lines -------------------------------------------------------------------------------------
