@@ -34,7 +34,7 @@ HEADINGS = [
     "What it looks like",
     "How to call it",
     "Options",
-    "Exact or approximate",
+    "Lossless or approximate",
     "When to use it",
     "Measured",
     "The recipe",
