@@ -435,7 +435,8 @@ def draw_speculative() -> Drawing:
 
 def draw_lantern() -> Drawing:
     d = Drawing(
-        236, "A draft token is verified with the probability of its nearest tokens added to its own, up to a bound."
+        236,
+        "A draft token is verified with the probability of its nearest tokens added to its own, up to a bound.",
     )
     base = 160
     bars = [("draft", 30, GREEN), ("1st", 26, BLUE), ("2nd", 18, BLUE), ("3rd", 34, GREY_LIGHT)]
