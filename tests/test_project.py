@@ -43,6 +43,7 @@ def test_scripts_do_not_shadow_modules() -> None:
             }
 
 
+@pytest.mark.slow
 def test_import_is_quick_and_quiet() -> None:
     """`import varaccel` loads no heavy library; its names do when they are used."""
     code = (

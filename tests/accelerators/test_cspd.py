@@ -326,6 +326,7 @@ def test_one_block_for_everything(host: str, draft_length: int, verification: An
         assert out.stats.draft_passes == 5
 
 
+@pytest.mark.slow
 @on_hosts
 @pytest.mark.parametrize(
     "accelerator",
@@ -551,6 +552,7 @@ FITS = 1e-3
 """The least p-value, of nine per comparison; seeds are fixed."""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("friendly_schedule")
 def test_the_measure_is_calibrated() -> None:
     """The same distribution again fits; a little of another, and groups decided at once instead of in turn, do not."""
@@ -570,6 +572,7 @@ def test_p_values_of_the_measure_are_even() -> None:
         assert sum(v < level for v in values) / 300 == pytest.approx(level, abs=0.07)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("friendly_schedule")
 @pytest.mark.parametrize(
     ("iterations", "draft_length"), [(4, 2), (4, 3), (3, 1), (2, 2)], ids=lambda v: str(v)

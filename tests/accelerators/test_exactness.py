@@ -39,6 +39,9 @@ from varaccel.speculation.loop import Draws, StepResult
 from varaccel.speculation.rejection import Exact, VerificationResult
 from varaccel.speculation.tree import DraftTree, DynamicTree
 
+# a smaller choice of the same methods runs in tests/hosts/causal/test_conditions.py, which is in the fast lane
+pytestmark = pytest.mark.slow
+
 FREE = Setting()
 GUIDED = Setting("t2i", 2.5)
 FILTERED = Setting("c2i", 2.5, sampling=Sampling(0.8, top_k=2))

@@ -332,6 +332,7 @@ def test_how_many_are_drawn_together(detector: SceneDetector) -> None:
         bench(pipe, [], **{**options, "drawn_together": 0})
 
 
+@pytest.mark.slow
 def test_the_whole_grid_of_a_masked_model() -> None:
     """Everything in it runs, and what drafts says so."""
     pipe = pipeline("mar-caption")
@@ -577,6 +578,7 @@ def test_reports_of_before_there_was_compiling(shown: BenchReport) -> None:
     assert BenchReport.from_dict(values) == shown
 
 
+@pytest.mark.slow
 def test_plot_of_many_rows(tmp_path: Path) -> None:
     """Close points, values that differ a lot, a legend of two dozen lines."""
     pytest.importorskip("matplotlib")

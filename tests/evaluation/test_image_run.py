@@ -117,6 +117,7 @@ for model in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_files(tmp_path: Path) -> None:
     script = tmp_path / "draw.py"
     script.write_text(_SCRIPT)
@@ -186,6 +187,7 @@ def _draw_slowly(folder: str) -> None:
     run.draw(slow, Plain(), progress=False)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     context = multiprocessing.get_context("forkserver")
@@ -441,6 +443,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
+@pytest.mark.slow
 def test_a_preset_is_drawn_measured_and_resumed(tmp_path: Path, script: Script) -> None:
     arguments = ["--preset", "mini-var", "--count", 12, "--batch-size", 12, "--out", tmp_path / "run"]
     measured = ["--reference", "scenes:20", "--cache", tmp_path / "cache", "--resamples", 5]

@@ -84,6 +84,7 @@ def value(figures: list[Figure], metric: str) -> float:
 # -- the same numbers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_torch_fidelity(folders: tuple[Path, Path], space: FeatureSpace) -> None:
     register_scene_features()
     theirs = torch_fidelity.calculate_metrics(
@@ -169,6 +170,7 @@ def test_a_set_is_at_no_distance_from_itself(folders: tuple[Path, Path], space: 
     assert value(figures, "precision") == value(figures, "recall") == 1
 
 
+@pytest.mark.slow
 def test_distances_grow_with_blur_and_noise(
     scenes: list[Image.Image], space: FeatureSpace, tmp_path: Path
 ) -> None:

@@ -451,6 +451,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "raster.1", folder / "scales"
 
 
+@pytest.mark.slow
 def test_script(
     pareto: Callable[..., None],
     models: tuple[Path, Path],

@@ -160,6 +160,7 @@ def test_degradation_is_reproducible_and_keeps_colours(cache: CachedScenes) -> N
     torch.testing.assert_close(degrade(pixels, np.random.default_rng(5), CLEAN), clean)
 
 
+@pytest.mark.slow
 def test_training_learns_a_handful_of_images_and_resumes(cache: CachedScenes, tmp_path: Path) -> None:
     recipe = DetectorRecipe(batch_size=12, warmup_steps=5, ema_decay=0.9, degradation=CLEAN)
     samples = [make_sample(index, 64) for index in range(24)]

@@ -390,6 +390,7 @@ def test_stopping_early(host: str, accelerator: Accelerator | None, scale: int) 
     assert torch.equal(again.images, full), "the next call is not stopped"
 
 
+@pytest.mark.slow
 @on_hosts
 @pytest.mark.parametrize("accelerator", [None, "code"])
 def test_compiled_network_draws_the_same(host: str, accelerator: str | None) -> None:

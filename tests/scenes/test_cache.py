@@ -120,6 +120,7 @@ def test_captions_without_their_images_do_not_count_as_a_shard(tmp_path: Path) -
     assert _contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_only_whole_shards_and_is_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     arguments = ["--out", str(folder), "--count", "4000", "--size", "16", "--shard-size", "40"]
@@ -157,6 +158,7 @@ def test_a_killed_writer_leaves_only_whole_shards_and_is_resumed(tmp_path: Path)
         assert complete.captions[index] == sample.caption.text
 
 
+@pytest.mark.slow
 def test_several_workers_write_the_same_cache(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     write_cache(one, 3, 120, size=16, shard_size=120, progress=False)

@@ -322,6 +322,7 @@ def marginals(name: str, rule: ContinuousRule) -> list[Fit]:
     return [two_sample(a.contiguous(), b.contiguous()) for a, b in columns]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_exact_keeps_the_distribution(name: str) -> None:
     pair, (aligned, decision) = PAIRS[name], drawn(name, ExactRule())
@@ -347,6 +348,7 @@ def test_exact_distribution_in_closed_form() -> None:
     assert one_sample(values, lambda x: normal_cdf((x - mean) / std)).chance > LEVEL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize(
     "rule", [PaperRule(), ReferenceRule(inner_temperature=1.0)], ids=["paper", "reference"]

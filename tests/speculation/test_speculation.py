@@ -132,6 +132,7 @@ def test_without_chance_the_image_is_that_of_plain_decoding(host: str, name: str
         assert fast.stats.passes <= POSITIONS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "distribution", [*DISTRIBUTIONS, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.7}], ids=str
 )
@@ -161,6 +162,7 @@ def test_gumbel_images_depend_on_neither_window_nor_fill(host: str) -> None:
             assert torch.equal(draw(host, Jacobi(window, fill=fill), **distribution).images, one.images)
 
 
+@pytest.mark.slow
 @hosts
 def test_gumbel_images_depend_on_no_drafter(host: str) -> None:
     for distribution in (*DISTRIBUTIONS, {"temperature": 0.8, "top_k": 6}, {"temperature": 0.0}):
@@ -249,6 +251,7 @@ def true_distributions(
     return sampling.filter(logits).log_softmax(-1)
 
 
+@pytest.mark.slow
 @hosts
 @lossless
 def test_distributions_are_those_of_a_pass_without_a_cache(
@@ -319,6 +322,7 @@ def read(session: CausalSession, tokens: Tensor, positions: list[int]) -> Tensor
 # -- several lanes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @hosts
 @ordered
 @pytest.mark.parametrize("row_window", [1, 2, 3])
@@ -334,6 +338,7 @@ def test_images_of_several_lanes_do_not_depend_on_their_batch(host: str, name: s
         assert torch.equal(alone.written[0], together.written[index])
 
 
+@pytest.mark.slow
 @hosts
 @ordered
 @pytest.mark.parametrize("row_window", [GRID, GRID + 3])
@@ -347,6 +352,7 @@ def worst_children(distribution: Categorical, numbers: Tensor, draw_mode: str) -
     return distribution.logits.topk(numbers.shape[-1], dim=-1, largest=False).indices
 
 
+@pytest.mark.slow
 @hosts
 @pytest.mark.parametrize("row_window", [1, 2, 3])
 def test_without_accepted_tokens_the_course_is_that_of_zipar(
@@ -620,6 +626,7 @@ def test_how_children_are_drawn() -> None:
 # -- side effects --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @hosts
 def test_networks_and_global_randomness_are_left_alone(host: str) -> None:
     pipe = drafting_pipeline(host)

@@ -200,6 +200,7 @@ def test_resumes_where_it_stopped(tmp_path: Path) -> None:
         train(tmp_path / "parts", 9, RECIPE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "scale"), [("t2i", 1.0), ("t2i", 2.5), ("c2i", 1.0), ("c2i", 2.5)])
 def test_learns_its_target(tmp_path: Path, model_type: str, scale: float) -> None:
     """The loss falls and the chance of acceptance rises, at every depth; nothing frozen moves."""

@@ -73,7 +73,9 @@ def draw(name: str, accelerator: AnyAccelerator | str, prompts: Any, **options: 
 
 @pytest.mark.parametrize("method", LOSSLESS)
 @pytest.mark.parametrize("name", HOSTS)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting", ["guided", *(pytest.param(name, marks=pytest.mark.slow) for name in ("free", "filtered"))]
+)
 def test_lossless(name: str, setting: str, method: str) -> None:
     """Thousands of images follow the enumerated distribution."""
     prompt = PROMPTS[name][0]
@@ -180,6 +182,7 @@ def test_several_grids_in_one_image() -> None:
             refused.run(job(Canvas.empty(2, 8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", LOSSLESS)
 def test_given_tokens_stay_and_what_follows_knows_them(method: str) -> None:
     """Tokens that are given are read by what comes after them, in plain decoding and under speculation alike."""
