@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -113,7 +113,7 @@ class ModulatedHost(Host):
     def positional(self, prefix: int, grids: Sequence[Grid], mask: Tensor | None) -> Tensor:
         return torch.arange(prefix + sum(grid.num_positions for grid in grids)).unsqueeze(0)
 
-    def modulation(self, values: Tensor) -> Tensor:
+    def modulation(self, values: Tensor, prefix: int, grids: Sequence[Grid]) -> Tensor:
         return self.classes(values).unsqueeze(1)
 
     def embed_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -214,14 +214,6 @@ class LinedPipeline(CausalPipeline):
     def _grids(self, run: Run) -> tuple[Grid, ...]:
         c = self.transformer.config
         return (Grid(c.height, c.width, end_of_line=c.vocab_size - 1),)
-
-    def _new_canvas(self, run: Run) -> Any:
-        """Ends of line are given, so that rows side by side can read them ahead."""
-        canvas, (grid,) = super()._new_canvas(run), self._grids(run)
-        canvas.fixed = torch.zeros_like(canvas.written, dtype=torch.bool)
-        canvas.fixed[:, grid.width :: grid.pitch] = True
-        canvas.tokens[:, grid.width :: grid.pitch] = grid.end_of_line
-        return canvas
 
     def _latents(self, run: Run) -> Tensor:
         return run.canvas.tokens

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.loop import decode
 from varaccel.engine.options import check_choice, positive_integer
+from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.schedule import StaggeredRows
 
@@ -53,6 +54,8 @@ class ZipAR(Accelerator[CausalJob]):
         ends = grid.end_of_line is not None
         schedule = StaggeredRows(grid.width, self.window, first_row_alone=published, end_of_line=ends)
         if ends:  # known ahead: read where they stand, never decided
+            if job.canvas.fixed is None:
+                raise InputError("ZipAR reads ends of line ahead; give them as fixed tokens of the canvas.")
             job.canvas.show_fixed()
         session = job.open_session(visibility="causal" if published else "encoded")
         return decode(session, job.canvas, schedule, job.randomness, job.on_step)

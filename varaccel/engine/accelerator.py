@@ -82,6 +82,10 @@ AcceleratorT = TypeVar("AcceleratorT", bound=type[AnyAccelerator])
 
 def register(cls: AcceleratorT) -> AcceleratorT:
     """Make an accelerator available by its name. The test suite runs over everything registered."""
+    if not issubclass(getattr(cls, "job_type", object), Job):
+        raise TypeError(
+            f"{cls.__name__} must say in `job_type` which kind of job it can do, such as CausalJob"
+        )
     if cls.name in ACCELERATORS:
         raise ValueError(f"an accelerator called {cls.name!r} is registered already")
     ACCELERATORS[cls.name] = cls

@@ -14,6 +14,12 @@ from varaccel.engine.loop import OnStep
 from varaccel.engine.network import Network
 from varaccel.engine.session import SessionCost
 
+
+def network_of(given: object) -> object:
+    """The transformer of a pipeline; anything else as it is, a network with a part of that name included."""
+    return given if isinstance(given, nn.Module) else getattr(given, "transformer", given)
+
+
 LoadNetwork = Callable[[str, torch.device, torch.dtype], object]
 """Finds the network of a model by the model's name, and puts it on a device."""
 
@@ -74,4 +80,4 @@ class Job(ABC):
         found = self.drafters.get(name) if chosen is None else chosen
         if isinstance(found, str) and self.load_network is not None:
             found = self.load_network(found, self.device, self.dtype)
-        return getattr(found, "transformer", found)
+        return network_of(found)

@@ -98,6 +98,7 @@ class DiffusionSchedule:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # the tables outlive the call, which may run in that mode
 def _respaced(steps: int, kind: str) -> DiffusionSchedule:
     full = torch.cumprod(1 - _BETAS[kind](TRAINING_STEPS), 0)
     last = TRAINING_STEPS - 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from varaccel.errors import InputError
 from varaccel.nn.condition import Condition
 from varaccel.nn.grid import Grid, possible_tokens
 from varaccel.nn.signature import Signature
@@ -35,6 +36,16 @@ class Prefix:
     mask: Tensor | None = None
     positional: Tensor | None = None
     modulation: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        rows = self.embeddings.shape[0]
+        for name in ("positional", "modulation"):
+            table: Tensor | None = getattr(self, name)
+            if table is not None and (table.dim() < 2 or table.shape[0] not in (1, rows)):
+                raise InputError(
+                    f"{name} of a prefix must have 1 row or {rows}, one per row of the embeddings, then a list of "
+                    f"places; got {list(table.shape)}."
+                )
 
     @property
     def length(self) -> int:
@@ -96,8 +107,8 @@ class PrefixConditioned:
         """See `Prefix.positional`, for `prefix` slots (used ones by `mask` [R, T], see `Prefix`) and `grids`."""
         return None
 
-    def modulation(self, values: Tensor) -> Tensor | None:
-        """See `Prefix.modulation`, for the rows of `values`."""
+    def modulation(self, values: Tensor, prefix: int, grids: Sequence[Grid]) -> Tensor | None:
+        """See `Prefix.modulation`, for the rows of `values`, `prefix` slots and `grids`."""
         return None
 
     def encode_condition(self, condition: Condition, grids: Sequence[Grid], *, guided: bool) -> Prefix:
@@ -110,13 +121,15 @@ class PrefixConditioned:
             embeddings, mask = stack_branches(
                 (self.embed_condition(values), mask), (self.embed_condition(negative.values), negative.mask)
             )
-            parts = [self.modulation(values), self.modulation(negative.values)]
+            length = embeddings.shape[1]
+            parts = [self.modulation(v, length, grids) for v in (values, negative.values)]
             modulation = None if parts[0] is None else torch.cat([part for part in parts if part is not None])
         else:
             if guided:
                 values = torch.cat([values, self.unconditional(values)])
                 mask = None if mask is None else mask.repeat(2, 1)
-            embeddings, modulation = self.embed_condition(values), self.modulation(values)
+            embeddings = self.embed_condition(values)
+            modulation = self.modulation(values, embeddings.shape[1], grids)
         return Prefix(embeddings, mask, self.positional(embeddings.shape[1], grids, mask), modulation)
 
     def possible_tokens(self, positions: Tensor, grids: Sequence[Grid]) -> Tensor | None:

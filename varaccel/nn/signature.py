@@ -35,6 +35,10 @@ class Signature:
     noise_schedule: str | None = None
     paradigm: Paradigm = "causal"
 
+    def __post_init__(self) -> None:
+        if self.layout is not None:  # a list after a configuration was read from a file
+            object.__setattr__(self, "layout", tuple(self.layout))
+
     def differences(self, other: Signature) -> list[str]:
         """Where `other` differs, in words, such as "number of token ids 8 instead of 16"."""
         own, others = astuple(self), astuple(other)

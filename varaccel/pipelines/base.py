@@ -18,12 +18,13 @@ from varaccel.engine.canvas import Canvas
 from varaccel.engine.counts import Counts, SpeculationStats, StageStats
 from varaccel.engine.job import Job
 from varaccel.engine.loop import OnStep, Step
+from varaccel.engine.network import Network
 from varaccel.engine.randomness import image_generators
 from varaccel.engine.statistics import Statistics
 from varaccel.engine.stopwatch import Stopwatch
 from varaccel.errors import InputError, unknown_name
 from varaccel.nn.condition import Condition
-from varaccel.nn.signature import Signature
+from varaccel.nn.signature import Paradigm, Signature
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.memory import memory_errors
 from varaccel.pipelines.output import ImageOutput
@@ -92,7 +93,7 @@ class Run(Generic[SettingsT, JobT]):
     job: JobT = field(init=False)
 
 
-class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT]):
+class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
     """Base of all pipelines whose images are tokens on a canvas.
 
     A subclass registers its components, checks the arguments of its own in `__call__` and implements `_job`,
@@ -104,7 +105,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT]):
         job_type: the kind of job that the pipeline makes; accelerators say which kinds they can do.
     """
 
-    family: ClassVar[str]
+    family: ClassVar[str] = "unnamed"
     job_type: ClassVar[type[Job]]
 
     transformer: Any
@@ -140,8 +141,13 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT]):
 
     def _condition(self, prompts: list[str | int]) -> Condition | None:
         """What the networks are told about each prompt: labels, or text features and their mask."""
-        if self.transformer.signature().condition == "class":
+        kind = self.transformer.signature().condition
+        if kind == "class":
             return Condition(self._labels(prompts))
+        if self.text_encoder is None:
+            raise InputError(
+                f"{type(self).__name__} cannot make a condition of kind {kind!r} from prompts; implement `_condition`."
+            )
         text = self._text(prompts, self._caption_length())
         return Condition(text.features, text.mask)
 
@@ -281,6 +287,25 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT]):
     def _shown(self, run: Run[SettingsT, JobT]) -> Any:
         """The canvas so far as images of the call's output type; arrays if that is "latent"."""
         return to_output(self._pixels(run), run.call.output_type)
+
+    @staticmethod
+    def _check_network(network: object, paradigm: Paradigm) -> Signature:
+        """The signature of a network that a pipeline is given.
+
+        Raises:
+            InputError: no network with a signature, or one that decides images in another way.
+        """
+        if not isinstance(network, Network):
+            raise InputError(
+                f"a {type(network).__name__} is no transformer for this pipeline; pass a network with device, dtype "
+                "and signature()."
+            )
+        signature = network.signature()
+        if signature.paradigm != paradigm:
+            raise InputError(
+                f"a {type(network).__name__} is a {signature.paradigm} network, this pipeline needs a {paradigm} one."
+            )
+        return signature
 
     @staticmethod
     def _check_text(signature: Signature, text_encoder: Any, tokenizer: Any) -> None:

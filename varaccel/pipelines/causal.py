@@ -20,7 +20,8 @@ from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.sampling import Sampling
-from varaccel.nn.grid import Grid
+from varaccel.nn.grid import Grid, line_ends
+from varaccel.nn.signature import Signature
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.published import load_network
@@ -35,10 +36,11 @@ class CausalSettings:
     sampling: Sampling
 
 
-class CausalPipeline(TokenPipeline[CausalSettings, CausalJob]):
+class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
     """Text- or class-conditional generation with a causal network and any accelerator for it.
 
-    A family of its own is a subclass with a `family` and, where they differ, `_condition` and `_grids`.
+    A family of its own is a subclass with a `family` and, where they differ, `_condition`, `_grids` and
+    `_check_vocabulary`.
 
     Args:
         transformer: the autoregressive model, a `CausalNetwork`.
@@ -76,14 +78,15 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob]):
         draft_transformer: Any = None,
     ) -> None:
         super().__init__()
-        signature = transformer.signature()
-        if signature.vocab_size != vq_model.codebook_size:
-            raise InputError(
-                f"the transformer predicts {signature.vocab_size} token ids but the image tokenizer has "
-                f"{vq_model.codebook_size}; use the tokenizer that the transformer was trained with."
-            )
+        signature = self._check_network(transformer, "causal")
+        self._check_vocabulary(signature, vq_model)
         self._check_text(signature, text_encoder, tokenizer)
         if eagle_head is not None:
+            if not hasattr(eagle_head, "check_fits"):
+                raise InputError(
+                    f"eagle_head must be an EagleHead, got {type(eagle_head).__name__}; a network of the model's "
+                    "signature is a draft_transformer."
+                )
             eagle_head.check_fits(transformer)
         if draft_transformer is not None:
             check_substitute(draft_transformer, transformer, "drafter")
@@ -104,15 +107,40 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob]):
         self._tables: dict[bool, Tensor] = {}
         self._compiled: Callable[..., Tensor] | None = None
 
+    @staticmethod
+    def _check_vocabulary(signature: Signature, vq_model: Any) -> None:
+        """Refuse an image tokenizer of another vocabulary; overridden where the network has further token ids.
+
+        Raises:
+            InputError: numbers of token ids that differ.
+        """
+        if signature.vocab_size != vq_model.codebook_size:
+            raise InputError(
+                f"the transformer predicts {signature.vocab_size} token ids but the image tokenizer has "
+                f"{vq_model.codebook_size}; use the tokenizer that the transformer was trained with."
+            )
+
     @property
     def image_size(self) -> int:
-        """Height and width of the images in pixels."""
-        return int(self.transformer.signature().layout[0] * self.vq_model.downsample_factor)
+        """Height and width of the images in pixels.
+
+        Raises:
+            InputError: images that are not square.
+        """
+        layout = self.transformer.signature().layout
+        if layout is None or layout[0] != layout[-1]:
+            raise InputError(f"the images of this model have no single size: its layout is {layout}.")
+        return int(layout[0] * self.vq_model.downsample_factor)
 
     @property
     def drafters(self) -> dict[str, nn.Module]:
         found = {"eagle": self.eagle_head, "small": self.draft_transformer}
         return {name: drafter for name, drafter in found.items() if drafter is not None}
+
+    def _has_neighbours(self) -> bool:
+        """Whether every token id has a vector: an image tokenizer of the user's own may have none."""
+        codebook = getattr(self.vq_model, "codebook", None)
+        return codebook is not None and len(codebook) == self.transformer.signature().vocab_size
 
     def _neighbours(self, k: int, normalise: bool) -> Tensor:
         """Nearest neighbours in the codebook, int32 [V, k + 1]; kept for the next call."""
@@ -170,7 +198,8 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob]):
             callback_on_step_end: called after every pass as (pipe, step from 0, tokens decided per image in
                 this pass, {"canvas": canvas, "preview": function, "written": function}); `preview()` decodes the
                 canvas so far to images of `output_type` (arrays if that is "latent"), `written()` is
-                `ImageOutput.written` so far. Set `pipe._interrupt = True` in it to stop. Empty places hold code 0.
+                `ImageOutput.written` so far. Set `pipe._interrupt = True` in it to stop. Empty places hold
+                token id 0.
 
         Raises:
             InputError: any argument that cannot be used.
@@ -206,12 +235,22 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob]):
 
     def _grids(self, run: Run[CausalSettings, CausalJob]) -> tuple[Grid, ...]:
         """The grids of an image, one after the other."""
-        side = self.transformer.signature().layout[0]
-        return (Grid(side, side),)
+        layout = self.transformer.signature().layout
+        if layout is None or len(layout) > 2:
+            raise InputError(
+                f"the signature's layout {layout} does not tell the grid of an image; implement `_grids` in "
+                f"{type(self).__name__}."
+            )
+        return (Grid(layout[0], layout[-1]),)
 
     def _new_canvas(self, run: Run[CausalSettings, CausalJob]) -> Canvas:
-        positions = sum(grid.num_positions for grid in self._grids(run))
-        return Canvas.empty(run.call.images, positions, device=run.device)
+        """An empty canvas; ends of line are given, so that rows side by side can read them ahead."""
+        grids, images = self._grids(run), run.call.images
+        if all(grid.end_of_line is None for grid in grids):
+            positions = sum(grid.num_positions for grid in grids)
+            return Canvas.empty(images, positions, device=run.device)
+        ends = line_ends(grids, torch.device(run.device)).expand(images, -1)
+        return Canvas.given(ends.clamp(min=0), ends >= 0)
 
     def _job(self, run: Run[CausalSettings, CausalJob], on_step: OnStep) -> CausalJob:
         assert run.condition is not None
@@ -228,8 +267,7 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob]):
             guidance=guidance,
             sampling=run.settings.sampling,
             randomness=Randomness.draw(run.call.generators, run.canvas.num_positions, run.device),
-            # an image tokenizer of the user's own may know no nearness of codebook entries
-            neighbours=self._neighbours if hasattr(self.vq_model, "codebook") else None,
+            neighbours=self._neighbours if self._has_neighbours() else None,
             transform=self._compiled,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import tempfile
@@ -17,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from torch import nn
 
-from varaccel.errors import CheckpointError, unknown_name
+from varaccel.errors import CheckpointError, InputError, unknown_name
 from varaccel.pipelines.catalog import PUBLISHED
 from varaccel.shipped import shipped_models
 
@@ -163,9 +164,41 @@ class LoadablePipeline(DiffusionPipeline):
     Every subclass is known by its name, so that `AutoPipeline` loads folders that it saved.
     """
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, *, abstract: bool = False, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if abstract:
+            return
+        known = PIPELINES.get(cls.__name__)
+        if known is not None and known.__module__ != cls.__module__:
+            raise TypeError(
+                f"there is a pipeline class {cls.__name__} in {known.__module__}; model folders record the name, so "
+                "choose another."
+            )
         PIPELINES[cls.__name__] = cls
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
+        """A pipeline of this class on the components and settings of another, which share them.
+
+        Args:
+            options: components and settings instead of the other's.
+
+        Raises:
+            InputError: a component that this class needs and neither has.
+        """
+        parameters = inspect.signature(cls.__init__).parameters
+        found = {**dict(pipeline.config), **pipeline.components, **options}
+        chosen = {name: found[name] for name in parameters if name in found and name != "self"}
+        missing = [
+            name
+            for name, parameter in parameters.items()
+            if name != "self" and parameter.default is parameter.empty and name not in chosen
+        ]
+        if missing:
+            raise InputError(
+                f"a {type(pipeline).__name__} has no {' and no '.join(missing)} for a {cls.__name__}; pass it as well."
+            )
+        return cls(**chosen)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:

@@ -87,6 +87,7 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
     ) -> None:
         super().__init__()
         for network in filter(None, (transformer, draft_transformer)):
+            self._check_network(network, "masked")
             patch_size(network, vae)
         self._check_text(transformer.signature(), text_encoder, tokenizer)
         self.register_modules(

@@ -25,7 +25,10 @@ def load_published(name: str, model: PublishedModel, dtype: Any = None, **hub: A
     Raises:
         CheckpointError: the files cannot be had, or do not fit.
     """
-    pipeline: Any = next(cls for cls in PIPELINES.values() if getattr(cls, "family", None) == model.family)
+    families = {getattr(cls, "family", None): cls for cls in reversed(PIPELINES.values())}
+    if model.family not in families:
+        raise CheckpointError(f"{name!r} is a {model.family} model; load it with varaccel.AutoPipeline.")
+    pipeline: Any = families[model.family]
     if model.revision is not None:
         hub = {"revision": model.revision, **hub}
     try:

@@ -94,6 +94,7 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
     ) -> None:
         super().__init__()
         for network in filter(None, (transformer, refiner)):
+            self._check_network(network, "next-scale")
             check_tokenizer(network, vq_model)
         self._check_text(transformer.signature(), text_encoder, tokenizer)
         self.register_modules(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
+from varaccel.engine.job import network_of
 from varaccel.engine.network import Network, check_substitute
 from varaccel.engine.options import check_choice
 from varaccel.engine.randomness import GumbelNoise
@@ -43,7 +45,8 @@ class LayerSkip:
         Raises:
             InputError: the target cannot run some of its layers only.
         """
-        if not isinstance(target, LayeredNetwork):
+        takes_layers = "layers" in inspect.signature(target.transform).parameters
+        if not (isinstance(target, LayeredNetwork) and takes_layers):
             raise InputError(
                 f"a {type(target).__name__} cannot draft with some of its own layers; name another drafter, or use "
                 "Jacobi, which needs none."
@@ -92,7 +95,7 @@ def resolve_drafter(drafter: object, job: CausalJob) -> CausalNetwork | EagleHea
                 "need none, or train one with `varaccel train drafter`."
             )
         drafter = job.drafters[drafter]
-    network = getattr(drafter, "transformer", drafter)  # of a pipeline
+    network = network_of(drafter)
     if isinstance(
         network, EagleHead
     ):  # reads the model's features, so it is no network of the model's signature

@@ -210,6 +210,7 @@ class _Level:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the tables outlive the call, which may run in that mode
 def _levels(topology: Topology, device: torch.device) -> tuple[_Level, ...]:
     # draft slots of the tokens that are continued, in the order in which they are read; the root has none
     entries = {node: entry for entry, node in enumerate(topology.internal[1:])}

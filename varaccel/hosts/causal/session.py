@@ -91,11 +91,11 @@ class CausalSession:
         self.cache_slots = CacheSlots(
             network.new_cache(rows, self.prefix + positions + draft_slots + 1),
             prefix=self.prefix,
-            positional=prefix.positional,
-            modulation=prefix.modulation,
+            positional=_on(prefix.positional, network.device),
+            modulation=_on(prefix.modulation, network.device),
             draft_slots=draft_slots,
             mask=prefix.mask,
-            branches_differ=self.guidance.enabled and condition.negative is not None,
+            branches_differ=self.guidance.enabled and _differ(prefix.mask),
             visibility=visibility,
         )
         self._frontier = 0  # positions before it are all encoded, in every row
@@ -124,7 +124,7 @@ class CausalSession:
 
     @torch.inference_mode()
     def predict(self, canvas: Canvas, inputs: StepInputs) -> Categorical:
-        """The distribution of `feed.positions`, [B, P, V], after guidance and filters.
+        """The distribution of `inputs.positions`, [B, P, V], after guidance and filters.
 
         Encodes the condition and the tokens named by `inputs`. Slots before the first of them must have been
         fed in earlier passes; otherwise they are empty and treated as `visibility` says.
@@ -267,3 +267,12 @@ class CausalSession:
         # the host knows which positions are decided, so the device need not be asked for them
         starts = torch.tensor(inputs.host.positions) if self.guidance.interval >= 0 else None
         return self.read(drafts, starts, length=inputs.host.last_slot + 1)
+
+
+def _differ(mask: Tensor | None) -> bool:
+    """Whether the halves of a mask [2 B, T] differ. Synchronises with the device, once per session."""
+    return mask is not None and not torch.equal(*mask.bool().chunk(2))
+
+
+def _on(table: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if table is None else table.to(device)

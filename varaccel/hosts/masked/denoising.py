@@ -256,6 +256,7 @@ class Process:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the tables outlive the call, which may run in that mode
 def _tables(steps: int, kind: NoiseSchedule, sampler: Sampler, device: torch.device) -> tuple[Tensor, Tensor]:
     schedule = DiffusionSchedule.respaced(steps, kind)
     return schedule.timesteps.to(device), step_table(schedule, sampler).float().to(device)

@@ -78,7 +78,7 @@ class MaskedSession:
 
     @torch.inference_mode()
     def predict(self, canvas: Canvas, inputs: MaskedInputs) -> DiffusionDistribution:
-        """The distribution of the tokens at `feed.positions`, [B, P]. All that is known must be on the canvas."""
+        """The distribution of the tokens at `inputs.positions`, [B, P]. All that is known must be on the canvas."""
         return self.distribution(self.conditions(canvas, inputs), inputs)
 
     def distribution(self, conditions: Tensor, inputs: MaskedInputs) -> DiffusionDistribution:
