@@ -1,4 +1,4 @@
-"""Methods compose: speculative Jacobi and LANTERN in ZipAR's order, every row in flight with guesses of its own.
+"""Methods compose: speculative Jacobi and LANTERN in ZipAR's order, every row in flight with draft tokens of its own.
 
 python pipelines/llamagen_combined.py
 """

@@ -1,4 +1,4 @@
-"""LANTERN: nearby tokens may stand for each other, so that more guesses are accepted.
+"""LANTERN: nearby tokens may stand for each other, so that more draft tokens are accepted.
 
 python pipelines/llamagen_lantern.py
 """

@@ -20,7 +20,7 @@ for accelerator in (
 ):
     print(pipe(prompt, seed=0, accelerator=accelerator).stats)
 
-# guesses that are accepted where they equal what the seed draws: the very image of plain decoding
+# draft tokens that are accepted where they equal what the seed draws: the very image of plain decoding
 same = pipe(prompt, seed=0, accelerator=Speculative("eagle", tree="dynamic"))
 print(same.stats)
 print("equal pixels:", np.mean(np.asarray(same.images[0]) == np.asarray(plain.images[0])))

@@ -20,4 +20,4 @@ plain.images[0].save(folder / "mar-cspd-plain.png")
 drafted["exact"].images[0].save(folder / "mar-cspd.png")
 print(plain.stats)
 for out in drafted.values():
-    print(out.stats)  # passes of either network, and how many guesses were kept
+    print(out.stats)  # passes of either network, and how many draft tokens were kept
