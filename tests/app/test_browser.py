@@ -69,7 +69,7 @@ def address(record: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     environment |= {"OMP_WAIT_POLICY": "passive", "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("gradio"))}
     environment.pop("OMP_NUM_THREADS", None)
     process = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "watched_app.py", record, "--concurrency", "2"],
+        [sys.executable, ROOT / "tests" / "app" / "watched_app.py", record, "--concurrency", "2"],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

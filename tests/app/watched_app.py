@@ -1,6 +1,6 @@
 """The demo as it is started, with a record of every address that its process looks up or connects to.
 
-python tests/watched_app.py RECORD OPTION...
+python tests/app/watched_app.py RECORD OPTION...
 """
 
 from __future__ import annotations
