@@ -34,7 +34,9 @@ from varaccel.nn.condition import Condition
 from varaccel.nn.grid import Grid
 from varaccel.nn.prefix import Prefix
 from varaccel.nn.signature import Signature
+from varaccel.pipelines import loading
 from varaccel.pipelines.causal import CausalPipeline
+from varaccel.pipelines.loading import PIPELINES
 
 
 class Other(LlamaGenPipeline):
@@ -200,9 +202,18 @@ def test_from_pipe_shares_components() -> None:
 def test_names_that_are_taken_or_missing() -> None:
     with pytest.raises(TypeError, match="there is a pipeline class LlamaGenPipeline in varaccel"):
         type("LlamaGenPipeline", (CausalPipeline,), {})
+    assert PIPELINES["LlamaGenPipeline"] is LlamaGenPipeline
     with pytest.raises(TypeError, match="must say in `job_type`"):
         register(type("Jobless", (Accelerator,), {"name": "jobless"}))
     assert "jobless" not in ACCELERATORS
+
+
+def test_a_class_defined_again_takes_the_place_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's cell that runs again, or one script under two module names."""
+    monkeypatch.setattr(loading, "PIPELINES", dict(PIPELINES))
+    for module in ("__main__", "document", "script"):
+        again = type("DefinedTwice", (CausalPipeline,), {"__module__": module})
+        assert loading.PIPELINES["DefinedTwice"] is again
 
 
 @pytest.mark.parametrize(

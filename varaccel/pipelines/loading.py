@@ -158,10 +158,15 @@ def _load_component(folder: Path, name: str, entry: Any, path: Path, options: Ma
     return load(path, **({} if dtype is None else {"dtype": dtype}))
 
 
+def _is_own(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "varaccel"
+
+
 class LoadablePipeline(DiffusionPipeline):
     """diffusers' pipeline with the library's names for models and whole-or-nothing saving.
 
-    Every subclass is known by its name, so that `AutoPipeline` loads folders that it saved.
+    Every subclass is known by its name, so that `AutoPipeline` loads folders that it saved. Of a user's classes of one
+    name the last defined counts, as in a notebook whose cell runs again; the library's own names are kept.
     """
 
     def __init_subclass__(cls, *, abstract: bool = False, **options: Any) -> None:
@@ -169,7 +174,7 @@ class LoadablePipeline(DiffusionPipeline):
         if abstract:
             return
         known = PIPELINES.get(cls.__name__)
-        if known is not None and known.__module__ != cls.__module__:
+        if known is not None and _is_own(known) and not _is_own(cls):
             raise TypeError(
                 f"there is a pipeline class {cls.__name__} in {known.__module__}; model folders record the name, so "
                 "choose another."
