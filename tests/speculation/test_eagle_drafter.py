@@ -148,7 +148,7 @@ def test_static_drafting(index: int, run: int, monkeypatch: pytest.MonkeyPatch) 
     if not options["greedy"]:
         rows = iter(recorded_draws)
 
-        def draw_children(distribution: Categorical, numbers: Tensor, draw_mode: str) -> Tensor:
+        def draw_children(distribution: Categorical, numbers: Tensor, draw_mode: str, ranks: Any) -> Tensor:
             assert draw_mode == "without_replacement"
             drawn = torch.stack([next(rows) for _ in range(distribution.logits.shape[1])])
             return drawn[None, :, : numbers.shape[-1]]

@@ -348,7 +348,7 @@ def test_a_wide_row_window_is_raster_order(host: str, name: str, row_window: int
     assert torch.equal(wide.written, raster.written)
 
 
-def worst_children(distribution: Categorical, numbers: Tensor, draw_mode: str) -> Tensor:
+def worst_children(distribution: Categorical, numbers: Tensor, *_: Any) -> Tensor:
     return distribution.logits.topk(numbers.shape[-1], dim=-1, largest=False).indices
 
 
@@ -612,6 +612,11 @@ def test_how_children_are_drawn() -> None:
         flat = drawn[:, 0, 0] * vocab_size + drawn[:, 0, 1]
         return (torch.bincount(flat, minlength=vocab_size**2).double() / rows).view(vocab_size, vocab_size)
 
+    third = draw_children(distribution, numbers[..., :2], "deterministic", (0, 2))
+    assert torch.equal(third, likeliest[..., [0, 2]])
+    beyond = draw_children(distribution, numbers[..., :2], "deterministic", (1, 10**9))
+    assert torch.equal(beyond[0, 0], p.argsort(descending=True)[[1, 3]])
+
     independent = draw_children(distribution, numbers, "independent")
     torch.testing.assert_close(frequencies(independent), p[:, None] * p, atol=0.01, rtol=0)
     different = draw_children(distribution, numbers, "without_replacement")
@@ -621,6 +626,67 @@ def test_how_children_are_drawn() -> None:
     # two possible tokens: both are drawn, then any
     few = Categorical(torch.tensor([[[0.0, -torch.inf, 1.0, -torch.inf]]]))
     assert set(draw_children(few, numbers[:1], "without_replacement")[0, 0, :2].tolist()) == {0, 2}
+
+
+# the same trees, numbered branch by branch and level by level
+BRANCH_BY_BRANCH = Topology((-1, 0, 1, 2, 1, 0, 5)), Topology((-1, 0, 0, 1, 1, 2, 3))
+GAPS = (  # trees that leave draws out
+    Topology((-1, 0, 1, 2, 1, 0, 5), (0, 2, 1, 0, 0, 0, 3)),
+    Topology.from_paths([[1], [3], [1, 0], [1, 2], [3, 1]]),
+    Topology.from_paths([[2]]),
+)
+VERIFICATIONS = ("recursive", "k_sequential", "matching", "gumbel")
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+@pytest.mark.parametrize("drafter", ["eagle", "small"])
+def test_how_a_tree_is_numbered_changes_nothing_that_is_drafted(
+    drafter: str, verification: Any, adaptive: bool, outcomes: list[StepResult]
+) -> None:
+    """Every drafter is told the true parents: the courses of the two numberings are the same."""
+    courses = []
+    for tree in BRANCH_BY_BRANCH:
+        outcomes.clear()
+        accelerator = Speculative(drafter, tree=tree, verification=verification, adaptive=adaptive)
+        out = draw("c2i", accelerator, temperature=2.0)
+        courses.append((out.images, out.written, [outcome.tree.tokens for outcome in outcomes]))
+    assert torch.equal(courses[0][0], courses[1][0])
+    assert torch.equal(courses[0][1], courses[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(courses[0][2], courses[1][2], strict=True))
+
+
+@pytest.mark.parametrize("tree", GAPS, ids=["branch by branch", "level by level", "alone"])
+def test_a_child_takes_the_draw_of_its_rank(
+    tree: Topology, outcomes: list[StepResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With matching, child r of a node is the drafter's likeliest token but r, after the tokens above it.
+
+    The drafter is all layers of the model, so the model's own distributions say what the likeliest are."""
+    accelerator = Speculative(LayerSkip((0, 1, 2)), tree=tree, verification="matching")
+    draw("c2i", accelerator, guidance_scale=1.0)
+    level = tree.by_level
+    compared = 0
+    for outcome in outcomes:
+        likeliest = outcome.distribution.logits.argsort(-1, descending=True)  # [M, T, V]
+        inside = (outcome.fronts.open.flatten()[:, None]) & (
+            outcome.tree.depths <= outcome.fronts.end.view(-1, 1)
+        )
+        for node, (parent, rank) in enumerate(zip(level.parents, level.ranks, strict=True)):
+            if node:
+                rows = inside[:, node]
+                assert torch.equal(outcome.tree.tokens[rows, node], likeliest[rows, parent, rank])
+                compared += int(rows.sum())
+    assert compared > 30
+
+
+def test_independent_children_are_alike_whatever_their_rank() -> None:
+    gaps, none = (Topology((-1, 0, 0, 1), ranks) for ranks in ((0, 1, 3, 2), (0, 0, 1, 0)))
+    images = [
+        draw("c2i", Speculative("small", tree=tree, verification="k_sequential")).images
+        for tree in (gaps, none)
+    ]
+    assert torch.equal(*images)
 
 
 # -- side effects --------------------------------------------------------------------------------------
@@ -700,6 +766,10 @@ def test_auto_takes_the_best_drafter_there_is() -> None:
         (lambda: Speculative(tree=True), "a chain needs an integer length >= 1, got True"),
         (lambda: Speculative(tree="chian"), "unknown tree 'chian'.*did you mean 'chain'"),
         (lambda: Speculative(tree=2.5), "a tree is a name, a chain length or a list of paths"),
+        (lambda: Speculative(tree=[[0], [2]]), "must take draws 0, 1, 2, ... in order"),
+        (lambda: Speculative(tree=[[1]], verification="recursive"), "must take draws 0, 1, 2"),
+        (lambda: Speculative(tree=Topology((-1, 0, 0), (0, 1, 0))), "must take draws 0, 1, 2"),
+        (lambda: Lantern(tree=[[0], [0, 0], [0, 3]]), "must take draws 0, 1, 2"),
         (lambda: Speculative(tree=Topology((-1,))), "at least one draft token below its root"),
         (lambda: Lantern(tree=Topology((-1,))), "at least one draft token below its root"),
         (lambda: Speculative(tree="dynamic", verification="k_sequential"), "k_sequential verification needs"),

@@ -103,6 +103,20 @@ def test_chain_and_ranks() -> None:
     assert hash(chain) == hash(Topology((-1, 0, 1, 2)))
 
 
+def test_numbered_level_by_level() -> None:
+    for topology in (*NAMED_TREES.values(), Topology((-1,)), Topology.from_paths([[1], [0, 0], [0]])):
+        assert topology.by_level is topology
+    assert Topology((-1, 0, 1, 2, 1, 0, 5)).by_level == Topology((-1, 0, 0, 1, 1, 2, 3))
+    # siblings keep their order and their draws
+    mixed = Topology((-1, 0, 1, 0, 1, 3), (0, 2, 0, 0, 4, 1)).by_level
+    assert mixed == Topology((-1, 0, 0, 1, 1, 2), (0, 2, 0, 0, 4, 1))
+    assert mixed.by_level is mixed
+    # published lists that go by expected gain, not by level
+    gained = Topology.from_paths([[0], [0, 0], [1], [0, 1], [2], [0, 0, 0], [1, 0]])
+    assert gained.by_level is gained
+    assert gained.consecutive
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -146,7 +160,7 @@ def test_bad_shapes_are_explained(build: Callable[[], Any], message: str) -> Non
         ({"tokens": torch.zeros(2, 4, dtype=torch.int64)}, "tokens must be [M, 3], one per node"),
         (
             {"topology": Topology.from_paths([[0], [2]]), "draw_mode": "without_replacement"},
-            "children drawn without replacement must take draws 0, 1, 2, ... in order.",
+            "children drawn without replacement must take draws 0, 1, 2, ... in order",
         ),
     ],
 )

@@ -72,7 +72,7 @@ class Lantern(Accelerator[CausalJob]):
             raise InputError(f"LANTERN's multiplier must be a number >= 1, got {self.multiplier}.")
         check_choice("LANTERN residual", self.residual, get_args(Residual))
         check_row_window(self.row_window)
-        shape = check_drafting(self.drafter, self.tree, self.adaptive)
+        shape = check_drafting(self.drafter, self.tree, self.adaptive, without_replacement=True)
         if isinstance(shape, DynamicTree):
             if self.residual in ("static", "static_b"):
                 raise InputError(

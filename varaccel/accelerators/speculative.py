@@ -37,8 +37,9 @@ class Speculative(Accelerator[CausalJob]):
             model itself; "auto": the first of these that there is. Or a `LayerSkip`, an `EagleHead`, or a
             smaller `LlamaGenTransformer` of the same token ids and conditions.
         tree: what is drafted per pass: the length of a chain, the name of a published tree, lists of child
-            ranks, a `Topology`; "dynamic", a `DynamicTree` or its options as a mapping for one that grows where
-            the drafter is confident.
+            ranks ([0, 2] is the third draw below the first; draws may be left out unless draft tokens are drawn
+            without replacement), a `Topology`; "dynamic", a `DynamicTree` or its options as a mapping for one that
+            grows where the drafter is confident.
         verification: "recursive": draft tokens drawn without replacement, each verified against what the rejection
             of its elder siblings left (arXiv 2402.14160). "k_sequential": independent draft tokens, verified by the
             nearly optimal transport of SpecTr (arXiv 2310.15141). "matching": the drafter's likeliest
@@ -68,7 +69,8 @@ class Speculative(Accelerator[CausalJob]):
     def __post_init__(self) -> None:
         check_choice("verification", self.verification, get_args(Verification))
         check_row_window(self.row_window)
-        shape = check_drafting(self.drafter, self.tree, self.adaptive)
+        recursive = self.verification in ("auto", "recursive")
+        shape = check_drafting(self.drafter, self.tree, self.adaptive, without_replacement=recursive)
         if isinstance(shape, DynamicTree) and self.verification == "k_sequential":
             raise InputError(
                 "k_sequential verification needs independently drawn draft tokens, a dynamic tree takes the "

@@ -20,7 +20,7 @@ from varaccel.speculation.eagle_drafter import EagleReader
 from varaccel.speculation.loop import Proposer
 from varaccel.speculation.network_drafter import LayerSubset, NetworkReader
 from varaccel.speculation.proposers import BranchReader, DynamicProposer, StaticProposer
-from varaccel.speculation.tree import DrawMode, DynamicTree, Topology, resolve_tree
+from varaccel.speculation.tree import NOT_CONSECUTIVE, DrawMode, DynamicTree, Topology, resolve_tree
 
 Tree = int | str | Topology | DynamicTree | Mapping[str, int] | Sequence[Sequence[int]]
 """What a `tree` option may be, see `resolve_shape`."""
@@ -109,8 +109,12 @@ def resolve_drafter(drafter: object, job: CausalJob) -> CausalNetwork | EagleHea
     return check_substitute(network, job.network, "drafter")
 
 
-def check_drafting(drafter: object, tree: Tree, adaptive: bool) -> Shape:
-    """The shape of the draft tree; refuses, when an accelerator is made, what fits no model."""
+def check_drafting(drafter: object, tree: Tree, adaptive: bool, without_replacement: bool) -> Shape:
+    """The shape of the draft tree; refuses, when an accelerator is made, what fits no model.
+
+    Args:
+        without_replacement: whether the children of a static tree are drawn so.
+    """
     if isinstance(drafter, str):
         check_choice("drafter", drafter, DRAFTERS)
     shape = resolve_shape(tree)
@@ -119,6 +123,8 @@ def check_drafting(drafter: object, tree: Tree, adaptive: bool) -> Shape:
             raise InputError("a dynamic tree adapts by itself; leave adaptive off.")
     elif shape.num_nodes < 2:
         raise InputError("a tree needs at least one draft token below its root.")
+    elif without_replacement and not shape.consecutive:
+        raise InputError(NOT_CONSECUTIVE)
     return shape
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -65,18 +66,22 @@ def cut(topology: Topology, depth: int) -> Topology:
     return Topology(topology.parents[:count], topology.ranks[:count])
 
 
-def draw_children(distribution: Categorical, numbers: Tensor, draw_mode: DrawMode) -> Tensor:
+def draw_children(
+    distribution: Categorical, numbers: Tensor, draw_mode: DrawMode, ranks: Sequence[int] | None = None
+) -> Tensor:
     """Tokens that continue a node: [M, n, R] from distributions [M, n, V].
 
     Args:
-        numbers: [M, n, R] uniform numbers; not used for deterministic children, the R likeliest.
+        numbers: [M, n, R] uniform numbers; not used for deterministic children.
+        ranks: which of the likeliest tokens deterministic children are, 0 for the likeliest; the first R if None.
     """
     count = numbers.shape[-1]
     if draw_mode == "deterministic":
+        ranks = range(count) if ranks is None else ranks
         # with fewer tokens than children the last one is drafted again, which changes nothing
-        likeliest = min(count, distribution.logits.shape[-1])
+        likeliest = min(max(ranks) + 1, distribution.logits.shape[-1])
         return distribution.logits.topk(likeliest, dim=-1).indices[
-            ..., [min(i, likeliest - 1) for i in range(count)]
+            ..., [min(i, likeliest - 1) for i in ranks]
         ]
     left = distribution.probs
     tokens: list[Tensor] = []
@@ -115,6 +120,7 @@ class StaticProposer:
         noise: GumbelNoise | None = None,
     ) -> None:
         self.noise = noise
+        topology = topology.by_level  # readers take the nodes of a level from draft slots beside each other
         self.reader, self.topology, self.draw_mode = reader, topology, draw_mode
         self.nodes = self.draws = topology.num_nodes
         self.lane_width, self.adaptive, self.fixed = lane_width, adaptive, fixed
@@ -152,7 +158,7 @@ class StaticProposer:
                     distribution.logits.shape
                 )
                 distribution = Categorical(distribution.perturbed(noise), greedy)
-            children = draw_children(distribution, numbers, draw_mode)  # [M, n, width]
+            children = draw_children(distribution, numbers, draw_mode, level.ranks)  # [M, n, R]
             tokens[:, level.children[level.real]] = children[:, level.real]
         tree = DraftTree.from_topology(topology, tokens, draw_mode=draw_mode, draft_probs=drawn_from)
         if reach is None:
@@ -186,8 +192,9 @@ class _Level:
         first: draft slot of the first of them; the others follow.
         parents: [n] draft slot of the parent of each, -1 for the root.
         sees: [n, S] bool, the draft slots that each continues, itself included.
-        children: [n, width] node numbers; 0 where a node has fewer.
-        real: [n, width] bool, where it has them.
+        ranks: the R draws that children of these nodes take.
+        children: [n, R] the child that takes each of them; 0 where none does.
+        real: [n, R] bool, where one does.
     """
 
     depth: int
@@ -195,6 +202,7 @@ class _Level:
     first: int
     parents: Tensor
     sees: Tensor
+    ranks: tuple[int, ...]
     children: Tensor
     real: Tensor
 
@@ -224,12 +232,12 @@ def _levels(topology: Topology, device: torch.device) -> tuple[_Level, ...]:
             while node:
                 sees[row, entries[node]] = True
                 node = topology.parents[node]
-        width = max(len(topology.children[node]) for node in nodes)
-        # a missing child draws with the number of the root, which no other node uses
-        children = torch.tensor(
-            [[*topology.children[n], *[0] * (width - len(topology.children[n]))] for n in nodes],
-            device=device,
-        )
+        ranks = sorted({topology.ranks[child] for node in nodes for child in topology.children[node]})
+        # a draw that no child takes is made with the number of the root, which no other node uses
+        children = torch.zeros(len(nodes), len(ranks), dtype=torch.int64)
+        for row, node in enumerate(nodes):
+            for child in topology.children[node]:
+                children[row, ranks.index(topology.ranks[child])] = child
         levels.append(
             _Level(
                 depth,
@@ -237,8 +245,9 @@ def _levels(topology: Topology, device: torch.device) -> tuple[_Level, ...]:
                 entries.get(nodes[0], -1),
                 torch.tensor([entries.get(topology.parents[n], -1) for n in nodes], device=device),
                 sees.to(device),
-                children,
-                children > 0,
+                tuple(ranks),
+                children.to(device),
+                (children > 0).to(device),
             )
         )
     return tuple(levels)

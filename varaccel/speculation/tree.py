@@ -13,11 +13,17 @@ from torch import Tensor
 from varaccel.errors import InputError, unknown_name
 
 DrawMode = Literal["deterministic", "without_replacement", "independent"]
+NOT_CONSECUTIVE = (
+    "children drawn without replacement must take draws 0, 1, 2, ... in order; list those that the tree leaves out, or "
+    'draft otherwise, as Speculative does with verification="matching".'
+)
 
 
 @dataclass(frozen=True)
 class Topology:
     """The fixed shape of a draft tree. Node 0 is the root: a token that is committed already.
+
+    Nodes may be numbered level by level or branch by branch. Children are verified in the order of their numbers.
 
     Attributes:
         parents: the parent of each node; -1 for the root, elsewhere a smaller number than the node's own.
@@ -143,6 +149,16 @@ class Topology:
     def consecutive(self) -> bool:
         """Whether the children of every node take draws 0, 1, 2, ... in the order of their numbers."""
         return self.ranks == Topology(self.parents).ranks
+
+    @cached_property
+    def by_level(self) -> Topology:
+        """The same tree numbered level by level, as drafting needs it; siblings keep their order."""
+        order = sorted(range(self.num_nodes), key=lambda node: self.depths[node])
+        number = {node: place for place, node in enumerate(order)}
+        if order == sorted(order):
+            return self
+        parents = tuple(number.get(self.parents[node], -1) for node in order)
+        return Topology(parents, tuple(self.ranks[node] for node in order))
 
 
 def _from_digits(text: str) -> Topology:
@@ -279,7 +295,7 @@ class DraftTree:
             )
         if draw_mode == "without_replacement" and not topology.consecutive:
             # a draw that is not in the tree changes the distribution of the later ones, so no rule would be exact
-            raise InputError("children drawn without replacement must take draws 0, 1, 2, ... in order.")
+            raise InputError(NOT_CONSECUTIVE)
         parents = _tables(topology, tokens.device).parents.expand(tokens.shape)
         return cls(tokens, parents, draw_mode, draft_probs, topology)
 
