@@ -82,8 +82,10 @@ def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> No
     token_ids, fingerprint = read_token_ids(options.out / "token-ids")
     captions = CachedScenes(options.scenes, allow_partial=True).captions[: len(token_ids)]
     if options.from_pipeline:
+        # a switch of the network without weights of its own, so a finished model can take it up and train on
+        identity = config["model"].get("prefix_identity", False)
         model = LlamaGenTransformer.from_pretrained(
-            options.from_pipeline / "transformer", dtype=torch.float32
+            options.from_pipeline / "transformer", dtype=torch.float32, prefix_identity=identity
         )
     else:
         model = LlamaGenTransformer(**config["model"])

@@ -88,7 +88,7 @@ class EagleHead(ModelMixin, ConfigMixin):
         vocab_size, dim, grid_size: those of the target.
         ffn_dim, num_heads: of the drafter's layer; `dim / num_heads` must be a multiple of 4.
         prefix_length: condition slots T of the target.
-        rope_base, norm_eps: see `LlamaGenTransformer`; the published drafter keeps Llama's own eps.
+        rope_base, prefix_identity, norm_eps: see `LlamaGenTransformer`; the published drafter keeps Llama's own eps.
         fc_bias: whether the layer that joins embedding and feature has a bias.
 
     Raises:
@@ -105,6 +105,7 @@ class EagleHead(ModelMixin, ConfigMixin):
         grid_size: int = 16,
         prefix_length: int = 120,
         rope_base: float = 10000.0,
+        prefix_identity: bool = False,
         norm_eps: float = 1e-6,
         fc_bias: bool = True,
     ) -> None:
@@ -142,6 +143,7 @@ class EagleHead(ModelMixin, ConfigMixin):
             self.prefix_pairs,
             base=self.config.rope_base,
             device=device or self.device,
+            prefix_identity=self.config.prefix_identity,
         )
 
     def new_cache(self, batch: int, spare: int = 0) -> KVCache:
@@ -219,6 +221,7 @@ class EagleHead(ModelMixin, ConfigMixin):
             grid_size=config.grid_size,
             prefix_length=target.prefix_length,
             rope_base=config.rope_base,
+            prefix_identity=config.prefix_identity,
         )
         with torch.no_grad():
             embedding = target.tok_embeddings.weight.float()

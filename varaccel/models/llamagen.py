@@ -161,6 +161,8 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin, PrefixConditioned):
         num_classes: classes of a c2i model, without the unconditional one.
         prefix_length, caption_dim: caption slots and text-feature width of a t2i model.
         ffn_multiple_of: the feed-forward width is rounded up to a multiple of this.
+        prefix_identity: condition slots keep their queries and keys, so that image tokens can choose among the
+            words of a caption; off in published weights, whose rotary table turns those of condition slots to zero.
         dropout: on token embeddings, attention and feed-forward outputs, in training only.
 
     Raises:
@@ -182,6 +184,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin, PrefixConditioned):
         caption_dim: int = 2048,
         ffn_multiple_of: int = 256,
         rope_base: float = 10000.0,
+        prefix_identity: bool = False,
         norm_eps: float = 1e-5,
         dropout: float = 0.1,
     ) -> None:
@@ -236,6 +239,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin, PrefixConditioned):
             self.prefix_length if prefix is None else prefix,
             base=self.config.rope_base,
             device=device or self.device,
+            prefix_identity=self.config.prefix_identity,
         )
 
     @property

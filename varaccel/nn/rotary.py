@@ -13,12 +13,17 @@ def rotary_table(
     *,
     base: float = 10000.0,
     device: torch.device | str | None = None,
+    prefix_identity: bool = False,
 ) -> Tensor:
     """Cosines and sines for `prefix` condition slots followed by a square grid in raster order.
 
     The first half of the channel pairs turns with the row, the second half with the column. Condition slots
-    are *zero*, not the identity: their rotated queries and keys vanish, so every query scores exactly 0
-    against a condition key and only the value path carries the condition.
+    are *zero* in published LlamaGen, not the identity: their rotated queries and keys vanish, so every query
+    scores exactly 0 against a condition key and only the value path carries the condition. An image token then
+    reads the mean of the caption's slots and cannot choose among its words.
+
+    Args:
+        prefix_identity: leave queries and keys of condition slots as they are, so that words can be chosen.
 
     Returns:
         [prefix + grid_size ** 2, head_dim / 2, 2] float32: (cos, sin) of the angle of each channel pair.
@@ -29,7 +34,10 @@ def rotary_table(
     columns = angles[None, :, :].expand(grid_size, -1, -1)
     grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [G * G, head_dim / 2]
     table = torch.stack([grid.cos(), grid.sin()], dim=-1)
-    return torch.cat([table.new_zeros(prefix, *table.shape[1:]), table]).to(device)
+    slots = table.new_zeros(prefix, *table.shape[1:])
+    if prefix_identity:
+        slots[..., 0] = 1.0
+    return torch.cat([slots, table]).to(device)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:

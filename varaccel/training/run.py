@@ -130,7 +130,7 @@ class TrainingRun:
         budget: Budget,
         settings: Mapping[str, Any],
         state: Mapping[str, Stateful],
-        save_every_minutes: float = 4.0,
+        save_every_minutes: float = 2.0,
     ) -> None:
         self.folder = Path(folder)
         self.budget = budget
