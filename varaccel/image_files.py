@@ -8,6 +8,7 @@ from PIL import Image
 
 from varaccel.errors import InputError
 from varaccel.files import atomic_path
+from varaccel.image_inputs import upright
 
 
 def check_image_path(path: Path) -> None:
@@ -24,15 +25,15 @@ def check_image_path(path: Path) -> None:
 
 
 def read_image(path: Path) -> Image.Image:
-    """The image in a file.
+    """The image in a file, upright and of the file's own mode; the first one of several.
 
     Raises:
         InputError: the file cannot be read.
     """
     try:
         with Image.open(path) as image:
-            return image.copy()
-    except OSError as error:
+            return upright(image.copy())
+    except Exception as error:  # what Pillow raises at damaged files is not limited to OSError
         raise InputError(f"{path} cannot be read as an image: {error}") from error
 
 

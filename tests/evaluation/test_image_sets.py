@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
 
 from varaccel import InputError
 from varaccel.evaluation.metrics.image_sets import (
@@ -49,6 +50,69 @@ def test_folders_of_folders_are_read_if_asked_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no images in"):
         ImageFolder(tmp_path)
     assert len(ImageFolder(tmp_path, recursive=True)) == 6
+
+
+def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
+    write(tmp_path, pixels(2))
+    (tmp_path / "notes.txt").write_text("no image")
+    assert ImageFolder(tmp_path).note == ""
+    image = Image.fromarray(pixels(1)[0])
+    for name in ("a.tif", "b.TIF", "c.gif", "d.ppm"):
+        image.save(tmp_path / name)
+    (tmp_path / "e.heic").write_bytes(b"an image of a phone")
+    write(tmp_path / "one", pixels(1))
+    write(tmp_path / "two" / "inner", pixels(1))
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "notes.txt").write_text("no image")
+    found = ImageFolder(tmp_path)
+    assert len(found) == 2
+    assert found.note == (
+        f"Passed over in {tmp_path}: 1 .gif file, 1 .heic file, 1 .ppm file, 2 .tif files, 2 folders of images, which "
+        "are searched with --recursive."
+    )
+    deeper = ImageFolder(tmp_path, recursive=True)
+    assert len(deeper) == 4
+    assert "2 .tif files." in deeper.note
+
+
+def test_a_folder_of_other_formats_only_is_told_as_that(tmp_path: Path) -> None:
+    for index in range(3):
+        Image.fromarray(pixels(1)[0]).save(tmp_path / f"{index}.tif")
+    with pytest.raises(InputError, match=r"no images in .*3 \.tif files"):
+        ImageFolder(tmp_path)
+
+
+def test_images_beside_those_of_a_run_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "images", pixels(3))
+    write(tmp_path, pixels(2))
+    assert "beside its folder 'images'" in ImageFolder(tmp_path).note
+
+
+def test_folders_that_are_called_as_images_are_none(tmp_path: Path) -> None:
+    write(tmp_path, pixels(2))
+    (tmp_path / "x.png").mkdir()
+    assert len(ImageFolder(tmp_path)) == 2
+
+
+def test_images_are_read_as_viewers_show_them(tmp_path: Path) -> None:
+    """Upright and on white, where torch-fidelity drops orientation and transparency."""
+    image = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 10, 10))
+    image.getexif()[0x0112] = 3
+    image.save(tmp_path / "a.png", exif=image.getexif())
+    Image.fromarray(np.full((10, 20), 51400, np.uint16)).save(tmp_path / "b.png")
+    turned, deep = ImageFolder(tmp_path)
+    assert turned[:, 5, 5].tolist() == [255, 255, 255]
+    assert turned[:, 5, 15].tolist() == [0, 0, 255]
+    assert deep.unique().tolist() == [200]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
+def test_ordinary_files_are_read_as_torch_fidelity_reads_them(tmp_path: Path, mode: str) -> None:
+    suffix = ".jpg" if mode == "CMYK" else ".png"
+    Image.fromarray(pixels(1)[0]).convert(mode).save(tmp_path / f"a{suffix}")
+    (found,) = ImageFolder(tmp_path)
+    assert torch.equal(found, ImagesPathDataset([str(tmp_path / f"a{suffix}")], TransformPILtoRGBTensor())[0])
 
 
 def test_the_folder_of_a_run_stands_for_its_images(tmp_path: Path) -> None:

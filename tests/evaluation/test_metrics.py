@@ -81,6 +81,18 @@ def value(figures: list[Figure], metric: str) -> float:
     return next(figure.value for figure in figures if figure.metric == metric)
 
 
+def test_files_that_are_passed_over_are_told_in_the_report(
+    scenes: list[Image.Image], space: FeatureSpace, tmp_path: Path
+) -> None:
+    own, other = save(tmp_path / "own", scenes[:3]), save(tmp_path / "other", scenes[3:6])
+    scenes[6].save(own / "more.tif")
+    save(other / "class", scenes[:2])
+    report, _ = measure_sets([own], space, reference=other, metrics=["fid"], resamples=0, progress=False)
+    notes = " ".join(report.sets[0].notes)
+    assert f"Passed over in {own}: 1 .tif file" in notes
+    assert f"Passed over in {other}: 1 folder of images" in notes
+
+
 # -- the same numbers ----------------------------------------------------------------------------------
 
 

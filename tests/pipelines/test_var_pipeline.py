@@ -34,6 +34,7 @@ from varaccel.accelerators.plain import Plain
 from varaccel.errors import CheckpointError, InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.next_scale.job import ScaleJob
+from varaccel.image_inputs import rgb_image
 from varaccel.nn.scale_schedule import SCALES_256, ScaleSchedule
 from varaccel.pipelines.inpainting import image_tensor, kept_tokens, mask_tensor, placed
 
@@ -547,6 +548,21 @@ def source_token_ids(host: str, image: Image.Image) -> Tensor:
         return pipeline(host).vq_model.encode(image_tensor(image, SIZE)).indices
 
 
+def test_kept_tokens_are_judged_by_the_middle_of_their_cell() -> None:
+    """At coarse scales: what is painted around the middle does not count, wherever there are more than four sites."""
+    mask = torch.ones(8, 8)
+    mask[3:5, 3:5] = 0
+    fine, coarse = kept_tokens(mask, ScaleSchedule((2, 8)))[4:], kept_tokens(mask, ScaleSchedule((3, 8)))[:9]
+    assert torch.equal(fine, mask.flatten() == 0)
+    assert coarse.tolist() == [False] * 4 + [True] + [False] * 4, (
+        "kept, with more than half of its cell painted"
+    )
+    mask = torch.zeros(8, 8)
+    mask[3:5, 3:5] = 1
+    coarse = kept_tokens(mask, ScaleSchedule((2, 8)))[:4]
+    assert coarse.all(), "the middles of the four cells are not painted"
+
+
 def test_kept_tokens_of_a_half_mask() -> None:
     mask = torch.zeros(8, 8)
     mask[:, :4] = 1
@@ -635,8 +651,103 @@ def test_images_and_masks_of_all_kinds() -> None:
     drawn = Image.fromarray((right_half().numpy() * 255).astype(np.uint8))
     for mask in (right_half().bool(), right_half().numpy(), right_half()[None], large, drawn):
         assert torch.equal(pipe.inpaint(image, mask, **options).images, expected)
-    wide = Image.new("RGB", (5 * SIZE, 3 * SIZE), "orange")
-    assert pipe.inpaint(wide, right_half(), 2, seed=0, smooth=True).images[0].size == (SIZE, SIZE)
+    alpha = np.zeros((SIZE, SIZE, 4), np.uint8)
+    alpha[:, SIZE // 2 :] = 255
+    assert torch.equal(pipe.inpaint(image, Image.fromarray(alpha), **options).images, expected)
+
+
+AS_KINDS = {
+    "PIL": Image.fromarray,
+    "PIL, 1 bit": lambda mask: Image.fromarray(mask).convert("1"),
+    "PIL, 16 bits": lambda mask: Image.fromarray(mask.astype(np.uint16) * 65535),
+    "PIL, strokes": lambda mask: Image.merge(
+        "LA", [Image.new("L", mask.shape[::-1]), Image.fromarray(mask).convert("L")]
+    ),
+    "numpy": lambda mask: mask,
+    "labels": lambda mask: mask.astype(np.int64),
+    "floats": lambda mask: mask.astype(np.float32),
+    "tensor": torch.from_numpy,
+    "tensor of one channel": lambda mask: torch.from_numpy(mask)[None],
+    "a half as large": lambda mask: mask[::2, ::2],
+    "tensor, three times as large": lambda mask: (
+        torch.from_numpy(mask).repeat_interleave(3, 0).repeat_interleave(3, 1)
+    ),
+}
+"""Ways to hand over a mask of bool [H, W]."""
+
+
+@pytest.mark.parametrize("kind", AS_KINDS)
+@pytest.mark.parametrize("shape", [(128, 256), (256, 128), (96, 96), (70, 200)], ids=str)
+def test_a_mask_of_any_kind_is_cropped_as_its_image_is(kind: str, shape: tuple[int, int]) -> None:
+    height, width = shape
+    marked = np.zeros(shape, bool)
+    marked[height // 4 : height // 2, width // 2 - 16 : width // 2 + 16] = True
+    image = np.full((*shape, 3), 255, np.uint8)
+    image[marked] = (255, 0, 0)
+    for given in (Image.fromarray(image), image, torch.from_numpy(image).permute(2, 0, 1)):
+        assert rgb_image(given).size == (width, height)
+        red = image_tensor(given, 64)[0, 1] < 0
+        painted = mask_tensor(AS_KINDS[kind](marked), 64, (width, height)) > 0
+        assert red.sum() > 20
+        assert painted[red].all()
+        # one pixel on either side is touched where the edges fall within a pixel
+        assert painted.sum() <= (red.any(1).sum() + 2) * (red.any(0).sum() + 2)
+
+
+@pytest.mark.parametrize("side", [500, 512, 3000])
+@pytest.mark.parametrize("stroke", [1, 2])
+def test_thin_strokes_are_painted(side: int, stroke: int) -> None:
+    mask = np.zeros((side, side), np.uint8)
+    mask[side // 3 : side // 3 + stroke] = 255
+    expected = torch.zeros(128, 128)
+    expected[side // 3 * 128 // side : -(-(side // 3 + stroke) * 128 // side)] = 1
+    for given in (mask, Image.fromarray(mask)):
+        assert torch.equal(mask_tensor(given, 128), expected)
+
+
+def test_masks_are_enlarged_without_spreading() -> None:
+    mask = np.zeros((4, 4), bool)
+    mask[1, 2] = True
+    expected = torch.zeros(12, 12)
+    expected[3:6, 6:9] = 1
+    assert torch.equal(mask_tensor(mask, 12), expected)
+
+
+@pytest.mark.parametrize(
+    ("mask", "image"),
+    [((100, 100), (200, 100)), ((100, 200), (200, 100)), ((300, 400), (400, 300)), ((64, 64), (65, 128))],
+    ids=str,
+)
+def test_masks_of_another_aspect_are_refused(mask: tuple[int, int], image: tuple[int, int]) -> None:
+    drawn = Image.new("L", mask, 255)
+    for given in (drawn, np.asarray(drawn), torch.from_numpy(np.array(drawn))):
+        with refused(f"mask is {mask[0]} × {mask[1]} pixels but the image {image[0]} × {image[1]}"):
+            pipeline("var-class").inpaint(Image.new("RGB", image), given, 0)
+
+
+def test_scaled_masks_may_be_rounded() -> None:
+    for mask, image in (((500, 333), (1000, 667)), ((333, 500), (667, 1000)), ((6, 4), (3000, 2001))):
+        assert mask_tensor(Image.new("1", mask, 1), SIZE, image).all()
+
+
+def test_what_is_cut_off_cannot_be_painted() -> None:
+    left = np.zeros((128, 256), bool)
+    left[:, :40] = True
+    for given in (left, Image.fromarray(left), torch.from_numpy(left)):
+        with refused("cut off"):
+            mask_tensor(given, 128)
+
+
+def test_a_photo_is_painted_upright() -> None:
+    pipe = pipeline("var-class")
+    upright = source_image().resize((3 * SIZE, 4 * SIZE))
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.getexif()[0x0112] = 6
+    mask = Image.new("L", upright.size)
+    mask.paste(255, (0, 0, 3 * SIZE, 2 * SIZE))
+    options = {"seed": 0, "output_type": "latent"}
+    drawn = pipe.inpaint(stored, mask, **options).images
+    assert torch.equal(drawn, pipe.inpaint(upright, mask, **options).images)
 
 
 @on_hosts
@@ -662,14 +773,14 @@ def test_outpainting(host: str, accelerator: str | None) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.rand(3, SIZE + 1, SIZE), "image"),
-        (torch.rand(1, SIZE, SIZE), "image"),
+        (torch.rand(5, SIZE, SIZE), "image"),
         (torch.rand(2, 3, SIZE, SIZE), "image"),
-        (np.zeros((SIZE, SIZE)), "image"),
+        (2 * torch.rand(3, SIZE, SIZE) - 1, "from 0 to 1"),
+        (torch.rand(3, 0, SIZE), "image is empty"),
         ("cat.png", "image"),
         (None, "image"),
     ],
-    ids=["size", "channels", "batch", "grey", "name", "none"],
+    ids=["channels", "batch", "numbers", "empty", "name", "none"],
 )
 def test_images_that_cannot_be_edited(image: Any, message: str) -> None:
     with refused(message):
@@ -681,11 +792,12 @@ def test_images_that_cannot_be_edited(image: Any, message: str) -> None:
     [
         (torch.zeros(SIZE, SIZE), "black everywhere"),
         (Image.new("L", (50, 50)), "black everywhere"),
-        (torch.ones(3, SIZE, SIZE), r"\[H, W\]"),
+        (torch.full((SIZE, SIZE), 0.4), "black everywhere"),
+        (torch.ones(2, SIZE, SIZE), r"\[H, W\]"),
         ("mask.png", r"\[H, W\]"),
         (None, r"\[H, W\]"),
     ],
-    ids=["black", "black image", "channels", "name", "none"],
+    ids=["black", "black image", "dark", "channels", "name", "none"],
 )
 def test_bad_masks(mask: Any, message: str) -> None:
     with refused(message):
@@ -711,9 +823,15 @@ def test_bad_boxes(box: Any, message: str) -> None:
         pipeline("var-class").outpaint(source_image(), box)
 
 
-def test_outpainting_takes_pil_images() -> None:
-    with refused("PIL"):
-        pipeline("var-class").outpaint(torch.rand(3, SIZE, SIZE), (0, 0, 4, 4))
+def test_outpainting_takes_images_of_all_kinds() -> None:
+    image, box = source_image(), (0, 0, 4, 4)
+    larger, _ = placed(image, box, SIZE)
+    stored = image.transpose(Image.Transpose.ROTATE_90)
+    stored.getexif()[0x0112] = 6
+    for given in (stored, np.asarray(image), torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255):
+        assert placed(given, box, SIZE)[0].tobytes() == larger.tobytes()
+    with refused("the image must be"):
+        pipeline("var-class").outpaint("cat.png", box)
 
 
 # -- saving and loading --------------------------------------------------------------------------------

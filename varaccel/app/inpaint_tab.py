@@ -16,6 +16,7 @@ from varaccel.app.studio import MAX_IMAGES, MAX_SEED, Studio, checked_count, che
 from varaccel.app.turns import Stopped
 from varaccel.engine.accelerator import fitting
 from varaccel.errors import InputError
+from varaccel.image_inputs import rgb_image
 
 IMAGE_PROMPT = "a red cube"
 PAINT_PROMPT = "a green sphere"
@@ -180,4 +181,4 @@ def image_and_mask(board: dict[str, Any] | None) -> tuple[Image.Image, Image.Ima
         mask |= np.asarray(layer.convert("RGBA").resize(background.size))[..., 3] > 0
     if not mask.any():
         raise InputError("nothing is painted over; paint over the part of the image that should change.")
-    return background.convert("RGB"), Image.fromarray(mask.astype(np.uint8) * 255)
+    return rgb_image(background), Image.fromarray(mask.astype(np.uint8) * 255)

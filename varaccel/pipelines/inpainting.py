@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from varaccel.errors import InputError
+from varaccel.image_inputs import marked_pixels, rgb_image
 from varaccel.nn.scale_schedule import ScaleSchedule
 
 ALWAYS_KEPT = 3
@@ -21,77 +23,72 @@ def image_tensor(image: Any, size: int) -> Tensor:
     """An image as [1, 3, size, size] float32 in [-1, 1].
 
     Args:
-        image: a PIL image of any size, which is scaled and cropped to a centred square; or an array or tensor in
-            [0, 1] of shape [H, W, 3] or [3, H, W] with H = W = size.
+        image: see `rgb_image`; of any size, scaled and cropped to a centred square.
 
     Raises:
-        InputError: anything else.
+        InputError: nothing that is an image.
     """
-    if isinstance(image, Image.Image):
-        from PIL import ImageOps
-
-        fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    x = _numbers(image)
-    given = list(x.shape)
-    x = x.squeeze(0) if x.dim() == 4 else x
-    if x.dim() == 3 and x.shape[-1] == 3:
-        x = x.permute(2, 0, 1)
-    if x.shape != (3, size, size):
-        raise InputError(
-            f"the image must be a PIL image, or numbers in [0, 1] of shape [3, {size}, {size}], "
-            f"got {given or type(image).__name__}."
-        )
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        raise InputError("the image's numbers must be from 0 to 1; divide 8-bit values by 255.")
-    return x[None] * 2 - 1
+    fitted = ImageOps.fit(rgb_image(image), (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def mask_tensor(mask: Any, size: int) -> Tensor:
-    """A mask as [size, size] float32: 1 where the image is painted anew (white), 0 where it stays (black).
+def mask_tensor(mask: Any, size: int, image_size: tuple[int, int] | None = None) -> Tensor:
+    """A mask as [size, size] float32: 1 where the image is painted anew, 0 where it stays.
+
+    It is cropped as the image is. A pixel is painted anew if anything in it is marked, so that no stroke is too thin.
 
     Args:
-        mask: a PIL image, or an array or tensor [H, W] of numbers in [0, 1] or of bool; scaled to `size`.
+        mask: white where to paint, see `marked_pixels`; of any size.
+        image_size: (width, height) of the image that the mask belongs to; the mask must have its aspect.
 
     Raises:
-        InputError: another shape, or a mask that paints nothing.
+        InputError: nothing that is a mask, one that paints nothing, or one of another aspect than the image.
     """
-    if isinstance(mask, Image.Image):
-        from PIL import ImageOps
-
-        fitted = ImageOps.fit(mask.convert("L"), (size, size), Image.Resampling.BILINEAR)
-        x = torch.from_numpy(np.array(fitted)).float() / 255
-    else:
-        x = _numbers(mask)
-        given = list(x.shape)
-        x = x.squeeze()
-        if x.dim() != 2:
-            raise InputError(
-                f"a mask must be a PIL image or numbers of shape [H, W], got {given or type(mask).__name__}."
-            )
-        if x.shape != (size, size):
-            x = F.interpolate(x[None, None], (size, size), mode="bilinear")[0, 0]
-    painted = (x > 0.5).float()
-    if not painted.any():
+    marked = marked_pixels(mask)
+    height, width = marked.shape
+    if image_size is not None and not _same_aspect((width, height), image_size):
+        raise InputError(
+            f"the mask is {width} × {height} pixels but the image {image_size[0]} × {image_size[1]}; pass a mask of "
+            "the whole image, of its size or scaled evenly."
+        )
+    if not marked.any():
         raise InputError(
             "the mask is black everywhere, so nothing would be painted; paint the part to change white."
         )
-    return painted
+    side = min(width, height)
+    painted = _any_between(_any_between(marked, side, size).T, side, size).T
+    if not painted.any():
+        raise InputError(
+            "the mask marks only what is cut off: a centred square is kept of an image, and nothing in it would be "
+            "painted; mask a part of the square, or crop image and mask yourself."
+        )
+    return torch.from_numpy(painted).float()
 
 
-def _numbers(values: Any) -> Tensor:
-    """An array, tensor or nested list as float32; of shape [] if it is nothing of the kind."""
-    try:
-        return torch.as_tensor(values).float()
-    except (TypeError, ValueError, RuntimeError):
-        return torch.zeros(())
+def _same_aspect(mask: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether a mask (width, height) is the image scaled evenly, its sides rounded by up to a pixel."""
+    return abs(mask[0] * image[1] - mask[1] * image[0]) <= max(image)
+
+
+def _any_between(marked: NDArray[np.bool_], side: int, size: int) -> NDArray[np.bool_]:
+    """The middle `side` of N rows, brought to `size`: [N, M] -> [size, M]; a row is the union of those it touches."""
+    steps = np.arange(size + 1)
+    # (N - side) / 2 + step * side / size, in whole numbers: rounding must not touch one more row
+    doubled = (len(marked) - side) * size + 2 * steps * side
+    first, last = doubled[:-1] // (2 * size), -(-doubled[1:] // (2 * size))
+    # unions from each first to each last row, and between them others that are left out again; a row more, as an index
+    # must be one of a row
+    bounds = np.stack([first, last], -1).flatten()
+    return np.logical_or.reduceat(np.pad(marked, ((0, 1), (0, 0))), bounds)[::2]
 
 
 def kept_tokens(mask: Tensor, schedule: ScaleSchedule) -> Tensor:
-    """Which tokens stay, [L] bool: those whose cell is mostly outside the mask.
+    """Which tokens stay, [L] bool.
 
-    The mask is brought to the finest scale, where a site stays only if nothing in it is painted, then resized
-    bilinearly to every scale and cut at one half (published code).
+    At the finest scale those stay in whose cell nothing is painted. At a coarser one, a token is judged by the
+    finest cells next to the centre of its own, four or fewer: it stays if those that stay weigh more than half,
+    bilinearly (published code). What is painted elsewhere in its cell does not count, so a thin stroke may change the
+    fine scales only. Scales of at most `ALWAYS_KEPT` tokens stay whole.
 
     Args:
         mask: [size, size], 1 where the image is painted anew.
@@ -112,7 +109,7 @@ def placed(image: Any, box: tuple[int, int, int, int], size: int) -> tuple[Image
     """An image in a box of a larger one, and the mask of what is around it, for out-painting.
 
     Args:
-        image: a PIL image; scaled to the box.
+        image: see `rgb_image`; scaled to the box.
         box: left, top, right, bottom in pixels of the larger image.
         size: side of the larger image.
 
@@ -120,7 +117,7 @@ def placed(image: Any, box: tuple[int, int, int, int], size: int) -> tuple[Image
         the larger image, its border filled by the nearest pixels, and its mask [size, size].
 
     Raises:
-        InputError: a box outside the image, or one that covers all of it.
+        InputError: nothing that is an image; a box outside the larger image, or one that covers all of it.
     """
     if len(box) != 4 or not all(isinstance(edge, (int, np.integer)) for edge in box):
         raise InputError(f"the box must be four integers, (left, top, right, bottom), got {box}.")
@@ -129,9 +126,7 @@ def placed(image: Any, box: tuple[int, int, int, int], size: int) -> tuple[Image
         raise InputError(f"the box must lie within 0 to {size} as (left, top, right, bottom), got {box}.")
     if (left, top, right, bottom) == (0, 0, size, size):
         raise InputError("the box covers the whole image, so nothing is left to paint; make it smaller.")
-    if not isinstance(image, Image.Image):
-        raise InputError(f"out-painting takes a PIL image, got {type(image).__name__}.")
-    inner = np.array(image.convert("RGB").resize((right - left, bottom - top), Image.Resampling.LANCZOS))
+    inner = np.array(rgb_image(image).resize((right - left, bottom - top), Image.Resampling.LANCZOS))
     around = ((top, size - bottom), (left, size - right), (0, 0))
     mask = torch.ones(size, size)
     mask[top:bottom, left:right] = 0

@@ -23,6 +23,7 @@ from varaccel.hosts.next_scale.job import ScaleJob
 from varaccel.hosts.next_scale.published_rng import PublishedDraws
 from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
 from varaccel.hosts.next_scale.schedule import Scales
+from varaccel.image_inputs import rgb_image
 from varaccel.models.var import VARTransformer
 from varaccel.nn.condition import Condition
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
@@ -268,8 +269,9 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
         back close to what they were, not equal.
 
         Args:
-            image: see `image_tensor`.
-            mask: white where to paint, see `mask_tensor`.
+            image: a PIL image, array or tensor of any size and kind, see `rgb_image`; a centred square of it is
+                kept, scaled to the model's size.
+            mask: white where to paint, see `marked_pixels`; of the whole image, of its size or scaled evenly.
             prompt: what to paint: a description, or a class (class-conditional editing); None for whatever fits
                 (in-painting).
             num_images: versions to make; version i uses seed + i.
@@ -281,8 +283,10 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
             OutOfMemory: the device is too small for the call.
         """
         positive_integer("num_images", num_images)
-        pixels = image_tensor(image, self.image_size).to(self._execution_device, self.vq_model.dtype)
-        kept = kept_tokens(mask_tensor(mask, self.image_size), self.transformer.schedule)
+        given = rgb_image(image)
+        painted = mask_tensor(mask, self.image_size, given.size)
+        pixels = image_tensor(given, self.image_size).to(self._execution_device, self.vq_model.dtype)
+        kept = kept_tokens(painted, self.transformer.schedule)
         settings = VARSettings(
             self._guidance(1.0 if prompt is None else guidance_scale),
             self._sampling(temperature, top_k, top_p),
@@ -311,7 +315,7 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
         """Paint what is around an image.
 
         Args:
-            image: a PIL image; scaled to the box.
+            image: see `inpaint`; scaled to the box.
             box: where it stands in the result, (left, top, right, bottom) in pixels.
             prompt, options: as in `inpaint`.
 

@@ -10,23 +10,29 @@ import os
 import struct
 import zipfile
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from varaccel.errors import InputError, unknown_name
+from varaccel.image_files import read_image
+from varaccel.image_inputs import rgb_image
 from varaccel.scenes.renderer import render
 from varaccel.scenes.sampler import sample_scene
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """What counts as an image in a folder."""
+
+_UNREAD = frozenset({".heic", ".heif", ".jxl"})
+"""Image files of today that Pillow does not read by itself; they are told, too."""
 
 RUN_IMAGES = "images"
 """Where a run of `eval/sample.py` keeps its images."""
@@ -41,9 +47,11 @@ class ImageSet(Dataset[Tensor]):
 
     Attributes:
         name: what the set is, for reports.
+        note: what a reader of figures has to know about it; empty if there is nothing.
     """
 
     name: str
+    note: str = ""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -62,7 +70,9 @@ class ImageSet(Dataset[Tensor]):
 
 
 class ImageFolder(ImageSet):
-    """The images of a folder in the order of their names.
+    """The images of a folder in the order of their names, read by `rgb_image`: upright, transparency on white.
+
+    `note` tells what looks like an image and was passed over: other formats, folders in the folder.
 
     Args:
         folder: of images, or of a run of `eval/sample.py`; hidden files and folders are passed over.
@@ -83,17 +93,24 @@ class ImageFolder(ImageSet):
         self.folder = inner if inner.is_dir() else root
         self.name = str(root)
         self.size = size
-        found = self.folder.rglob("*") if recursive else self.folder.iterdir()
-        self.files = sorted(
-            path
-            for path in found
-            if path.suffix.lower() in SUFFIXES
-            and not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
-        )
+        found = [path for path in _visible(self.folder, recursive) if not path.is_dir()]
+        self.files = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+        others = Counter(s for path in found if (s := path.suffix.lower()) not in SUFFIXES and _of_images(s))
+        told = [f"{count} {suffix} file{'s' * (count > 1)}" for suffix, count in sorted(others.items())]
+        folders = 0 if recursive else sum(_holds_images(path) for path in _visible(self.folder, False))
+        if folders:
+            told.append(
+                f"{folders} folder{'s' * (folders > 1)} of images, which are searched with --recursive"
+            )
+        if self.folder != root and any(path.suffix.lower() in SUFFIXES for path in _visible(root, False)):
+            told.append(f"the images beside its folder {RUN_IMAGES!r}")
+        if told:
+            self.note = f"Passed over in {root}: {', '.join(told)}."
         if not self.files:
-            deeper = "" if recursive else ", or let its folders be searched too"
+            deeper = "" if recursive else ", or let its folders be searched too (--recursive)"
+            known = ", ".join(SUFFIXES)
             raise InputError(
-                f"there are no images in {self.folder}; name a folder of {', '.join(SUFFIXES)} files{deeper}."
+                f"there are no images in {self.folder}; name a folder of {known} files{deeper}. {self.note}".rstrip()
             )
 
     def __len__(self) -> int:
@@ -102,16 +119,9 @@ class ImageFolder(ImageSet):
     def __getitem__(self, index: int) -> Tensor:
         path = self.files[index]
         try:
-            with Image.open(path) as image:
-                pixels = image.convert("RGB")
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            UnidentifiedImageError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise CorruptImage(f"{path} cannot be read as an image: {error}") from error
+            pixels = rgb_image(read_image(path))
+        except InputError as error:
+            raise CorruptImage(str(error)) from error
         return _tensor(np.asarray(pixels if self.size is None else centre_crop(pixels, self.size)))
 
     def label(self, index: int) -> str:
@@ -211,6 +221,23 @@ def open_images(
     if path.suffix == ".npz":
         return ImageBatch(path)
     return ImageFolder(path, recursive=recursive, size=size)
+
+
+def _visible(folder: Path, recursive: bool) -> Iterator[Path]:
+    """What is in a folder, or in its folders, too; nothing that is hidden."""
+    for path in folder.rglob("*") if recursive else folder.iterdir():
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def _of_images(suffix: str) -> bool:
+    """Whether files of a suffix are images."""
+    return suffix in _UNREAD or Image.registered_extensions().get(suffix) in Image.OPEN
+
+
+def _holds_images(path: Path) -> bool:
+    """Whether there is an image somewhere in a folder."""
+    return path.is_dir() and any(_of_images(one.suffix.lower()) for one in _visible(path, True))
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -99,6 +99,7 @@ def measure_sets(
     for images, own in zip(sets, features, strict=True):
         figures = measure(own, space, wanted, compared, resamples=resamples) if wanted else []
         notes = cautions(own, space, figures, compared)
+        notes += [note for note in (images.note, "" if compared is None else compared.note) if note]
         prompted, run = _of_run(images, own, clip, progress, notes)
         reports.append(
             SetReport(images.name, len(own), own.digest, own.size, (*figures, *prompted), tuple(notes), run)

@@ -40,12 +40,14 @@ class Reference:
         statistics: of the pooled features, for FID.
         spatial: of the spatial features, for sFID; None if there are none.
         features: of single images, for KID, precision and recall; None if there are only statistics.
+        note: what a reader of figures has to know about the images, see `ImageSet`.
     """
 
     name: str
     statistics: FeatureStatistics
     spatial: FeatureStatistics | None = None
     features: ImageFeatures | None = None
+    note: str = ""
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a report."""
@@ -136,6 +138,7 @@ def _of_images(images: ImageSet, space: FeatureSpace, options: dict[str, Any]) -
         statistics_of(features, space.pooled),
         None if spatial is None else statistics_of(features, space.SPATIAL),
         features,
+        images.note,
     )
 
 
