@@ -98,7 +98,7 @@ def damaged(kind: str, state: dict[str, torch.Tensor], path: Path) -> None:
         ("another model", r"another kind of model"),
         ("truncated", r"truncated or not a weights file"),
         ("empty", r"truncated or not a weights file"),
-        ("no container", r"truncated|Python objects"),
+        ("no container", r"is a web page, not a weights file"),
         ("a list", r"holds a list"),
     ],
 )

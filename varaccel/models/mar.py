@@ -410,8 +410,7 @@ class MARTransformer(ModelMixin, ConfigMixin):
             CheckpointError: see `read_published_weights` and `load_strict`; another size than `size`.
             InputError: an unknown size; a width whose number of heads nobody knows.
         """
-        wrappers = ("model_ema", "model") if averaged else ("model", "model_ema")
-        state = read_published_weights(path, anchor_key="diffusion_pos_embed_learned", wrappers=wrappers)
+        state = read_published_weights(path, anchor_key="diffusion_pos_embed_learned", averaged=averaged)
         sizes = published_sizes(state, source=str(path))
         if size is not None:
             if size not in PRESETS:

@@ -11,10 +11,12 @@ import argparse
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,46 +27,105 @@ from varaccel.errors import CheckpointError
 WRAPPERS = ("model", "module", "state_dict")
 """Where training code keeps the weights, in the order in which LlamaGen's samplers look for them."""
 
+_AVERAGES = {"ema", "average", "averaged", "avg", "swa", "shadow"}
+"""Words in the name of an entry that holds averaged weights: `model_ema`, `ema_state_dict`."""
+
+# What DDP and DeepSpeed, torch.compile, FSDP and activation checkpointing put into the names of weights, wherever the
+# wrapped part is; no network of the library has parts of these names.
+_WRAPPED = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+_COUNTERS = ("n_averaged",)
+"""Entries of `torch.optim.swa_utils.AveragedModel` beside the weights."""
+
+# Training checkpoints keep their command line and figures beside the weights. These classes only hold values, so they
+# are safe to restore; every other class is refused.
+_PLAIN_RECORDS: list[Any] = [
+    argparse.Namespace,
+    types.SimpleNamespace,
+    type(Path()),
+    np.dtype,
+    np.float64(0).__reduce__()[0],
+    *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"),
+]
+
+_DEEPEST = 4
+
 
 def read_published_weights(
-    path: str | os.PathLike[str],
-    *,
-    anchor_key: str,
-    wrappers: Iterable[str] = WRAPPERS,
+    path: str | os.PathLike[str], *, anchor_key: str, averaged: bool = False
 ) -> dict[str, Tensor]:
-    """Read the state dict in a `.safetensors`, `.pt` or `.pth` file.
+    """Read the state dict in a `.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin` file.
+
+    It may be bare or an entry of a training checkpoint, at any name. What DDP, FSDP and torch.compile put before the
+    names of weights is taken off.
 
     Args:
         path: the file.
         anchor_key: a key that the wanted state dict has for certain. It tells a bare state dict from a
             wrapped one, and one model family from another.
-        wrappers: entries of a training checkpoint to look into, in order of preference.
+        averaged: which weights to take from a checkpoint that holds trained ones and their average; of one that
+            holds only either, these.
 
     Raises:
-        CheckpointError: no such file, truncated, holds code, or holds no such state dict.
+        CheckpointError: no such file, truncated, no weights at all (a web page, a pointer of git-lfs), holds code, or
+            holds no such state dict.
     """
     file = Path(path)
     if not file.is_file():
         raise CheckpointError(f"there is no weights file at {file}; check the path or download it first.")
     content = _read(file)
-    candidates: list[Any] = [content, *(content.get(w) for w in wrappers)]
-    for candidate in candidates:
-        if isinstance(candidate, Mapping) and anchor_key in candidate:
-            return {k: v for k, v in candidate.items() if isinstance(v, Tensor)}
+
+    def rank(found: tuple[tuple[str, ...], dict[str, Tensor]]) -> tuple[bool, int, int]:
+        names = found[0]
+        known = WRAPPERS.index(names[0]) if names and names[0] in WRAPPERS else len(WRAPPERS)
+        return _is_average(names) != averaged, len(names), known
+
+    candidates = sorted(_states(content, anchor_key), key=rank)
+    if candidates:
+        return candidates[0][1]
     found = ", ".join(map(str, list(content)[:4])) or "nothing"
     raise CheckpointError(
-        f"{file} holds no {anchor_key!r}, bare or under {', '.join(wrappers)} (it starts with: {found}); "
+        f"{file} holds no {anchor_key!r}, bare or in a training checkpoint (it starts with: {found}); "
         "it belongs to another kind of model."
     )
 
 
+def _is_average(names: Iterable[str]) -> bool:
+    return any(_AVERAGES & set(name.lower().split("_")) for name in names)
+
+
+def _states(
+    content: Mapping[Any, Any], anchor_key: str, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Every state dict with the key in nested mappings, and the names of the entries that lead to it."""
+    tensors = {
+        _WRAPPED.sub("", key): value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor) and key not in _COUNTERS
+    }
+    for key in tensors:
+        if key != anchor_key and not key.endswith(f".{anchor_key}"):
+            continue
+        prefix = key.removesuffix(anchor_key)
+        parts = tuple(prefix.split(".")[:-1])
+        if any(part.isdecimal() for part in parts):  # a layer of another network, no wrapper
+            continue
+        # other keys beside a prefix are a second network or counters of the wrapper
+        yield path + parts, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if len(path) < _DEEPEST:
+        for name, entry in content.items():
+            if isinstance(name, str) and isinstance(entry, Mapping):
+                yield from _states(entry, anchor_key, (*path, name))
+
+
 def _read(file: Path) -> Mapping[str, Any]:
+    reason = not_weights(file)
+    if reason is not None:
+        raise CheckpointError(reason)
     try:
-        if file.suffix == ".safetensors":
+        if _is_safetensors(file):
             return load_file(file)
-        # Published training checkpoints keep their command line beside the weights, as an argparse
-        # Namespace: a plain record, safe to restore. Every other class is refused.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN_RECORDS):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
@@ -78,6 +139,34 @@ def _read(file: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} holds a {type(content).__name__} instead of named tensors.")
     return content
+
+
+def _is_safetensors(file: Path) -> bool:
+    """By the name, or by the JSON header that follows the eight bytes of its length."""
+    if file.suffix == ".safetensors":
+        return True
+    with file.open("rb") as opened:
+        head = opened.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size
+
+
+def not_weights(file: Path) -> str | None:
+    """A sentence that says what a file of text is that stands where weights should; None if it may hold weights."""
+    with file.open("rb") as opened:
+        head = opened.read(512)
+    if head.startswith(b"version https://git-lfs"):
+        return f"{file} is a pointer of git-lfs, not the weights; fetch them with `git lfs pull`."
+    # the byte order mark of UTF-8
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text[:1] == b"<":
+        return (
+            f"{file} is a web page, not a weights file: its download went wrong, perhaps for want of a login; "
+            "download it again."
+        )
+    if text and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
+        begin = text[:40].decode().split("\n")[0].strip()
+        return f"{file} is a text ({begin!r}), not a weights file: its download went wrong; download it again."
+    return None
 
 
 def _unreadable(file: Path) -> str:

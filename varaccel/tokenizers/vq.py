@@ -21,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varaccel.errors import InputError, unknown_name
-from varaccel.nn.checkpoints import WRAPPERS, load_strict, read_published_weights
+from varaccel.nn.checkpoints import load_strict, read_published_weights
 from varaccel.tokenizers.blocks import Decoder, Encoder
 
 # Sites compared with the codebook at once; bounds the score matrix to 256 MB for 16384 codebook entries.
@@ -193,9 +193,7 @@ class VQModel(ModelMixin, ConfigMixin):
             CheckpointError: the file cannot be read or does not fit the variant.
         """
         model = cls.from_preset(variant, **overrides)
-        state = read_published_weights(
-            path, anchor_key="quantize.embedding.weight", wrappers=("ema", *WRAPPERS) if ema else WRAPPERS
-        )
+        state = read_published_weights(path, anchor_key="quantize.embedding.weight", averaged=ema)
         # a usage statistic of the training code
         load_strict(model, state, source=str(path), drop=(r"quantize\.codebook_used",))
         return model.eval()
