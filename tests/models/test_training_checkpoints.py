@@ -133,7 +133,9 @@ def bytes_of(model: nn.Module) -> State:
 
 
 def same(ours: State, theirs: State) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(value, theirs[name]) for name, value in ours.items()
+    )
 
 
 def other(state: State) -> State:
@@ -153,7 +155,8 @@ def test_what_training_writes_loads(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("model", "ema"), ("model", "model_ema"), ("state_dict", "state_dict_ema"), ("net", "ema_state_dict")]
+    "names",
+    [("model", "ema"), ("model", "model_ema"), ("state_dict", "state_dict_ema"), ("net", "ema_state_dict")],
 )
 @pytest.mark.parametrize("family", ["llamagen", "vq", "var", "mar"])
 def test_trained_or_averaged_weights_in_either_order(
@@ -173,7 +176,9 @@ def test_both_in_one_level(tmp_path: Path) -> None:
     """As ema-pytorch writes them: told apart by the front of their names."""
     kind, path = FAMILIES["var"], tmp_path / "checkpoint.pth"
     state = kind.state()
-    torch.save({**named("ema_model.", other(state)), **named("online_model.", state), "step": torch.tensor(1)}, path)
+    torch.save(
+        {**named("ema_model.", other(state)), **named("online_model.", state), "step": torch.tensor(1)}, path
+    )
     found = bytes_of(kind.load(path))
     torch.save(state, path)
     assert same(found, bytes_of(kind.load(path)))

@@ -112,12 +112,22 @@ def test_borrows_from_neighbours_only(tmp_path: Path, path: str) -> None:
         AutoPipeline.from_pretrained(folder)
 
 
-def test_links_do_not_lead_outside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", ["component", "lender", "borrower", "all"])
+def test_what_lies_behind_a_link_is_borrowed(tmp_path: Path, linked: str) -> None:
+    """Links are made by the user of the machine, so they may lead anywhere: models on several disks."""
     folder = lend(tmp_path / "models")
-    shutil.move(tmp_path / "models" / "lender" / "text_encoder", tmp_path / "elsewhere")
-    (tmp_path / "models" / "lender" / "text_encoder").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="outside of"):
-        AutoPipeline.from_pretrained(folder)
+    places = {"component": "lender/text_encoder", "lender": "lender", "borrower": "borrower"}
+    for number, place in enumerate([places[linked]] if linked != "all" else places.values()):
+        shutil.move(tmp_path / "models" / place, tmp_path / f"disk{number}" / "there")
+        (tmp_path / "models" / place).symlink_to(tmp_path / f"disk{number}" / "there")
+    assert torch.equal(latents(AutoPipeline.from_pretrained(folder)), latents(pipeline("t2i")))
+
+
+def test_a_link_to_the_borrower_from_elsewhere(tmp_path: Path) -> None:
+    """The lender lies beside the model, not beside the link."""
+    folder = lend(tmp_path / "models")
+    (tmp_path / "here").symlink_to(folder)
+    assert torch.equal(latents(AutoPipeline.from_pretrained(tmp_path / "here")), latents(pipeline("t2i")))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"tokenizer": 3}'])

@@ -32,7 +32,9 @@ _AVERAGES = {"ema", "average", "averaged", "avg", "swa", "shadow"}
 
 # What DDP and DeepSpeed, torch.compile, FSDP and activation checkpointing put into the names of weights, wherever the
 # wrapped part is; no network of the library has parts of these names.
-_WRAPPED = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPED = re.compile(
+    r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 _COUNTERS = ("n_averaged",)
 """Entries of `torch.optim.swa_utils.AveragedModel` beside the weights."""
@@ -165,7 +167,9 @@ def not_weights(file: Path) -> str | None:
         )
     if text and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         begin = text[:40].decode().split("\n")[0].strip()
-        return f"{file} is a text ({begin!r}), not a weights file: its download went wrong; download it again."
+        return (
+            f"{file} is a text ({begin!r}), not a weights file: its download went wrong; download it again."
+        )
     return None
 
 

@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
+
+from varaccel.errors import unknown_name
+
+_SHORT_NAMES = {
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "float": "float32",
+}
+_NAMES = ("float16", "bfloat16", "float32", "float64")
+
+
+def as_dtype(value: Any) -> torch.dtype:
+    """A floating-point number type, or the one of that name: "float16", "torch.bfloat16", "fp16".
+
+    Raises:
+        InputError: there is none of the name, or it is no floating-point type.
+    """
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return value
+    name = str(value).removeprefix("torch.").lower()
+    name = _SHORT_NAMES.get(name, name)
+    if name not in _NAMES:
+        raise unknown_name("dtype", str(value), _NAMES)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def cast(network: nn.Module, dtype: torch.dtype) -> None:

@@ -27,10 +27,13 @@ class AutoPipeline:
         Args:
             name: a shipped model (`mini-llamagen`, `mini-var`), a published one (`llamagen-c2i-xl-384`,
                 `var-d30`, `mar-base`: downloaded from the hub), a folder, or a hub repository in diffusers' layout.
-                `varaccel models` lists the names.
-            options: of `from_pretrained`, such as `dtype=torch.bfloat16`, or of the hub.
+                `varaccel models` lists the names. A bare name means the model of the list, also where there is a
+                folder of that name (a warning says so); `./NAME`, `NAME/` and path objects mean the folder.
+            options: see `LoadablePipeline.from_pretrained`: `dtype=torch.bfloat16` or `dtype="bfloat16"`,
+                `device_map`, settings such as `guidance_scale`, components, and those of the hub.
 
         Raises:
             CheckpointError: nothing there, or nothing that this library can load.
+            InputError: an unknown option, number type or device.
         """
-        return load_named(os.fspath(name), **options)
+        return load_named(name, **options)

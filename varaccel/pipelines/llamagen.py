@@ -39,12 +39,18 @@ class LlamaGenPipeline(CausalPipeline):
             text_encoder, tokenizer: for text-conditional models, e.g. Flan-T5-XL from transformers.
             grid_size, num_heads: facts that neither file nor file name tell; see
                 `LlamaGenTransformer.from_original`.
-            settings: `class_names`, `guidance_scale`, `top_k`, `temperature`.
+            settings: `class_names`, `guidance_scale`, `top_k`, `temperature`; `dtype`, `device_map`.
 
         Raises:
             CheckpointError: a file that is missing, damaged, unsafe or of another model.
-            InputError: components that do not fit each other.
+            InputError: components that do not fit each other, an unknown option.
         """
         transformer = LlamaGenTransformer.from_original(path, grid_size=grid_size, num_heads=num_heads)
         image_tokenizer = vq_model if isinstance(vq_model, VQModel) else VQModel.from_original(vq_model)
-        return cls(transformer, image_tokenizer, text_encoder, tokenizer, **settings)
+        components = {
+            "transformer": transformer,
+            "vq_model": image_tokenizer,
+            "text_encoder": text_encoder,
+            "tokenizer": tokenizer,
+        }
+        return cls._of_single_files(components, settings)

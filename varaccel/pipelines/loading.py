@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -19,7 +19,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from varaccel.errors import CheckpointError, InputError, unknown_name
+from varaccel.nn.checkpoints import not_weights
+from varaccel.nn.precision import cast
 from varaccel.pipelines.catalog import PUBLISHED
+from varaccel.pipelines.load_options import LoadOptions, constructor_parameters, number_type_option
 from varaccel.shipped import shipped_models
 
 BORROWED = "borrowed.json"
@@ -28,12 +31,7 @@ BORROWED = "borrowed.json"
 PIPELINES: dict[str, type[LoadablePipeline]] = {}
 """Pipeline classes by the name that a model folder records."""
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-
-
-def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `options` that concern the download from the hub."""
-    return {name: options[name] for name in HUB_OPTIONS if name in options}
+logger = logging.getLogger(__name__)
 
 
 def resolve_model(name: str | os.PathLike[str], **hub_options: Any) -> Path:
@@ -41,20 +39,30 @@ def resolve_model(name: str | os.PathLike[str], **hub_options: Any) -> Path:
 
     Args:
         name: name of a shipped model, a folder, or a hub repository (downloaded as a whole, since diffusers
-            only fetches components of its own classes).
+            only fetches components of its own classes). Where a folder is called like a shipped model, the bare name
+            means the shipped one, with a warning; `./NAME`, `NAME/` and path objects mean the folder.
         hub_options: for `huggingface_hub.snapshot_download`: revision, token, cache_dir, ...
 
     Raises:
         CheckpointError: nothing there, or not a pipeline folder.
+        InputError: neither a string nor a path.
     """
-    text = os.fspath(name)
+    if is_path(name):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no model folder {os.fspath(name)}; check the path.")
+        return _local(folder, hub_options)
+    text = str(name)
     shipped = shipped_models()
     if text in shipped:
-        return _checked(shipped[text])
+        tell_of_namesake(text, "shipped", shipped[text])
+        return _local(shipped[text], hub_options)
     folder = Path(text)
     if folder.is_dir():
-        return _checked(folder)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        return _local(folder, hub_options)
+    if text in PUBLISHED:
+        raise CheckpointError(f"{text!r} is a published model; load it with varaccel.AutoPipeline.")
+    if text.count("/") != 1:
         raise CheckpointError(str(unknown_name("model", text, [*shipped, *PUBLISHED])))
     try:
         return _checked(Path(snapshot_download(text, **hub_options)))
@@ -63,6 +71,46 @@ def resolve_model(name: str | os.PathLike[str], **hub_options: Any) -> Path:
             f"{text!r} is neither a shipped model nor a folder, and the hub gave nothing "
             f"({type(error).__name__}); check the name and the connection."
         ) from error
+
+
+def is_path(name: str | os.PathLike[str]) -> bool:
+    """Whether a model's name can only mean a folder: a path object, `./NAME`, `NAME/`, `~/NAME`, an absolute path.
+
+    Raises:
+        InputError: neither a string nor a path.
+    """
+    if not isinstance(name, str):
+        if not isinstance(name, os.PathLike):
+            raise InputError(f"a model is named by a string or a path, got {type(name).__name__}.")
+        return True
+    ends = tuple(filter(None, ("/", os.sep, os.altsep)))
+    return name.startswith((".", "~")) or name.endswith(ends) or Path(name).is_absolute()
+
+
+def tell_of_namesake(name: str, kind: str, chosen: Path | None = None) -> None:
+    """Warn where a model folder is called like a known model that is loaded in its place.
+
+    Args:
+        kind: what is loaded: "shipped" or "published".
+        chosen: the folder that is loaded.
+    """
+    folder = Path(name)
+    if (folder / "model_index.json").is_file() and (chosen is None or folder.resolve() != chosen.resolve()):
+        logger.warning(
+            "%r is the %s model; the folder %s is another one: write ./%s to load it.",
+            name,
+            kind,
+            folder.absolute(),
+            name,
+        )
+
+
+def _local(folder: Path, hub_options: Mapping[str, Any]) -> Path:
+    if hub_options.get("revision") not in (None, "main"):
+        logger.warning(
+            "%s is a folder of one revision; revision=%r changes nothing.", folder, hub_options["revision"]
+        )
+    return _checked(folder)
 
 
 def _checked(folder: Path) -> Path:
@@ -89,7 +137,8 @@ def pipeline_class_name(folder: Path) -> str:
 def borrowed_components(folder: Path) -> dict[str, Path]:
     """Components that `folder` borrows from models beside it, and where they are.
 
-    `borrowed.json` names their folders relative to the model's own: {"tokenizer": "../mini-llamagen/tokenizer"}.
+    `borrowed.json` names their folders relative to the model's own: {"tokenizer": "../mini-llamagen/tokenizer"}. What
+    lies beside is seen from the path by which the model is loaded, and from where it lies if that path is a link.
 
     Raises:
         CheckpointError: the file is damaged, leads out of the directory that holds the model, or to nothing.
@@ -103,15 +152,15 @@ def borrowed_components(folder: Path) -> dict[str, Path]:
         raise CheckpointError(f"{file} is damaged; fetch the model again.") from error
     if not isinstance(entries, dict) or not all(isinstance(path, str) for path in entries.values()):
         raise CheckpointError(f"{file} must name a folder for each component; fetch the model again.")
-    home = folder.resolve()
     found = {}
     for name, path in entries.items():
-        target = (home / path).resolve()
-        if home.parent not in target.parents:
-            raise CheckpointError(
-                f"{file} borrows {name} from {path}, outside of {home.parent}; mend the file."
-            )
-        if not target.is_dir():
+        # The text must stay beside the model; links may lead anywhere, since only the user of this machine makes them.
+        places = [Path(os.path.normpath(home / path)) for home in (folder.absolute(), folder.resolve())]
+        homes = [Path(os.path.normpath(folder.absolute())).parent, folder.resolve().parent]
+        if any(home not in place.parents for home, place in zip(homes, places, strict=True)):
+            raise CheckpointError(f"{file} borrows {name} from {path}, outside of {homes[0]}; mend the file.")
+        target = next((place for place in places if place.is_dir()), None)
+        if target is None:
             raise CheckpointError(
                 f"{folder} borrows {name} from {path}, which is not there; put that model beside it."
             )
@@ -119,18 +168,18 @@ def borrowed_components(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _load_borrowed(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The borrowed components of a model folder that are not among `options` already."""
+def _load_borrowed(folder: Path, options: LoadOptions) -> dict[str, Any]:
+    """The borrowed components of a model folder that were not passed."""
     paths = borrowed_components(folder)
     index = json.loads((folder / "model_index.json").read_text()) if paths else {}
     return {
         name: _load_component(folder, name, index.get(name), path, options)
         for name, path in paths.items()
-        if name not in options
+        if name not in options.parts
     }
 
 
-def _load_component(folder: Path, name: str, entry: Any, path: Path, options: Mapping[str, Any]) -> Any:
+def _load_component(folder: Path, name: str, entry: Any, path: Path, options: LoadOptions) -> Any:
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
         raise CheckpointError(
             f"{folder} borrows {name}, but its model_index.json names no class for it; fetch the model again."
@@ -152,10 +201,18 @@ def _load_component(folder: Path, name: str, entry: Any, path: Path, options: Ma
     load: Any = component_class.from_pretrained
     if not issubclass(component_class, nn.Module):
         return load(path)
-    dtype = options.get("dtype", options.get("torch_dtype"))
-    if isinstance(dtype, Mapping):
-        dtype = dtype.get(name, dtype.get("default", torch.float32))  # as diffusers does
+    dtype = options.dtype_of(name)
     return load(path, **({} if dtype is None else {"dtype": dtype}))
+
+
+_RECORDED = ("_class_name", "_diffusers_version", "_name_or_path")
+"""Entries of a configuration that tell where a pipeline comes from."""
+
+
+def _no_weights_in(folder: Path) -> str | None:
+    """What stands in the place of weights in a folder that could not be loaded, if that is the reason."""
+    files = (file for ending in ("safetensors", "bin") for file in sorted(folder.glob(f"*/*.{ending}")))
+    return next((reason for file in files if (reason := not_weights(file)) is not None), None)
 
 
 def _is_own(cls: type) -> bool:
@@ -186,24 +243,44 @@ class LoadablePipeline(DiffusionPipeline):
         """A pipeline of this class on the components and settings of another, which share them.
 
         Args:
-            options: components and settings instead of the other's.
+            options: components and settings instead of the other's; `dtype` converts the components, which the other
+                pipeline shares (they keep their number types if it is left out).
 
         Raises:
-            InputError: a component that this class needs and neither has.
+            InputError: a component that this class needs and neither has; an option that it does not have.
         """
-        parameters = inspect.signature(cls.__init__).parameters
-        found = {**dict(pipeline.config), **pipeline.components, **options}
-        chosen = {name: found[name] for name in parameters if name in found and name != "self"}
+        dtype = number_type_option(options)
+        parameters = constructor_parameters(cls)
+        for name in options:
+            if name not in parameters:
+                raise unknown_name(f"option of {cls.__name__}", name, [*parameters, "dtype"])
+        config = {name: value for name, value in pipeline.config.items() if name not in _RECORDED}
+        # settings that a class on the way had no use for stay under private names, as in diffusers
+        settings = {name[1:]: value for name, value in config.items() if name.startswith("_")}
+        settings |= {
+            name: value
+            for name, value in config.items()
+            if not name.startswith("_") and name not in pipeline.components
+        }
+        found = {**settings, **pipeline.components, **options}
+        chosen = {name: found[name] for name in parameters if name in found}
         missing = [
             name
             for name, parameter in parameters.items()
-            if name != "self" and parameter.default is parameter.empty and name not in chosen
+            if parameter.default is inspect.Parameter.empty and name not in chosen
         ]
         if missing:
             raise InputError(
                 f"a {type(pipeline).__name__} has no {' and no '.join(missing)} for a {cls.__name__}; pass it as well."
             )
-        return cls(**chosen)
+        pipe = cls(**chosen)
+        unused = {f"_{name}": value for name, value in settings.items() if name not in chosen}
+        pipe.register_to_config(**unused, _name_or_path=pipeline.config.get("_name_or_path"))
+        if dtype is not None:
+            for part in pipe.components.values():
+                if isinstance(part, nn.Module):
+                    cast(part, dtype)
+        return pipe
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:
@@ -211,26 +288,52 @@ class LoadablePipeline(DiffusionPipeline):
 
         Args:
             name: see `resolve_model`.
-            options: of `DiffusionPipeline.from_pretrained`, such as `dtype=torch.bfloat16`, or of the hub
-                (`revision`, `token`, `cache_dir`, `local_files_only`).
+            options: `dtype` (or `torch_dtype`: a number type, its name, or one by component), `device_map` (a device,
+                or "balanced"), components and settings instead of the model's own (`guidance_scale=4.0`), how
+                diffusers reads the files (`variant`, `use_safetensors`, `low_cpu_mem_usage`, ...), or of the hub
+                (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`), which concern downloads only.
 
         Raises:
             CheckpointError: nothing there, not a pipeline of this class, or a damaged file.
+            InputError: an unknown option, number type or device.
         """
-        folder = resolve_model(name, **hub_options(options))
+        chosen = LoadOptions.of(options)
+        chosen.check_parts(cls)
+        folder = resolve_model(name, **chosen.hub)
         found = pipeline_class_name(folder)
         if found != cls.__name__:
             raise CheckpointError(
                 f"{folder} holds a {found}, not a {cls.__name__}; load it with AutoPipeline."
             )
         try:
-            local = {k: v for k, v in options.items() if k not in HUB_OPTIONS}
-            return super().from_pretrained(folder, **local, **_load_borrowed(folder, local))
+            parts = {**chosen.parts, **_load_borrowed(folder, chosen)}
+            dtype = {} if chosen.dtype is None else {"dtype": chosen.dtype}
+            pipe: Self = super().from_pretrained(folder, **chosen.reading, **dtype, **parts)
         except CheckpointError:
             raise
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = _no_weights_in(folder) or str(error).strip().split("\n")[0]
             raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+        if chosen.device is not None:
+            pipe.to(chosen.device)
+        return pipe
+
+    @classmethod
+    def _of_single_files(cls, components: Mapping[str, Any], options: dict[str, Any]) -> Self:
+        """A pipeline of components that were read from single files.
+
+        Args:
+            options: components and settings in their place, `dtype` and `device_map`.
+
+        Raises:
+            InputError: an unknown option; components that do not fit each other.
+        """
+        chosen = LoadOptions.of(options)
+        chosen.check_parts(cls)
+        chosen.check_single_files(cls.__name__)
+        pipe = cls(**{**components, **chosen.parts})
+        chosen.apply(pipe)
+        return pipe
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Write all components, borrowed ones too; a failure on the way (a full disk) leaves `folder` as it was.
@@ -260,8 +363,10 @@ def load_folder(name: str | os.PathLike[str], **options: Any) -> LoadablePipelin
     Raises:
         CheckpointError: nothing there, or nothing that this library can load.
     """
-    folder = resolve_model(name, **hub_options(options))
+    hub = LoadOptions.of(options).hub
+    folder = resolve_model(name, **hub)
     class_name = pipeline_class_name(folder)
     if class_name not in PIPELINES:
         raise CheckpointError(str(unknown_name("pipeline class", class_name, PIPELINES)))
-    return PIPELINES[class_name].from_pretrained(folder, **options)
+    local = {option: value for option, value in options.items() if option not in hub}
+    return PIPELINES[class_name].from_pretrained(folder, **local)

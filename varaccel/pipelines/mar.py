@@ -137,11 +137,11 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
             vae: the image tokenizer, or its file, `kl16.ckpt`.
             draft_transformer: a smaller transformer or its file.
             size: refuse a file of another size ("base", "large", "huge").
-            settings: `class_names`, `guidance_scale`, `temperature` and so on.
+            settings: `class_names`, `guidance_scale`, `temperature` and so on; `dtype`, `device_map`.
 
         Raises:
             CheckpointError: a file that is missing, damaged, unsafe or of another model.
-            InputError: components that do not fit each other.
+            InputError: components that do not fit each other, an unknown option.
         """
         transformer = MARTransformer.from_original(path, size=size)
         small = (
@@ -150,7 +150,8 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
             else MARTransformer.from_original(draft_transformer)
         )
         image_tokenizer = vae if isinstance(vae, AutoencoderKL) else load_kl(vae)
-        return cls(transformer, image_tokenizer, draft_transformer=small, **settings)
+        components = {"transformer": transformer, "vae": image_tokenizer, "draft_transformer": small}
+        return cls._of_single_files(components, settings)
 
     def compile(self, **options: Any) -> None:
         """Compile the networks and the step of the head; the first call after it takes minutes, later ones less.

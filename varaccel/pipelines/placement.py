@@ -14,13 +14,11 @@ from transformers.utils import logging as transformers_logging
 from varaccel.errors import InputError, unknown_name
 from varaccel.nn.precision import cast
 from varaccel.pipelines.auto import AutoPipeline
+from varaccel.pipelines.load_options import FIXED_PRECISION
 from varaccel.pipelines.loading import LoadablePipeline
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
-
-FIXED_PRECISION = ("vae", "vq_model", "text_encoder")
-"""Components that keep their own precision, as with published models."""
 
 
 def open_pipeline(

@@ -140,11 +140,11 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
             vq_model: the image tokenizer, or its file, `vae_ch160v4096z32.pth`.
             refiner: a smaller transformer or its file, such as `var_d16.pth` or `refiner_8.pth`.
             depth: refuse a file of another depth.
-            settings: `class_names`, `guidance_scale`, `top_k`, `top_p`, `temperature`.
+            settings: `class_names`, `guidance_scale`, `top_k`, `top_p`, `temperature`; `dtype`, `device_map`.
 
         Raises:
             CheckpointError: a file that is missing, damaged, unsafe or of another model.
-            InputError: components that do not fit each other.
+            InputError: components that do not fit each other, an unknown option.
         """
         transformer = VARTransformer.from_original(path, depth=depth)
         if isinstance(vq_model, MultiScaleVQModel):
@@ -156,7 +156,8 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
             if refiner is None or isinstance(refiner, VARTransformer)
             else VARTransformer.from_original(refiner)
         )
-        return cls(transformer, image_tokenizer, refiner=small, **settings)
+        components = {"transformer": transformer, "vq_model": image_tokenizer, "refiner": small}
+        return cls._of_single_files(components, settings)
 
     def compile(self, **options: Any) -> None:
         """Compile the network, once for every scale: the first call after it takes minutes, later ones less.
