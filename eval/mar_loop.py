@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from varaccel.nn.devices import is_gpu
+
 
 def parse_arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
@@ -74,7 +76,7 @@ def new_runs(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
         "published loop": lambda: published_loop(model, condition, mask, noise, **common)[1],
         "ours": ours(),
     }
-    on_gpu = device.type == "cuda"
+    on_gpu = is_gpu(device)
     if on_gpu:
         runs["ours, one graph"] = ours(options={"loop": GraphedLoop()})
     if options.compile:

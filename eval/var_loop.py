@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from varaccel.nn.devices import wait_for
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -97,8 +99,7 @@ def main() -> int:
                 top_k=top_k,
                 top_p=options.top_p,
             )
-            if options.device != "cpu":
-                torch.cuda.synchronize()
+            wait_for(options.device)
             return time.perf_counter() - start
 
         seconds: dict[str, list[float]] = {"ours": [], "published loop": []}

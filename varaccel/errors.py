@@ -18,6 +18,10 @@ class CheckpointError(VaraccelError, ValueError):
     """A weights file or model folder cannot be used."""
 
 
+class NumberError(VaraccelError, ArithmeticError):
+    """A network gave NaN or infinity, of which no image can be made."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not registered; suggests the nearest known one.
 

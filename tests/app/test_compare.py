@@ -369,7 +369,7 @@ def test_what_is_typed_is_text(draw: Draw) -> None:
         ({"count": 0}, "1 to 4"),
         ({"count": 5}, "1 to 4"),
         ({"guidance": "much"}, "guidance"),
-        ({"guidance": "nan"}, "finite"),
+        ({"guidance": "nan"}, "guidance_scale"),
         ({"text": ""}, "no setting"),
         ({"text": "plain\nwarp"}, "line 2"),
         ({"text": "code"}, "line 1: &#x27;code&#x27;|line 1: 'code'"),

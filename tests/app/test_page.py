@@ -139,7 +139,11 @@ def test_options_arrive(client: Client) -> None:
         ({"accelerator": "zipar", "options": {"windw": 1}}, "unknown option"),
         ({"accelerator": "code"}, "does not work on llamagen models"),
         ({"accelerator": "speculative", "options": {"tree": 100000}}, "numbers up to 1000"),
-        ({"model": "absent"}, "&lt;b&gt;absent"),
+        ({"accelerator": "zipar", "options": {"window": 1.5}}, "must be an integer >= 1, got 1.5"),  # no HTML
+        ({"seed": 1.5}, "whole number"),
+        ({"count": 1.5}, "1 to 4"),
+        ({"seed": True}, "seed"),
+        ({"model": "absent"}, "<b>absent"),
         ({"model": "/etc"}, "not in the list of choices"),
         (
             {"model": "scales", "prompt": "hen", "accelerator": "code", "options": {"refiner": "/etc"}},

@@ -417,11 +417,9 @@ def refused(message: str, error: type[Exception] = InputError) -> Any:
         ({"prompt": "goldfisch"}, "did you mean 'goldfish'"),
         ({"prompt": 5}, "from 0 to 4"),
         ({"prompt": [-1, 0]}, "from 0 to 4"),
-        ({"guidance_scale": 0.9}, "guidance_scale"),
+        ({"guidance_scale": -0.1}, "guidance_scale"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"guidance_scale": float("inf")}, "guidance_scale"),
-        ({"top_k": VOCAB_SIZE + 1}, f"{VOCAB_SIZE} tokens"),
-        ({"top_k": [0, 0, VOCAB_SIZE + 1]}, f"{VOCAB_SIZE} tokens"),
         ({"top_k": [1, 2]}, "2 entries"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
@@ -431,11 +429,11 @@ def refused(message: str, error: type[Exception] = InputError) -> Any:
         ({"top_p": 1.5}, "top_p"),
         ({"published_rng": True}, "pass seed"),
         ({"seed": -1}, "seed"),
-        ({"num_images_per_prompt": 0}, "at least 1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer >= 1"),
         ({"output_type": "jpeg"}, "pil"),
         ({"accelerator": CoDe(draft_scales=4)}, "3 scales"),
-        ({"accelerator": CoDe(refiner_top_k=VOCAB_SIZE + 1)}, f"{VOCAB_SIZE} tokens"),
-        ({"accelerator": CoDe(refiner_guidance_scale=0.0)}, "guidance_scale"),
+        ({"accelerator": CoDe(refiner_top_k=-1)}, "top_k"),
+        ({"accelerator": CoDe(refiner_guidance_scale=-1.0)}, "guidance_scale"),
         ({"accelerator": CoDe(refiner_temperature=-1.0)}, "temperature"),
         ({"accelerator": CoDe(refiner=nn.Linear(1, 1))}, "got Linear"),
         ({"accelerator": CoDe(refiner=3)}, "got int"),
@@ -918,9 +916,7 @@ def test_published_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (settings.guidance_scale, settings.top_k, settings.top_p) == (2.5, 900, 0.96)
     assert len(settings.class_names) == 1000
     assert pipe.class_label("goldfish") == 1
-    with refused("top_k=900 is more than the model's 64 tokens"):
-        pipe(0, seed=0)
-    assert len(pipe(["tench", "goldfish"], seed=0, top_k=0).images) == 2
+    assert len(pipe(["tench", "goldfish"], seed=0).images) == 2
 
 
 def test_published_pair_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

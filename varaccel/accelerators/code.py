@@ -11,7 +11,7 @@ from varaccel.engine.accelerator import Accelerator, Plan, register
 from varaccel.engine.counts import StageStats
 from varaccel.engine.loop import decode
 from varaccel.engine.network import check_substitute
-from varaccel.engine.options import positive_integer
+from varaccel.engine.options import positive_integer, settle
 from varaccel.errors import InputError
 from varaccel.hosts.next_scale.job import ScaleJob
 from varaccel.hosts.next_scale.relay import Relay
@@ -61,7 +61,7 @@ class CoDe(Accelerator[ScaleJob]):
 
     def __post_init__(self) -> None:
         if self.draft_scales is not None:
-            positive_integer("draft_scales", self.draft_scales)
+            settle(self, draft_scales=positive_integer("draft_scales", self.draft_scales))
 
     def plan(self, job: ScaleJob) -> Plan:
         """With the number of scales that the large model draws; plain decoding if these are all."""

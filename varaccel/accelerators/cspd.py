@@ -9,7 +9,14 @@ from varaccel.accelerators.fewer_steps import MaskedAccelerator
 from varaccel.engine.accelerator import register
 from varaccel.engine.counts import SpeculationStats
 from varaccel.engine.network import check_substitute
-from varaccel.engine.options import check_choice, positive_integer
+from varaccel.engine.options import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    positive_integer,
+    settle,
+)
 from varaccel.errors import InputError
 from varaccel.hosts.masked.denoising import Sampler
 from varaccel.hosts.masked.job import MaskedJob
@@ -92,23 +99,19 @@ class CSpD(MaskedAccelerator):
         super().__post_init__()
         check_choice("mode", self.mode, get_args(Mode))
         check_choice("verification", self.verification, get_args(Verification))
-        positive_integer("draft_length", self.draft_length)
-        if not isinstance(self.prefill, (int, float)) or not 0 <= self.prefill <= 1:
-            raise InputError(f"prefill must be a share of the iterations, from 0 to 1, got {self.prefill!r}.")
-        if (
-            isinstance(self.coupling_step, bool)
-            or not isinstance(self.coupling_step, int)
-            or self.coupling_step < 0
-        ):
-            raise InputError(f"coupling_step must be an integer >= 0, got {self.coupling_step!r}.")
+        settle(
+            self,
+            draft_length=positive_integer("draft_length", self.draft_length),
+            prefill=check_number("prefill, a share of the iterations,", self.prefill, most=1),
+            coupling_step=check_integer("coupling_step", self.coupling_step, least=0),
+            aligned=check_flag("aligned", self.aligned),
+        )
         if self.mode == "exact" and self.inner_temperature is not None:
             raise InputError(
                 "mode 'exact' has no inner_temperature: any but 1 would change the distribution."
             )
         if self.head_sampler not in (None, "ddpm"):
             raise _no_densities(self.head_sampler)
-        if not isinstance(self.aligned, bool):
-            raise InputError(f"aligned must be true or false, got {self.aligned!r}.")
         self.rule()  # its options are checked where it is made
 
     def rule(self) -> ContinuousRule:

@@ -8,8 +8,7 @@ from typing import ClassVar
 from varaccel.accelerators.fewer_steps import MaskedAccelerator
 from varaccel.engine.accelerator import register
 from varaccel.engine.loop import decode
-from varaccel.engine.options import positive_integer
-from varaccel.errors import InputError
+from varaccel.engine.options import check_flag, positive_integer, settle
 from varaccel.hosts.masked.denoising import Sampler
 from varaccel.hosts.masked.job import MaskedJob
 
@@ -45,9 +44,11 @@ class FeatureCache(MaskedAccelerator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive_integer("refresh", self.refresh)
-        if not isinstance(self.keep_unconditional, bool):
-            raise InputError(f"keep_unconditional must be true or false, got {self.keep_unconditional!r}.")
+        settle(
+            self,
+            refresh=positive_integer("refresh", self.refresh),
+            keep_unconditional=check_flag("keep_unconditional", self.keep_unconditional),
+        )
 
     def run(self, job: MaskedJob) -> int:
         session = job.open_feature_cache_session(

@@ -8,7 +8,7 @@ from typing import ClassVar, get_args
 
 from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.loop import decode
-from varaccel.engine.options import check_choice, positive_integer
+from varaccel.engine.options import check_choice, positive_integer, settle
 from varaccel.hosts.masked.denoising import HeadSampling, Sampler
 from varaccel.hosts.masked.job import MaskedJob
 from varaccel.hosts.masked.schedule import CosineGroups
@@ -34,7 +34,7 @@ class MaskedAccelerator(Accelerator[MaskedJob]):
     def __post_init__(self) -> None:
         for name in ("iterations", "head_steps"):
             if getattr(self, name) is not None:
-                positive_integer(name, getattr(self, name))
+                settle(self, **{name: positive_integer(name, getattr(self, name))})
         if self.head_sampler is not None:
             check_choice("head_sampler", self.head_sampler, get_args(Sampler))
 

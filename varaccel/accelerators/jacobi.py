@@ -7,7 +7,7 @@ from typing import ClassVar, get_args
 
 from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.counts import SpeculationStats
-from varaccel.engine.options import check_choice, check_row_window, positive_integer
+from varaccel.engine.options import check_choice, check_row_window, positive_integer, settle
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.speculation.jacobi_proposer import Coupling, Fill, JacobiProposer
 from varaccel.speculation.loop import Verifier, speculate, verify_by
@@ -49,10 +49,10 @@ class Jacobi(Accelerator[CausalJob]):
     row_window: int | None = None
 
     def __post_init__(self) -> None:
-        positive_integer("Jacobi window", self.window)
+        settle(self, window=positive_integer("Jacobi window", self.window))
         check_choice("Jacobi coupling", self.coupling, get_args(Coupling))
         check_choice("Jacobi fill", self.fill, get_args(Fill))
-        check_row_window(self.row_window)
+        settle(self, row_window=check_row_window(self.row_window))
 
     @property
     def lossless(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.counts import SpeculationStats
 from varaccel.engine.distribution import Categorical
-from varaccel.engine.options import check_choice, check_row_window
+from varaccel.engine.options import check_choice, check_integer, check_number, check_row_window, settle
 from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.speculation.drafters import Tree, check_drafting, open_proposer, resolve_drafter, resolve_shape
@@ -62,16 +62,15 @@ class Lantern(Accelerator[CausalJob]):
     row_window: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0:
-            raise InputError(f"LANTERN's k must be an integer >= 0, got {self.k!r}.")
+        settle(self, k=check_integer("LANTERN's k", self.k, least=0))
         if self.delta is not None and self.multiplier is not None:
             raise InputError("give either delta (LANTERN) or multiplier (LANTERN++), not both.")
-        if self.delta is not None and not 0 <= self.delta <= 1:
-            raise InputError(f"LANTERN's delta must be from 0 to 1, got {self.delta}.")
-        if self.multiplier is not None and not 1 <= self.multiplier < float("inf"):
-            raise InputError(f"LANTERN's multiplier must be a number >= 1, got {self.multiplier}.")
+        if self.delta is not None:
+            settle(self, delta=check_number("LANTERN's delta", self.delta, most=1))
+        if self.multiplier is not None:
+            settle(self, multiplier=check_number("LANTERN's multiplier", self.multiplier, least=1))
         check_choice("LANTERN residual", self.residual, get_args(Residual))
-        check_row_window(self.row_window)
+        settle(self, row_window=check_row_window(self.row_window))
         shape = check_drafting(self.drafter, self.tree, self.adaptive, without_replacement=True)
         if isinstance(shape, DynamicTree):
             if self.residual in ("static", "static_b"):

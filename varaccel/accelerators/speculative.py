@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.counts import SpeculationStats
-from varaccel.engine.options import check_choice, check_row_window
+from varaccel.engine.options import check_choice, check_row_window, settle
 from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.speculation.drafters import Tree, check_drafting, open_proposer, resolve_drafter, resolve_shape
@@ -68,7 +68,7 @@ class Speculative(Accelerator[CausalJob]):
 
     def __post_init__(self) -> None:
         check_choice("verification", self.verification, get_args(Verification))
-        check_row_window(self.row_window)
+        settle(self, row_window=check_row_window(self.row_window))
         recursive = self.verification in ("auto", "recursive")
         shape = check_drafting(self.drafter, self.tree, self.adaptive, without_replacement=recursive)
         if isinstance(shape, DynamicTree) and self.verification == "k_sequential":

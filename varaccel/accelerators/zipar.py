@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.loop import decode
-from varaccel.engine.options import check_choice, positive_integer
+from varaccel.engine.options import check_choice, positive_integer, settle
 from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.schedule import StaggeredRows
@@ -45,7 +45,7 @@ class ZipAR(Accelerator[CausalJob]):
         return False
 
     def __post_init__(self) -> None:
-        positive_integer("ZipAR window", self.window)
+        settle(self, window=positive_integer("ZipAR window", self.window))
         check_choice("ZipAR mode", self.mode, get_args(Mode))
 
     def run(self, job: CausalJob) -> int:

@@ -35,7 +35,7 @@ def draw_endpoint(studio: Studio) -> None:
         count: float,
         request: gr.Request,
     ) -> tuple[list[Image.Image], dict[str, Any]]:
-        with shown_on_page():
+        with shown_on_page(str):
             drawn = DrawRequest(
                 model,
                 prompt,
@@ -62,9 +62,9 @@ def draw_endpoint(studio: Studio) -> None:
             ),
             gr.Dropdown(list(ACCELERATORS), value=Plain.name, label="accelerator"),
             gr.JSON({}, label="options"),
-            gr.Number(0, label="seed", precision=0),
+            gr.Number(0, label="seed"),
             gr.Number(None, label="guidance_scale"),
-            gr.Number(1, label="count", precision=0),
+            gr.Number(1, label="count"),
         ]
         outputs = [gr.Gallery(label="images", format="png"), gr.JSON(label="cost")]
         gr.Button("Draw").click(

@@ -122,7 +122,7 @@ def _controls(shelf: ModelShelf) -> _Controls:
             )
             with gr.Row():
                 count = gr.Slider(1, MAX_IMAGES, 2, step=1, label="images of each", min_width=140)
-                seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=110)
+                seed = gr.Number(0, label="seed", minimum=0, maximum=MAX_SEED, min_width=110)
                 # a number field that is left empty sends 0
                 guidance = gr.Textbox("", label="guidance", placeholder=MODELS_OWN, min_width=140)
         with gr.Column(scale=2, min_width=280):

@@ -88,7 +88,7 @@ def _controls(models: list[str], accelerators: list[str]) -> _Controls:
                 PAINT_PROMPT, label="what should be there; empty for whatever fits", elem_id="paint-prompt"
             )
             with gr.Row():
-                seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED)
+                seed = gr.Number(0, label="seed", minimum=0, maximum=MAX_SEED)
                 count = gr.Slider(1, MAX_IMAGES, 3, step=1, label="versions")
                 accelerator = gr.Dropdown(accelerators, value=accelerators[0], label="accelerator")
             paint = gr.Button("Paint", variant="primary", elem_id="paint")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from varaccel.errors import VaraccelError
@@ -37,8 +37,12 @@ def current_event() -> str | None:
 
 
 @contextmanager
-def shown_on_page() -> Iterator[None]:
-    """Errors and warnings of the library within the block as notices of the page."""
+def shown_on_page(told: Callable[[str], str] = notice) -> Iterator[None]:
+    """Errors and warnings of the library within the block as notices of the page.
+
+    Args:
+        told: makes text of a message: `notice` for what a page renders, `str` for what a program reads.
+    """
     import gradio
 
     warnings, logger = WarningList(), logging.getLogger("varaccel")
@@ -46,8 +50,8 @@ def shown_on_page() -> Iterator[None]:
     try:
         yield
     except VaraccelError as error:
-        raise gradio.Error(notice(str(error)), print_exception=False) from error
+        raise gradio.Error(told(str(error)), print_exception=False) from error
     finally:
         logger.removeHandler(warnings)
         for message in warnings.messages:
-            gradio.Warning(notice(message))
+            gradio.Warning(told(message))

@@ -100,9 +100,9 @@ def new_studio(settings: PageSettings) -> Studio:
 
 def _waiter(device: str) -> Callable[[], None]:
     """Waits until the device has done what it was given; a CPU does it at once."""
-    import torch
+    from varaccel.nn.devices import wait_for
 
-    return torch.cuda.synchronize if device == "cuda" else lambda: None
+    return lambda: wait_for(device)
 
 
 def calls_in_memory(device: str) -> int:
@@ -110,7 +110,9 @@ def calls_in_memory(device: str) -> int:
     import psutil
     import torch
 
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    from varaccel.nn.devices import is_gpu
+
+    free = torch.cuda.mem_get_info(device)[0] if is_gpu(device) else psutil.virtual_memory().available
     return max(1, min(4, free // _CALL_BYTES))
 
 

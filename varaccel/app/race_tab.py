@@ -119,7 +119,7 @@ def _form(shelf: ModelShelf) -> _Form:
         )
         groups, controls = _option_groups(shelf.names, _first_choice(job_type))
         with gr.Accordion("Seed, guidance, number of images", open=False):
-            seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
+            seed = gr.Number(0, label="seed", minimum=0, maximum=MAX_SEED, elem_id="seed")
             guidance = gr.Textbox(
                 "",
                 label="guidance",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from varaccel.app.models import ModelShelf
 from varaccel.app.turns import Allowance, Turn, Turns
 from varaccel.app.visits import Visits
+from varaccel.engine.options import as_number
 from varaccel.errors import InputError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def checked_count(count: float) -> int:
     Raises:
         InputError: more than the page draws at once.
     """
-    if not (1 <= count <= MAX_IMAGES and count == int(count)):
+    if as_number(count) is None or not (1 <= count <= MAX_IMAGES and count == int(count)):
         raise InputError(f"the page draws 1 to {MAX_IMAGES} images at once, got {count}.")
     return int(count)
 
@@ -101,7 +102,7 @@ def checked_seed(seed: float | None) -> int:
     """
     if seed is None:
         raise InputError("there is no seed; give a number, so that both sides draw the same.")
-    if not (0 <= seed <= MAX_SEED and seed == int(seed)):
+    if as_number(seed) is None or not (0 <= seed <= MAX_SEED and seed == int(seed)):
         raise InputError(f"the seed must be a whole number from 0 to {MAX_SEED}, got {seed}.")
     return int(seed)
 

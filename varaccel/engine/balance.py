@@ -9,6 +9,8 @@ from functools import lru_cache
 
 import torch
 
+from varaccel.nn.devices import is_host, wait_for
+
 _ROUNDS = 3
 
 
@@ -42,10 +44,11 @@ def measure_balance(device: torch.device, dtype: torch.dtype) -> Balance:
 
     The matrices have the size of a layer, and together exceed the caches of a processor.
     """
-    width, layers = (2048, 16) if device.type == "cuda" else (1024, 24)
+    host = is_host(device)
+    width, layers = (1024, 24) if host else (2048, 16)
     weights = [torch.full((width, width), 1e-3, dtype=dtype, device=device) for _ in range(layers)]
     # far more rows than can be free, so that arithmetic alone decides
-    many = torch.ones(2048 if device.type == "cuda" else 128, width, dtype=dtype, device=device)
+    many = torch.ones(128 if host else 2048, width, dtype=dtype, device=device)
     one = torch.ones(1, width, dtype=dtype, device=device)
 
     def product(rows: torch.Tensor) -> Callable[[], None]:
@@ -65,14 +68,9 @@ def best_seconds(run: Callable[[], object], device: torch.device, rounds: int = 
     """Seconds that `run` takes: the best of `rounds` after one to warm up, which leaves out what disturbed."""
     best = float("inf")
     for _ in range(rounds + 1):
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         run()
-        _wait(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -36,7 +36,7 @@ class Canvas:
         written = torch.zeros(batch, positions, dtype=torch.int32, device=device)
         if channels is None:
             return cls(torch.zeros(batch, positions, dtype=torch.int64, device=device), written)
-        return cls(torch.zeros(batch, positions, channels, device=device), written)
+        return cls(torch.zeros(batch, positions, channels, dtype=torch.float32, device=device), written)
 
     @classmethod
     def given(cls, tokens: Tensor, fixed: Tensor) -> Canvas:

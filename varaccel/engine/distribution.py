@@ -8,6 +8,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from varaccel.nn.devices import real_type
+
 
 class Distribution(Protocol):
     """A distribution for each of P positions of B images."""
@@ -44,18 +46,19 @@ class Categorical:
     def sample(self, uniforms: Tensor) -> Tensor:
         """Invert the cumulative distribution at `uniforms` [B, P] -> token ids [B, P] int64.
 
-        In float64, so that neither rare tokens of a large codebook nor the last token are lost to rounding,
-        and a code of probability zero is never drawn.
+        In float64 where the device has it, so that neither rare tokens of a large codebook nor the last token are
+        lost to rounding. A code of probability zero is never drawn.
         """
         if self.greedy:
             return self.logits.argmax(dim=-1)
-        cumulative = self.logits.double().softmax(dim=-1).cumsum(dim=-1)  # [B, P, V]
+        cumulative = self.logits.to(real_type(self.logits.device)).softmax(dim=-1).cumsum(dim=-1)  # [B, P, V]
         total = cumulative[..., -1:]
         target = uniforms.unsqueeze(-1).to(total) * total
         # strictly below the total: the first entry above the target then has positive probability
         below = torch.nextafter(total, torch.zeros_like(total))
         code = torch.searchsorted(cumulative, torch.minimum(target, below), right=True)
-        return code.squeeze(-1)
+        # logits that are no numbers are found elsewhere; until then the index must be one
+        return code.squeeze(-1).clamp(max=self.logits.shape[-1] - 1)
 
     def by_lane(self, lanes: int) -> Categorical:
         """Distributions of all lanes of an image, [B, A * n, V], as distributions of sequences, [B * A, n, V]."""

@@ -12,7 +12,7 @@ from torch import nn
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import OnStep
 from varaccel.engine.network import Network
-from varaccel.engine.session import SessionCost
+from varaccel.engine.session import OpenSession
 
 
 def network_of(given: object) -> object:
@@ -44,7 +44,7 @@ class Job(ABC):
     on_step: OnStep | None = None
     drafters: Mapping[str, nn.Module] = field(default_factory=dict)
     load_network: LoadNetwork | None = None
-    sessions: list[SessionCost] = field(default_factory=list)
+    sessions: list[OpenSession] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from varaccel.engine.distribution import Distribution
+from varaccel.engine.options import as_integer
+from varaccel.engine.seeds import MAX_SEED, seeded_generator
 from varaccel.errors import InputError
-
-MAX_SEED = 2**63 - 1
+from varaccel.nn.devices import real_type
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Randomness:
     of them spends changes nothing for the other.
 
     Attributes:
-        uniforms: [B, N] float64 in [0, 1), one number per position.
+        uniforms: [B, N] in [0, 1), one number per position; float64, or what `real_type` says of the device.
         stream_seeds, noise_seeds: of each image.
     """
 
@@ -40,10 +41,7 @@ class Randomness:
         cls, generators: Sequence[torch.Generator], positions: int, device: torch.device | str = "cpu"
     ) -> Randomness:
         """Draw `positions` numbers from each image's own generator, on the generator's device."""
-        rows = [
-            torch.rand(positions, dtype=torch.float64, generator=g, device=g.device).to(device)
-            for g in generators
-        ]
+        rows = [uniform_numbers((positions,), g, device) for g in generators]
         seeds = [torch.randint(2**62, (2,), generator=g, device=g.device).tolist() for g in generators]
         return cls(torch.stack(rows), tuple(s[0] for s in seeds), tuple(s[1] for s in seeds))
 
@@ -73,6 +71,16 @@ class Randomness:
         )
 
 
+def uniform_numbers(shape: Sequence[int], generator: torch.Generator, device: torch.device | str) -> Tensor:
+    """Numbers in [0, 1), drawn in float64 on the generator's device: on `device`, in its `real_type`."""
+    drawn = torch.rand(*shape, dtype=torch.float64, generator=generator, device=generator.device)
+    real = real_type(device)
+    if real == torch.float64:
+        return drawn.to(device)
+    # rounded down, or the largest would become 1
+    return drawn.clamp(max=1 - torch.finfo(real).eps / 2).to(real).to(device)
+
+
 def random_orders(
     generators: Sequence[torch.Generator], positions: int, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -82,7 +90,7 @@ def random_orders(
 
 
 def _seeded(seeds: Sequence[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [seeded_generator(seed) for seed in seeds]
 
 
 class Stream:
@@ -96,17 +104,15 @@ class Stream:
 
     def __init__(self, generators: Sequence[torch.Generator], width: int, device: torch.device) -> None:
         self.generators, self.width, self.device = generators, width, device
-        self._block = torch.empty(0)
+        self._block = torch.empty(0, dtype=torch.float32, device=device)
         self._next = self.AHEAD
 
     def next(self) -> Tensor:
-        """[B, width] float64 in [0, 1) for the next pass."""
+        """[B, width] in [0, 1) for the next pass, of the type of `Randomness.uniforms`."""
         if self._next == self.AHEAD:
             shape = (self.AHEAD, self.width)
-            rows = [
-                torch.rand(shape, dtype=torch.float64, generator=g, device=g.device) for g in self.generators
-            ]
-            self._block = torch.stack(rows, dim=1).to(self.device)
+            rows = [uniform_numbers(shape, g, self.device) for g in self.generators]
+            self._block = torch.stack(rows, dim=1)
             self._next = 0
         self._next += 1
         return self._block[self._next - 1]
@@ -131,7 +137,7 @@ class GumbelNoise:
             vocab_size,
             device,
         )
-        self._noise = torch.empty(len(generators), 0, vocab_size, device=device)
+        self._noise = torch.empty(len(generators), 0, vocab_size, dtype=torch.float32, device=device)
 
     def at(self, positions: Tensor) -> Tensor:
         """Noise of `positions` [B, P]: [B, P, V] float32. Synchronises with the device.
@@ -142,7 +148,10 @@ class GumbelNoise:
         wanted = min(int(positions.max()) + 1, self.positions)
         while self._noise.shape[1] < wanted:
             shape = (min(self.BLOCK, self.positions - self._noise.shape[1]), self.vocab_size)
-            rows = [torch.empty(shape, device=g.device).exponential_(generator=g) for g in self.generators]
+            rows = [
+                torch.empty(shape, dtype=torch.float32, device=g.device).exponential_(generator=g)
+                for g in self.generators
+            ]
             block = torch.stack(rows).to(self.device).log_().neg_()
             self._noise = torch.cat([self._noise, block], dim=1)
         batch = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
@@ -163,21 +172,32 @@ def image_generators(
             seeds are drawn.
 
     Raises:
-        InputError: both given, a wrong number of generators, or a seed that is no integer in [0, 2**63).
+        InputError: both given, a wrong number of generators, what is no generator, or a seed that is no integer in
+            [0, 2**63) for every image.
     """
     if seed is not None and generator is not None:
         raise InputError("pass either seed or generator, not both.")
-    if isinstance(generator, Sequence):
+    if isinstance(generator, Sequence) and not isinstance(generator, str):
         if len(generator) != count:
             raise InputError(f"{count} images need {count} generators, one each; got {len(generator)}.")
+        wrong = next((g for g in generator if not isinstance(g, torch.Generator)), None)
+        if wrong is not None or None in generator:
+            raise InputError(f"generator must hold a torch.Generator per image, got {wrong!r}.")
         return list(generator)
     if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise InputError(f"generator must be a torch.Generator, or one per image, got {generator!r}.")
         draws = torch.randint(2**62, (count,), generator=generator, device=generator.device)
-        return [torch.Generator().manual_seed(int(s)) for s in draws]
+        return _seeded(draws.tolist())
     if seed is None:
-        fresh = torch.Generator()
-        first = fresh.seed() % 2**62
-        return [torch.Generator().manual_seed(first + i) for i in range(count)]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED - count:
-        raise InputError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}.")
-    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+        first = torch.Generator().seed() % 2**62
+    else:
+        given = as_integer(seed)
+        if given is None or not 0 <= given <= MAX_SEED:
+            raise InputError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}.")
+        if given + count - 1 > MAX_SEED:
+            raise InputError(
+                f"{count} images take the seeds from {given} on, but seeds end at 2**63 - 1; take a smaller one."
+            )
+        first = given
+    return _seeded(range(first, first + count))

@@ -19,8 +19,8 @@ class Session(Protocol[InputsIn, DistributionOut]):
         ...
 
 
-class SessionCost(Protocol):
-    """What a session tells of its cost."""
+class OpenSession(Protocol):
+    """What a call asks of its sessions: their cost, and whether their numbers were numbers."""
 
     @property
     def rows_per_pass(self) -> int:
@@ -30,4 +30,8 @@ class SessionCost(Protocol):
     @property
     def cache_bytes(self) -> int:
         """Size of its key-value caches."""
+        ...
+
+    def report_numbers(self) -> None:
+        """Raise NumberError if its network gave NaN or infinity; waits for the device."""
         ...

@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from varaccel.nn.devices import wait_for
+
 
 class Stopwatch:
     """Wall-clock time by phase; waits for the device at the borders of phases only."""
@@ -21,6 +23,5 @@ class Stopwatch:
         self._last = now
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         return time.perf_counter()

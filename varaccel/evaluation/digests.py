@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -17,7 +16,7 @@ def weights_digest(pipe: Any) -> str:
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, nn.Module):
             for key, value in sorted(part.state_dict().items()):
-                first = value.detach().flatten()[:16].to("cpu", torch.float64)
+                first = value.detach().flatten()[:16].cpu().double()
                 digest.update(f"{name}.{key}{list(value.shape)}".encode() + first.numpy().tobytes())
     return digest.hexdigest()[:8]
 

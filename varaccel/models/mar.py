@@ -27,6 +27,7 @@ from varaccel.nn.checkpoints import load_strict, read_published_weights
 from varaccel.nn.gather import rows_of
 from varaccel.nn.kv_cache import KVCache
 from varaccel.nn.noise_schedule import NoiseSchedule
+from varaccel.nn.precision import KeepsFloat32
 from varaccel.nn.signature import Signature
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -125,7 +126,7 @@ class _Head(nn.Module):
         self.net = head
 
 
-class MARTransformer(ModelMixin, ConfigMixin):
+class MARTransformer(KeepsFloat32, ModelMixin, ConfigMixin):
     """MAR, conditional on classes as published, or on captions.
 
     An image is N = grid_size² tokens of `token_channels` numbers in raster order. In front of them stand

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from varaccel.nn.devices import HOST
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -39,7 +41,7 @@ def line_ends(grids: tuple[Grid, ...], device: torch.device) -> Tensor:
     """[N] id of the end-of-line token that stands at each position of the grids one after the other, -1 for none."""
     rows = []
     for grid in grids:
-        ends = torch.full((grid.height, grid.pitch), -1)
+        ends = torch.full((grid.height, grid.pitch), -1, dtype=torch.int64, device=HOST)
         if grid.end_of_line is not None:
             ends[:, -1] = grid.end_of_line
         rows.append(ends.flatten())
@@ -52,7 +54,7 @@ def positions_above(grids: tuple[Grid, ...], device: torch.device) -> Tensor:
     """[N] the position above each position of the grids one after the other, -1 in the first row of a grid."""
     above, first = [], 0
     for grid in grids:
-        places = torch.arange(grid.num_positions)
+        places = torch.arange(grid.num_positions, device=HOST)
         above.append(torch.where(places >= grid.pitch, places - grid.pitch + first, -1))
         first += grid.num_positions
     return torch.cat(above).to(device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from varaccel.errors import InputError, unknown_name
+from varaccel.nn.devices import HOST
 
 NoiseSchedule = Literal["cosine", "linear"]
 TRAINING_STEPS = 1000
@@ -28,7 +29,9 @@ def _cosine(count: int) -> Tensor:
         return math.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
 
     return torch.tensor(
-        [min(1 - level((i + 1) / count) / level(i / count), 0.999) for i in range(count)], dtype=torch.float64
+        [min(1 - level((i + 1) / count) / level(i / count), 0.999) for i in range(count)],
+        dtype=torch.float64,
+        device=HOST,
     )
 
 
@@ -36,7 +39,7 @@ def _linear(count: int) -> Tensor:
     """Betas of the linear schedule (2006.11239, section 4). Its last step forgives: it multiplies errors of the
     network by less than 2, where the cosine schedule multiplies them by hundreds, see `DiffusionSchedule`."""
     scale = 1000 / count
-    return torch.linspace(scale * 1e-4, scale * 0.02, count, dtype=torch.float64)
+    return torch.linspace(scale * 1e-4, scale * 0.02, count, dtype=torch.float64, device=HOST)
 
 
 _BETAS: dict[str, Callable[[int], Tensor]] = {"cosine": _cosine, "linear": _linear}
@@ -103,9 +106,9 @@ def _respaced(steps: int, kind: str) -> DiffusionSchedule:
     full = torch.cumprod(1 - _BETAS[kind](TRAINING_STEPS), 0)
     last = TRAINING_STEPS - 1
     chosen = [0] if steps == 1 else [round(k * last / (steps - 1)) for k in range(steps)]
-    timesteps = torch.tensor(chosen, dtype=torch.int64)
+    timesteps = torch.tensor(chosen, dtype=torch.int64, device=HOST)
     kept = full[timesteps]
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64, device=HOST)
     betas = 1 - kept / torch.cat([one, kept[:-1]])
     # not `kept`: the published code takes this way, and the two differ by 1e-9 where there is almost only noise
     cumprod = torch.cumprod(1 - betas, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -36,10 +36,39 @@ def as_dtype(value: Any) -> torch.dtype:
     return dtype
 
 
+class KeepsFloat32:
+    """In front of `nn.Module`: a network whose `_keep_in_fp32_modules` stay in float32 however it is converted.
+
+    diffusers leaves these alone only while it loads; `pipe.to(torch.bfloat16)` and `network.half()` would not.
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `nn.Module.to`."""
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None:
+            cast(self, dtype)  # type: ignore[arg-type]
+        if device is None and memory_format is None:
+            return self
+        options = {} if memory_format is None else {"memory_format": memory_format}
+        return super().to(device=device, non_blocking=non_blocking, **options)  # type: ignore[misc]
+
+    def half(self) -> Self:
+        """As `nn.Module.half`."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Self:
+        """As `nn.Module.bfloat16`."""
+        return self.to(torch.bfloat16)
+
+    def double(self) -> Self:
+        """As `nn.Module.double`."""
+        return self.to(torch.float64)
+
+
 def cast(network: nn.Module, dtype: torch.dtype) -> None:
     """Convert a network's floating-point weights in place, but for the parts that it keeps in float32.
 
-    `Module.to` would convert these as well; diffusers leaves them alone only while it loads.
+    See `KeepsFloat32`.
     """
     kept = tuple(f"{name}." for name in getattr(network, "_keep_in_fp32_modules", None) or ())
     for name, tensor in chain(network.named_parameters(), network.named_buffers()):

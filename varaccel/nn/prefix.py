@@ -77,7 +77,9 @@ def _left_padded(embeddings: Tensor, mask: Tensor | None, length: int) -> tuple[
     missing = length - embeddings.shape[1]
     if missing == 0:
         return embeddings, mask
-    used = torch.ones(embeddings.shape[:2], device=embeddings.device) if mask is None else mask
+    used = (
+        torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device) if mask is None else mask
+    )
     return F.pad(embeddings, (0, 0, missing, 0)), F.pad(used, (missing, 0))
 
 

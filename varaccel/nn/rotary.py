@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from varaccel.nn.devices import HOST
+
 
 def rotary_table(
     grid_size: int,
@@ -28,8 +30,10 @@ def rotary_table(
     Returns:
         [prefix + grid_size ** 2, head_dim / 2, 2] float32: (cos, sin) of the angle of each channel pair.
     """
-    frequencies = base ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))  # [F]
-    angles = torch.outer(torch.arange(grid_size, dtype=torch.float32), frequencies)  # [G, F]
+    frequencies = base ** (
+        -torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=HOST) / (head_dim // 2)
+    )  # [F]
+    angles = torch.outer(torch.arange(grid_size, dtype=torch.float32, device=HOST), frequencies)  # [G, F]
     rows = angles[:, None, :].expand(-1, grid_size, -1)
     columns = angles[None, :, :].expand(grid_size, -1, -1)
     grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [G * G, head_dim / 2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -19,12 +19,15 @@ from varaccel.engine.counts import Counts, SpeculationStats, StageStats
 from varaccel.engine.job import Job
 from varaccel.engine.loop import OnStep, Step
 from varaccel.engine.network import Network
+from varaccel.engine.options import as_integer, positive_integer
 from varaccel.engine.randomness import image_generators
 from varaccel.engine.statistics import Statistics
 from varaccel.engine.stopwatch import Stopwatch
 from varaccel.errors import InputError, unknown_name
 from varaccel.nn.condition import Condition
+from varaccel.nn.number_check import check_finite
 from varaccel.nn.signature import Paradigm, Signature
+from varaccel.pipelines.class_names import find_class
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.memory import memory_errors
 from varaccel.pipelines.output import ImageOutput
@@ -121,6 +124,12 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         return self._interrupt
 
     @property
+    def image_tokenizer(self) -> Any:
+        """The component that turns tokens into pixels."""
+        parts = self.components
+        return parts["vae"] if parts.get("vq_model") is None else parts["vq_model"]
+
+    @property
     def drafters(self) -> dict[str, nn.Module]:
         """The further networks that came with the model, by the names that accelerators know them by."""
         return {}
@@ -183,10 +192,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
             InputError: any of them cannot be used.
         """
         prompts = self._prompts(prompt)
-        if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int):
-            raise InputError(f"num_images_per_prompt must be an integer, got {num_images_per_prompt!r}.")
-        if num_images_per_prompt < 1:
-            raise InputError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
+        num_images_per_prompt = positive_integer("num_images_per_prompt", num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise unknown_name("output_type", str(output_type), OUTPUT_TYPES)
         return Call(
@@ -282,11 +288,15 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
             plan = plan_call(run.call.accelerator, run.job)
             with contextlib.suppress(Interrupted):
                 counts = plan.run()
+            for session in run.job.sessions:
+                session.report_numbers()
         return plan.accelerator, counts.passes if isinstance(counts, StageStats) else passes, counts
 
     def _shown(self, run: Run[SettingsT, JobT]) -> Any:
         """The canvas so far as images of the call's output type; arrays if that is "latent"."""
-        return to_output(self._pixels(run), run.call.output_type)
+        pixels = self._pixels(run)
+        check_finite(pixels, self.image_tokenizer, pixels.dtype, "pixels")
+        return to_output(pixels, run.call.output_type)
 
     @staticmethod
     def _check_network(network: object, paradigm: Paradigm) -> Signature:
@@ -320,10 +330,24 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
     # -- conditions ------------------------------------------------------------------------------------
 
     def _prompts(self, prompt: str | int | Sequence[str | int]) -> list[str | int]:
-        prompts = [prompt] if isinstance(prompt, (str, int)) else list(prompt)
+        if isinstance(prompt, Mapping):
+            raise InputError("the prompt is a dictionary; give its entries as arguments, pipe(**inputs).")
+        label = as_integer(prompt)
+        if label is not None or isinstance(prompt, (str, bytes)) or not isinstance(prompt, Iterable):
+            return [self._prompt(prompt if label is None else label)]
+        prompts = [self._prompt(entry) for entry in prompt]
         if not prompts:
             raise InputError("there is no prompt; give at least one.")
         return prompts
+
+    @staticmethod
+    def _prompt(value: object) -> str | int:
+        if isinstance(value, str):
+            return value  # as it is: a subclass may mean something
+        label = as_integer(value)
+        if label is None:
+            raise InputError(f"a prompt must be a description, or a class by name or label; got {value!r}.")
+        return label
 
     def _labels(self, prompts: list[str | int]) -> Tensor:
         """Labels [B] of classes.
@@ -371,25 +395,20 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
             )
 
     def class_label(self, name: str | int) -> int:
-        """The label of a class name, or a label itself if the model has it.
+        """The label of a class name, or a label itself if the model has it; see `find_class`.
 
         Raises:
-            InputError: no such class.
+            InputError: no such class, or several.
         """
         classes = self.transformer.signature().condition_size
-        if isinstance(name, int) and not isinstance(name, bool):
-            if 0 <= name < classes:
-                return name
-            raise InputError(f"class labels of this model go from 0 to {classes - 1}, got {name}.")
-        if isinstance(name, str) and name.strip().isdecimal():
-            return self.class_label(int(name))
-        labels: Mapping[str, int] = {}
-        for label, entry in reversed(list(enumerate(self.config.class_names or []))):
-            labels |= {part.strip().lower(): label for part in str(entry).split(",")}  # type: ignore[operator]
-        wanted = str(name).strip().lower()
-        if wanted not in labels:
-            raise unknown_name("class", str(name), list(labels) or [f"0 to {classes - 1}"])
-        return labels[wanted]
+        label = as_integer(name)
+        if label is None and isinstance(name, str) and name.strip().isdecimal():
+            label = int(name)
+        if label is None:
+            return find_class(str(name), self.config.class_names or [], classes)
+        if 0 <= label < classes:
+            return label
+        raise InputError(f"class labels of this model go from 0 to {classes - 1}, got {label}.")
 
 
 def _of_counts(counts: Counts | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.sampling import Sampling
+from varaccel.nn.devices import is_gpu
 from varaccel.nn.grid import Grid, line_ends
 from varaccel.nn.signature import Signature
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
@@ -157,7 +158,7 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         Args:
             options: of `torch.compile`; "reduce-overhead" mode (CUDA graphs) by default on a GPU.
         """
-        if not options and self.transformer.device.type == "cuda":
+        if not options and is_gpu(self.transformer.device):
             options = {"mode": "reduce-overhead"}
         self._compiled = torch.compile(self.transformer.transform, fullgraph=True, **options)
 

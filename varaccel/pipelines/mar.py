@@ -25,6 +25,7 @@ from varaccel.hosts.masked.job import MaskedJob
 from varaccel.hosts.masked.noise import TokenNoise
 from varaccel.hosts.masked.schedule import CosineGroups, cosine_borders
 from varaccel.models.mar import MARTransformer
+from varaccel.nn.devices import is_gpu
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.published import load_network
@@ -165,7 +166,7 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
         # lengths grow from pass to pass, so one version for all of them
         options = {"dynamic": True, **options}
         self._transforms = {id(network): torch.compile(network.forward, **options) for network in networks}
-        on_gpu = self.transformer.device.type == "cuda"
+        on_gpu = is_gpu(self.transformer.device)
         # the graph is recorded for few numbers of tokens, so versions of their own pay
         own: Any = {**options, "dynamic": False} if on_gpu else options
         self._step = torch.compile(denoising_step, **own)
@@ -174,7 +175,7 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
     def _loop(self) -> Loop | None:
         """What runs the step loop of the head; None for step by step, where weights come and go or there is no GPU."""
         offloaded = hasattr(self.transformer, "_hf_hook")
-        return self._graphs if self.transformer.device.type == "cuda" and not offloaded else None
+        return self._graphs if is_gpu(self.transformer.device) and not offloaded else None
 
     # -- the call --------------------------------------------------------------------------------------
 

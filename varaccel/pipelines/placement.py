@@ -12,12 +12,12 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from varaccel.errors import InputError, unknown_name
+from varaccel.nn.devices import GPU, HOST, is_available, known_devices
 from varaccel.nn.precision import cast
 from varaccel.pipelines.auto import AutoPipeline
 from varaccel.pipelines.load_options import FIXED_PRECISION
 from varaccel.pipelines.loading import LoadablePipeline
 
-DEVICES = ("cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -36,7 +36,7 @@ def open_pipeline(
         CheckpointError: the model cannot be loaded.
     """
     moved = device is not None or dtype is not None
-    device, dtype = device or "cpu", dtype or "float32"
+    device, dtype = device or HOST, dtype or "float32"
     check_place(device, dtype)
     if quiet:
         with quiet_loading():
@@ -55,10 +55,16 @@ def check_place(device: str, dtype: str) -> None:
     Raises:
         InputError: other than what `move` knows; there is no GPU.
     """
-    if device not in DEVICES:
-        raise unknown_name("device", device, DEVICES)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no GPU that torch can use; leave --device cuda out.")
+    kind, _, index = device.partition(":")
+    if kind not in known_devices() or not (index.isdecimal() or index == device[len(kind) :]):
+        raise unknown_name("device", device, known_devices())
+    if not is_available(device):
+        missing = "GPU" if kind == GPU else kind
+        raise InputError(
+            f"there is no {missing} {index} that torch can use; leave --device {device} out.".replace(
+                "  ", " "
+            )
+        )
     if dtype not in PRECISIONS:
         raise unknown_name("precision", dtype, PRECISIONS)
 
@@ -67,7 +73,7 @@ def move(pipe: Any, device: str, dtype: str) -> None:
     """Move a pipeline to a device, and convert the networks that decide tokens to another precision.
 
     Args:
-        device: one of `DEVICES`.
+        device: one of `known_devices`, such as "cuda" or "cuda:1".
         dtype: one of `PRECISIONS`; image tokenizer and text encoder keep theirs.
     """
     pipe.to(device)

@@ -26,6 +26,7 @@ from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.image_inputs import rgb_image
 from varaccel.models.var import VARTransformer
 from varaccel.nn.condition import Condition
+from varaccel.nn.devices import is_gpu
 from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
 from varaccel.pipelines.inpainting import image_tensor, kept_tokens, mask_tensor, placed
 from varaccel.pipelines.output import ImageOutput
@@ -165,7 +166,7 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
         Args:
             options: of `torch.compile`; "reduce-overhead" mode (CUDA graphs) by default on a GPU.
         """
-        if not options and self.transformer.device.type == "cuda":
+        if not options and is_gpu(self.transformer.device):
             options = {"mode": "reduce-overhead"}
         compiled = torch.compile(self.transformer.transform, fullgraph=True, dynamic=False, **options)
         versions = 4 * len(self.transformer.schedule)
@@ -283,7 +284,7 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
             InputError: any argument that cannot be used.
             OutOfMemory: the device is too small for the call.
         """
-        positive_integer("num_images", num_images)
+        num_images = positive_integer("num_images", num_images)
         given = rgb_image(image)
         painted = mask_tensor(mask, self.image_size, given.size)
         pixels = image_tensor(given, self.image_size).to(self._execution_device, self.vq_model.dtype)
@@ -335,7 +336,7 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
             self.config.top_k if top_k is None else top_k,
             self.config.top_p if top_p is None else top_p,
         )
-        sampling.check(self.transformer.schedule, self.vq_model.codebook_size)
+        sampling.check(self.transformer.schedule)
         return sampling
 
     # -- what the base asks for ------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.hosts.masked.noise import TokenNoise
 from varaccel.hosts.masked.schedule import CosineGroups, MaskedInputs
 from varaccel.hosts.masked.session import MaskedSession
+from varaccel.nn.devices import real_type
 from varaccel.speculation.continuous_rejection import (
     Aligned,
     ContinuousRule,
@@ -69,7 +70,7 @@ class Comparison:
         """
         start, noise = self.target_noise.paths(positions, distribution.noisy_steps)
         path = distribution.run(start, noise, last=self.step, record=True)
-        sigma = (drafted.log_std_sum - path.log_std_sum).double().sum(-1)
+        sigma = (drafted.log_std_sum - path.log_std_sum).to(real_type(path.mean.device)).sum(-1)
         decision = self.rule.verify(
             Aligned(
                 drafted.value,

@@ -3,8 +3,8 @@
 A token of such a head is the end of a chain of Gaussian steps. Draft and target run their own chains from the same
 start with the same noise, and compare the Gaussians of one step (continuous speculative decoding, arXiv 2411.11925).
 A rule is a pure function of these Gaussians and given numbers; it never sees a network. Densities are compared in
-logs and in float64: the density of a token of 16 channels of standard deviation 0.006 is near 1e29 at its mean and
-leaves float32 a few deviations away.
+logs and in float64 (or the `real_type` of the device): the density of a token of 16 channels of standard deviation
+0.006 is near 1e29 at its mean and leaves float32 a few deviations away.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from varaccel.engine.options import positive_integer
+from varaccel.engine.options import check_number, positive_integer, settle
+from varaccel.engine.randomness import uniform_numbers
+from varaccel.engine.seeds import seeded_generator
 from varaccel.errors import InputError
+from varaccel.nn.devices import real_type
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +44,9 @@ class Gaussian:
             temperature: divides the squared distances by its square, but leaves the normalisation alone, so that the
                 result is a log-density only at 1. The published code compares such numbers.
         """
-        log_std = self.log_std.double()
-        distance = (values.double() - self.mean.double()) * torch.exp(-log_std) / temperature
+        real = real_type(self.mean.device)
+        log_std = self.log_std.to(real)
+        distance = (values.to(real) - self.mean.to(real)) * torch.exp(-log_std) / temperature
         return (-0.5 * distance.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
     def sample(self, noise: Tensor) -> Tensor:
@@ -144,14 +148,14 @@ class SeededResampleNoise:
         if not seeds:
             raise InputError("seeds must name one seed per image, got none.")
         self.rows, self.channels, self.device = rows_per_image, channels, device
-        self._images = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._images = [seeded_generator(seed) for seed in seeds]
         self.restart()
 
     def restart(self) -> None:
         """Go on to the numbers of the next verification, however many of this one's were used."""
-        seeds = [int(torch.randint(2**62, (), generator=g)) for g in self._images]
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._normals = self._uniforms = torch.empty(0)
+        seeds = [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in self._images]
+        self._generators = [seeded_generator(seed) for seed in seeds]
+        self._normals = self._uniforms = torch.empty(0, dtype=torch.float32, device=self.device)
         self._left = 0  # numbers of every token that are drawn but not used
 
     def next(self, count: int) -> tuple[Tensor, Tensor]:
@@ -168,9 +172,10 @@ class SeededResampleNoise:
         shape = (self.rows, self.AHEAD)
         normals, uniforms = [], []
         for g in self._generators:
-            normals.append(torch.randn(*shape, self.channels, dtype=torch.float64, generator=g))
-            uniforms.append(torch.rand(shape, dtype=torch.float64, generator=g))
-        more = torch.cat(normals).to(self.device), torch.cat(uniforms).to(self.device)
+            drawn = torch.randn(*shape, self.channels, dtype=torch.float64, generator=g, device=g.device)
+            normals.append(drawn.to(real_type(self.device)).to(self.device))
+            uniforms.append(uniform_numbers(shape, g, self.device))
+        more = torch.cat(normals), torch.cat(uniforms)
         self._normals, self._uniforms = (
             new if self._left == 0 else torch.cat([old, new], 1)
             for old, new in zip((self._normals, self._uniforms), more, strict=True)
@@ -226,7 +231,8 @@ def _draw(resample_noise: ResampleNoise, count: int, like: Tensor) -> tuple[Tens
             f"resample_noise must be [M, count, C] = {wanted} and [M, count], "
             f"got {list(normals.shape)} and {list(uniforms.shape)}."
         )
-    return normals.double(), uniforms.double()
+    real = real_type(like.device)
+    return normals.to(real), uniforms.to(real)
 
 
 def _residual(draft: Gaussian, target: Gaussian, values: Tensor, log_factor: Tensor) -> Tensor:
@@ -277,12 +283,6 @@ def _resample(
     return Decision(accepted, values, used, exhausted)
 
 
-def _check_temperature(value: object) -> None:
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    if not usable or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
-        raise InputError(f"inner_temperature must be a finite number above 0, got {value!r}.")
-
-
 class _RatioRule:
     """Compares factor p / q with a uniform number."""
 
@@ -307,7 +307,7 @@ class _RatioRule:
     def _accepted(self, aligned: Aligned, uniforms: Tensor, active: Tensor) -> Tensor:
         ratio = self.log_ratio(aligned)
         # an infinite ratio is no surprise but a draft without density at its own value: something is broken
-        return ~active | (ratio.isfinite() & (ratio > uniforms.double().log()))
+        return ~active | (ratio.isfinite() & (ratio > uniforms.to(ratio).log()))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -339,11 +339,11 @@ class ReferenceRule(_RatioRule):
     tries: int = 100
 
     def __post_init__(self) -> None:
-        _check_temperature(self.inner_temperature)
-        positive_integer("tries", self.tries)
+        inner = check_number("inner_temperature", self.inner_temperature, above=True)
+        settle(self, inner_temperature=inner, tries=positive_integer("tries", self.tries))
 
     def _log_factor(self, aligned: Aligned) -> Tensor:
-        return -aligned.log_sigma.double()
+        return -aligned.log_sigma.to(real_type(aligned.log_sigma.device))
 
     def verify(
         self, aligned: Aligned, uniforms: Tensor, resample_noise: ResampleNoise, active: Tensor | None = None
@@ -388,11 +388,11 @@ class PaperRule(_RatioRule):
     tries: int = 100
 
     def __post_init__(self) -> None:
-        _check_temperature(self.inner_temperature)
-        positive_integer("tries", self.tries)
+        inner = check_number("inner_temperature", self.inner_temperature, above=True)
+        settle(self, inner_temperature=inner, tries=positive_integer("tries", self.tries))
 
     def _log_factor(self, aligned: Aligned) -> Tensor:
-        return aligned.log_sigma.double()
+        return aligned.log_sigma.to(real_type(aligned.log_sigma.device))
 
     def verify(
         self, aligned: Aligned, uniforms: Tensor, resample_noise: ResampleNoise, active: Tensor | None = None
@@ -425,10 +425,10 @@ class ExactRule(_RatioRule):
     tries: int = 1000
 
     def __post_init__(self) -> None:
-        positive_integer("tries", self.tries)
+        settle(self, tries=positive_integer("tries", self.tries))
 
     def _log_factor(self, aligned: Aligned) -> Tensor:
-        return torch.zeros_like(aligned.log_sigma, dtype=torch.float64)
+        return torch.zeros_like(aligned.log_sigma, dtype=real_type(aligned.log_sigma.device))
 
     def verify(
         self, aligned: Aligned, uniforms: Tensor, resample_noise: ResampleNoise, active: Tensor | None = None

@@ -12,6 +12,8 @@ from varaccel.engine.distribution import Categorical
 from varaccel.hosts.causal.cache_slots import CacheSlots, lane_draft_slots, spread
 from varaccel.hosts.causal.lanes import Fronts
 from varaccel.hosts.causal.session import CausalSession
+from varaccel.nn.devices import HOST
+from varaccel.nn.number_check import NumberCheck
 from varaccel.speculation.loop import StepResult
 from varaccel.speculation.network_drafter import draft_positions
 from varaccel.speculation.proposers import Branch
@@ -50,11 +52,13 @@ class EagleReader:
             draft_slots=lanes * draft_slots,
         )
         self.passes = 0
+        self.number_check = NumberCheck.of(head)
+        session.number_checks.append(self.number_check)
         self._fronts: Fronts | None = None
         # pairs that the head has not read yet: tokens and positions [B, P], features [R, P, dim]
         self._pairs: tuple[Tensor, Tensor, Tensor] | None = None
-        self._root = torch.empty(0)  # [R, A, dim] feature predicted after each root
-        self._predicted = torch.empty(0)  # [R, A, S, dim] features predicted after draft tokens
+        self._root = torch.empty(0, device=HOST)  # [R, A, dim] feature predicted after each root
+        self._predicted = torch.empty(0, device=HOST)  # [R, A, S, dim] features predicted after draft tokens
 
     def begin(self, roots: Tensor, fronts: Fronts) -> Categorical:
         self._fronts = fronts
@@ -128,7 +132,9 @@ class EagleReader:
         )
         self.passes += 1
         joined = self.head.fuse(tokens.repeat(rows // tokens.shape[0], 1), features)
-        return self.head.transform(joined, attention)
+        predicted = self.head.transform(joined, attention)
+        self.number_check.values(predicted, self.passes)
+        return predicted
 
     def _distribution(self, features: Tensor, positions: Tensor) -> Categorical:
         assert self._fronts is not None

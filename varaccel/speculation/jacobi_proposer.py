@@ -49,7 +49,9 @@ class JacobiProposer:
         # -1: no draft token yet
         self._drafts = torch.full((batch, count, window - 1), -1, device=device)
         self._distributions = (
-            torch.zeros(batch, count, window - 1, job.vocab_size, device=device) if noise is None else None
+            torch.zeros(batch, count, window - 1, job.vocab_size, dtype=torch.float32, device=device)
+            if noise is None
+            else None
         )
         self._answers: Tensor | None = None
 

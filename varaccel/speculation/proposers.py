@@ -13,6 +13,7 @@ from torch import Tensor
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.randomness import GumbelNoise
 from varaccel.hosts.causal.lanes import Fronts
+from varaccel.nn.devices import HOST
 from varaccel.speculation.loop import Draws, StepResult
 from varaccel.speculation.tree import Beam, DraftTree, DrawMode, DynamicTree, Topology
 
@@ -145,7 +146,8 @@ class StaticProposer:
         tokens[:, 0] = roots.flatten()
         drawn_from = None
         if draw_mode != "deterministic":
-            drawn_from = torch.zeros(batch * open_, nodes, distribution.logits.shape[-1], device=roots.device)
+            shape = (batch * open_, nodes, distribution.logits.shape[-1])
+            drawn_from = torch.zeros(shape, dtype=torch.float32, device=roots.device)
         for level in _levels(topology, roots.device):
             if level.depth:
                 distribution = self.reader.extend(level.branch(tokens, batch, open_))
@@ -227,7 +229,7 @@ def _levels(topology: Topology, device: torch.device) -> tuple[_Level, ...]:
         nodes = [node for node in level if topology.children[node]]
         if not nodes:
             break
-        sees = torch.zeros(len(nodes), len(entries), dtype=torch.bool)
+        sees = torch.zeros(len(nodes), len(entries), dtype=torch.bool, device=HOST)
         for row, node in enumerate(nodes):
             while node:
                 sees[row, entries[node]] = True

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varaccel.engine.options import positive_integer, settle
 from varaccel.errors import InputError
 from varaccel.speculation.tree import DraftTree, DrawMode
 
@@ -300,8 +301,7 @@ class KSequential:
     iterations: int = 16
 
     def __post_init__(self) -> None:
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
-            raise InputError(f"iterations must be an integer >= 1, got {self.iterations!r}.")
+        settle(self, iterations=positive_integer("iterations", self.iterations))
 
     def verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> VerificationResult:
         if tree.draw_mode != "independent":

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from varaccel.engine.options import check_integer, check_number, settle
 from varaccel.errors import InputError, unknown_name
 from varaccel.speculation.rejection import (
     AcceptanceTest,
@@ -49,8 +50,7 @@ class _Neighbourhood:
         if self.table.dim() != 2 or self.table.is_floating_point():
             raise InputError("table must be an integer tensor [V, neighbours]; see neighbour_table.")
         size, width = self.table.shape
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0:
-            raise InputError(f"k must be an integer >= 0, got {self.k!r}.")
+        settle(self, k=check_integer("k", self.k, least=0))
         if self.k >= size:
             raise InputError(f"k must be smaller than the vocabulary of {size}, got {self.k}.")
         if width < min(self.k + 1, size - 1):
@@ -61,10 +61,10 @@ class _Neighbourhood:
             raise InputError(
                 "give either delta (additive) or multiplier (relative), not both and not neither."
             )
-        if self.delta is not None and not 0 <= self.delta <= 1:
-            raise InputError(f"delta must be from 0 to 1, got {self.delta}; for a factor use multiplier.")
-        if self.multiplier is not None and not 1 <= self.multiplier < float("inf"):
-            raise InputError(f"multiplier must be a number >= 1, got {self.multiplier}.")
+        if self.delta is not None:
+            settle(self, delta=check_number("delta", self.delta, most=1, off="for a factor use multiplier"))
+        if self.multiplier is not None:
+            settle(self, multiplier=check_number("multiplier", self.multiplier, least=1))
 
     def _borrow(self, mass: Tensor, near_mass: Tensor) -> tuple[Tensor, Tensor]:
         """Which neighbours fit the bound, and their mass.

@@ -105,7 +105,7 @@ class MultiScaleQuantizer(nn.Module):
         """The feature map before the first scale: zeros [B, D, n, n] float32."""
         side = self.schedule.last_side
         weight = self.embedding.weight
-        return torch.zeros(batch, weight.shape[1], side, side, device=weight.device)
+        return torch.zeros(batch, weight.shape[1], side, side, dtype=torch.float32, device=weight.device)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Token ids [B, p*p] of a scale as float32 vectors [B, p*p, D]."""

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varaccel.nn.devices import is_host
+
 
 class _ChannelsLastGroupNorm(torch.autograd.Function):
     """Group norm of [B, C, H, W] stored channels-last, in the dtype of the input."""
@@ -68,7 +70,7 @@ class GroupNorm(nn.GroupNorm):
         fast = (
             torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and x.device.type == "cpu"
+            and is_host(x.device)
             and x.ndim == 4
             and x.is_contiguous(memory_format=torch.channels_last)
             and not x.is_contiguous()

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
 
 from varaccel.errors import InputError
+from varaccel.nn.number_check import check_finite
 from varaccel.tokenizers.captions import clean_prompt
 
 logger = logging.getLogger(__name__)
@@ -125,8 +126,7 @@ def encode_prompts(
     source = text_encoder.device
     hidden = text_encoder(input_ids=ids.to(source), attention_mask=mask.to(source)).last_hidden_state
     encoded = TextFeatures.from_hidden_states(hidden, mask.to(source))
-    if not encoded.features.isfinite().all():
-        raise InputError("the text encoder overflowed; load it in bfloat16 or float32 instead of float16.")
+    check_finite(encoded.features, text_encoder, hidden.dtype, "features of the prompts")
     return encoded.to(device, dtype)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from varaccel.errors import InputError
+from varaccel.nn.devices import is_gpu
 from varaccel.training.images import PixelSource, drawn_pixels, mirror_half, on_device, to_images
 from varaccel.training.precision import quick_bfloat16
 from varaccel.training.reconstruction import reconstruction_terms, summed_likeness
@@ -212,7 +213,7 @@ class KLTrainer(TokenizerTrainer[AutoencoderKL, KLRecipe, Tensor]):
         self._losses = torch.compile(self._eager) if self.recipe.compile else self._eager
 
     def _batches(self, start: int) -> AbstractContextManager[Iterator[Tensor]]:
-        return pixel_batches(self.data, self.recipe, start, pinned=self.device.type == "cuda")
+        return pixel_batches(self.data, self.recipe, start, pinned=is_gpu(self.device))
 
     def _measure(self, model: AutoencoderKL) -> Mapping[str, float]:
         return asdict(evaluate(model, self.held_out))

@@ -135,7 +135,7 @@ def _checked(features: Tensor) -> Tensor:
         raise InputError(
             f"a distance needs features [N, D] of at least two images, got {list(features.shape)}."
         )
-    rows = features.detach().to("cpu", torch.float64)
+    rows = features.detach().cpu().double()
     if not bool(rows.isfinite().all()):
         raise InputError("the features hold numbers that are not finite; look at the images they come from.")
     return rows
@@ -235,7 +235,7 @@ def scene_space(detector: SceneDetector) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(detector.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().to("cpu", torch.float64).numpy().tobytes())
+        digest.update(value.detach().cpu().double().numpy().tobytes())
     return f"{FEATURE_SPACE}/{digest.hexdigest()[:8]}"
 
 

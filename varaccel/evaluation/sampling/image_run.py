@@ -20,7 +20,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
@@ -33,6 +32,7 @@ from varaccel.errors import InputError
 from varaccel.evaluation.metrics.image_sets import RUN_IMAGES
 from varaccel.evaluation.sampling.run_settings import SETTINGS, RunSettings
 from varaccel.files import atomic_path
+from varaccel.nn.devices import has_gpu
 from varaccel.pipelines.pixels import Rounding, to_uint8
 
 PROMPTS, STATISTICS, BATCH_FILE = "prompts.json", "statistics", "samples.npz"
@@ -283,7 +283,7 @@ def launch_state(cpu: bool = False) -> PartialState:
         InputError: the launch has several processes that do not find each other.
     """
     # without a GPU accelerate takes every process for the only one unless it is told that this is meant
-    state = PartialState(cpu=cpu or not torch.cuda.is_available())
+    state = PartialState(cpu=cpu or not has_gpu())
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != launched:
         raise InputError(

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from varaccel.nn.devices import is_gpu
+
 
 def describe_machine(device: torch.device) -> str:
     """Processor or GPU, number of threads, and the versions of Python and torch."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    if device.type == "cuda":
+    if is_gpu(device):
         return f"{torch.cuda.get_device_name(device)}, {versions}"
     return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}"
 

@@ -9,6 +9,8 @@ from typing import Self
 
 import torch
 
+from varaccel.nn.devices import is_gpu
+
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # what the kernel takes as "the peak is what is resident now"
 
@@ -34,7 +36,7 @@ class PeakMemory:
 
     def __enter__(self) -> Self:
         self.bytes = None
-        if self.device.type == "cuda":
+        if is_gpu(self.device):
             torch.cuda.synchronize(self.device)  # what still runs from before may free memory
             torch.cuda.reset_peak_memory_stats(self.device)
             return self
@@ -50,7 +52,7 @@ class PeakMemory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.device.type == "cuda":
+        if is_gpu(self.device):
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         elif self._known:
             self.bytes = _resident_peak()

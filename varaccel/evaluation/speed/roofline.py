@@ -22,8 +22,9 @@ from torch.utils.flop_counter import flop_registry
 from varaccel.accelerators import AnyAccelerator
 from varaccel.engine.balance import best_seconds, measure_balance
 from varaccel.errors import InputError
+from varaccel.nn.devices import is_host
 
-_MEGABYTES = {"cpu": 256, "cuda": 1024}
+_HOST_MEGABYTES, _DEVICE_MEGABYTES = 256, 1024
 """Size of each of the two buffers of a copy: many times the largest cache."""
 
 _COPIES = 5
@@ -211,7 +212,7 @@ def measure_bandwidth(device: torch.device) -> float:
     Takes half a GB of memory on a CPU and two on a GPU while it measures, and well under a second or two. The best of
     several copies, because anything else that runs can only make them slower.
     """
-    size = _MEGABYTES.get(device.type, 256) * 2**20
+    size = (_HOST_MEGABYTES if is_host(device) else _DEVICE_MEGABYTES) * 2**20
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / best_seconds(lambda: target.copy_(source), device, _COPIES)

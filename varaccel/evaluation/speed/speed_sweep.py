@@ -17,6 +17,7 @@ from varaccel.evaluation.speed.call_speed import beside_plain, measure_speed, na
 from varaccel.evaluation.speed.machine import describe_machine
 from varaccel.evaluation.speed.roofline import Floor, Work, count_work, floor_of, is_compiled, mean_work
 from varaccel.evaluation.speed.sweep_report import CompileGain, Entry, SweepReport
+from varaccel.nn.devices import is_gpu
 
 _GRAPH_WARMUPS = 3
 """Calls of a compiled network on a GPU until it replays its CUDA graphs: compile, record, replay."""
@@ -111,7 +112,7 @@ class _Sweep:
         self.pipe, self.prompts, self.modes, self.started = pipe, prompts, modes, started
         self.candidates = beside_plain(accelerators)
         self.device = pipe.transformer.device
-        on_gpu = self.device.type == "cuda"
+        on_gpu = is_gpu(self.device)
         self.warmups = {mode: _GRAPH_WARMUPS if mode and on_gpu else 1 for mode in modes}
         self.switch = _Switch(pipe) if True in modes else None
         self.entries: list[Entry] = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varaccel.errors import InputError
+from varaccel.engine.options import check_integer, check_number, settle
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,16 @@ class Guidance:
             counts decoding steps after the prefill). After that the unconditional branch is dropped.
 
     Raises:
-        InputError: a scale that is not a finite number.
+        InputError: a scale that is not a finite number of at least 0, an interval that is no integer of at least -1.
     """
 
     scale: float = 1.0
     interval: int = -1
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise InputError(f"guidance_scale must be a finite number, got {self.scale}.")
-        if self.interval < -1:
-            raise InputError(f"guidance_interval must be -1 (always) or a step >= 0, got {self.interval}.")
+        interval = check_integer("guidance_interval", self.interval, least=-1, off="-1 = always")
+        scale = check_number("guidance_scale", self.scale, off="1 and less = off")
+        settle(self, scale=scale, interval=interval)
 
     @property
     def enabled(self) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from varaccel.errors import InputError
+from varaccel.engine.options import MIN_TEMPERATURE, check_integer, check_number, settle
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,8 @@ class Sampling:
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most likely token instead of drawing.
-        top_k: keep the k most likely tokens, 0 for all; ties with the k-th are all kept.
-        top_p: keep the most likely tokens up to this mass, the one that crosses it included; 1 for all.
+        top_k: keep the k most likely tokens, 0 or more than there are for all; ties with the k-th are all kept.
+        top_p: keep the most likely tokens up to this mass, the one that crosses it included; 1 or 0 for all.
 
     Raises:
         InputError: a value out of range or not a number.
@@ -29,12 +28,12 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise InputError(f"temperature must be a number >= 0, got {self.temperature}.")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise InputError(f"top_k must be an integer >= 0 (0 = off), got {self.top_k!r}.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be in (0, 1], got {self.top_p}.")
+        settle(
+            self,
+            temperature=check_number("temperature", self.temperature),
+            top_k=check_integer("top_k", self.top_k, least=0, off="0 = off"),
+            top_p=check_number("top_p", self.top_p, most=1, off="0 and 1 = off"),
+        )
 
     @property
     def greedy(self) -> bool:
@@ -47,11 +46,11 @@ class Sampling:
             logits: [..., V] float32.
         """
         if not self.greedy:
-            logits = logits / max(self.temperature, 1e-5)
+            logits = logits / max(self.temperature, MIN_TEMPERATURE)
         if 0 < self.top_k < logits.shape[-1]:
             border = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < border, -torch.inf)
-        if self.top_p < 1:
+        if 0 < self.top_p < 1:
             ordered, index = logits.sort(dim=-1, descending=True)
             mass = ordered.softmax(dim=-1)
             dropped = mass.cumsum(dim=-1) - mass > self.top_p

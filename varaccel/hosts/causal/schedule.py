@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
+from varaccel.nn.devices import HOST
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def prepare(groups: Sequence[Group], device: torch.device) -> list[StepInputs]:
         for part in (group.positions, (*group.refresh, *group.sources), slots):
             numbers.extend(part)
             sizes.append(len(part))
-    parts = torch.tensor(numbers, dtype=torch.int64).to(device).split(sizes)
+    parts = torch.tensor(numbers, dtype=torch.int64, device=HOST).to(device).split(sizes)
     return [
         StepInputs(parts[3 * i], parts[3 * i + 1], parts[3 * i + 2], host=group)
         for i, group in enumerate(groups)

@@ -17,8 +17,10 @@ from varaccel.hosts.causal.sampling import Sampling
 from varaccel.hosts.causal.schedule import StepInputs
 from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
 from varaccel.nn.condition import Condition
+from varaccel.nn.devices import HOST
 from varaccel.nn.grid import Grid
 from varaccel.nn.kv_cache import KVCache
+from varaccel.nn.number_check import NumberCheck
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class CausalSession:
         self._frontier = 0  # positions before it are all encoded, in every row
         self._prefix_features: Tensor | None = None
         self.reads = 0  # forward passes of the network, the prefill included
+        self.number_check = NumberCheck.of(network)
+        self.number_checks = [self.number_check]  # with those of drafters that read this session's features
 
     @property
     def cache(self) -> KVCache:
@@ -114,6 +118,10 @@ class CausalSession:
     @property
     def cache_bytes(self) -> int:
         return self.cache.nbytes
+
+    def report_numbers(self) -> None:
+        for check in self.number_checks:
+            check.report()
 
     @property
     def prefix_features(self) -> Tensor:
@@ -178,6 +186,7 @@ class CausalSession:
         if features.shape[0] > self.batch:
             conditional, unconditional = logits.split(self.batch)
             logits = self.guidance.combine(conditional, unconditional, positions)
+        self.number_check.logits(logits, self.reads)
         logits = self._possible(logits, positions)
         return Categorical(self.sampling.filter(logits), greedy=self.sampling.greedy)
 
@@ -265,7 +274,7 @@ class CausalSession:
         if inputs.host is None:
             return self.read(drafts)
         # the host knows which positions are decided, so the device need not be asked for them
-        starts = torch.tensor(inputs.host.positions) if self.guidance.interval >= 0 else None
+        starts = torch.tensor(inputs.host.positions, device=HOST) if self.guidance.interval >= 0 else None
         return self.read(drafts, starts, length=inputs.host.last_slot + 1)
 
 

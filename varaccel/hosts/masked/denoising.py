@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from varaccel.engine.options import check_choice, positive_integer
+from varaccel.engine.options import check_choice, check_flag, check_integer, check_number, settle
 from varaccel.errors import InputError
+from varaccel.nn.devices import is_host
 from varaccel.nn.noise_schedule import DiffusionSchedule, NoiseSchedule
 
 if TYPE_CHECKING:  # models import decoding
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # models import decoding
 
 Sampler = Literal["ddpm", "ddim", "dpm++"]
 
-MODULATION_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+HOST_MODULATION_BYTES, DEVICE_MODULATION_BYTES = 32 << 20, 1 << 30
 """How much memory the modulations of the steps that are worked out together may take."""
 
 
@@ -48,9 +49,14 @@ class HeadSampling:
     final_noise: bool = False
 
     def __post_init__(self) -> None:
-        positive_integer("head_steps", self.steps)
-        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
-            raise InputError(f"temperature of a diffusion head must be a number > 0, got {self.temperature}.")
+        temperature = check_number("temperature of a diffusion head", self.temperature, above=True)
+        steps = check_integer("head_steps", self.steps, most=1000)
+        settle(
+            self,
+            steps=steps,
+            temperature=temperature,
+            final_noise=check_flag("final_noise", self.final_noise),
+        )
         check_choice("head_sampler", self.sampler, get_args(Sampler))
         if not self.noisy and (self.final_noise or self.temperature != 1):
             raise InputError(
@@ -251,7 +257,7 @@ class Process:
         """How many steps share one matrix product for what follows from the condition."""
         outputs = (3 * self.head.depth + 2) * self.head.width
         size = embedded.shape[0] * outputs * embedded.element_size()
-        limit = MODULATION_BYTES.get(embedded.device.type, MODULATION_BYTES["cpu"])
+        limit = HOST_MODULATION_BYTES if is_host(embedded.device) else DEVICE_MODULATION_BYTES
         return max(1, min(self.steps, limit // max(1, size)))
 
 

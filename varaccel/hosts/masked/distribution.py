@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,11 +20,13 @@ class DiffusionDistribution:
         process: the head and its steps.
         conditions: [R, P, D], R = B, or 2 B with guidance: [conditional; unconditional].
         scale: [B * P, 1] guidance scales, None without guidance.
+        see: is shown what the head gives, [B * P, C].
     """
 
     process: Process
     conditions: Tensor
     scale: Tensor | None = None
+    see: Callable[[Tensor], None] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,4 +54,7 @@ class DiffusionDistribution:
     ) -> Denoised:
         """Some steps of the path, see `Process.run`; [B * P, C] everywhere."""
         conditions = self.conditions.flatten(0, 1)
-        return self.process.run(conditions, x, noise, self.scale, first=first, last=last, record=record)
+        denoised = self.process.run(conditions, x, noise, self.scale, first=first, last=last, record=record)
+        if self.see is not None:
+            self.see(denoised.value)
+        return denoised

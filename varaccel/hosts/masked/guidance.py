@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
 
-from varaccel.engine.options import check_choice
-from varaccel.errors import InputError
+from varaccel.engine.options import check_choice, check_number, settle
 
 GuidanceSchedule = Literal["linear", "constant"]
 
@@ -19,26 +17,23 @@ class MaskedGuidance:
     """How far to move from the unconditional towards the conditional prediction of the noise.
 
     Attributes:
-        scale: 1 means no guidance; the unconditional rows are then not computed at all.
+        scale: 1 or less means no guidance; the unconditional rows are then not computed at all.
         schedule: "linear": from 1 with an empty image to `scale` with a full one (MAR, section 4); "constant".
 
     Raises:
-        InputError: a scale that is not a finite number of at least 1, or an unknown schedule.
+        InputError: a scale that is not a finite number of at least 0, or an unknown schedule.
     """
 
     scale: float = 1.0
     schedule: GuidanceSchedule = "linear"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale) or self.scale < 1:
-            raise InputError(
-                f"guidance_scale of a masked model must be a finite number >= 1 (1 = off), got {self.scale}."
-            )
+        settle(self, scale=check_number("guidance_scale", self.scale, off="1 and less = off"))
         check_choice("guidance_schedule", self.schedule, get_args(GuidanceSchedule))
 
     @property
     def enabled(self) -> bool:
-        return self.scale != 1
+        return self.scale > 1
 
     def at(self, share: float | Tensor) -> float | Tensor:
         """The scale of an iteration after which a `share` of the image is decided."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from varaccel.engine.randomness import random_orders
+from varaccel.engine.randomness import random_orders, uniform_numbers
+from varaccel.engine.seeds import seeded_generator
 from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.nn.gather import rows_of
 
@@ -23,7 +24,7 @@ class TokenNoise:
     Attributes:
         permutation: [B, N] int64, the order of every image.
         start: [B, N, C] standard normal, what tokens are denoised from.
-        uniforms: [B, N] float64 in [0, 1), for accepting draft tokens.
+        uniforms: [B, N] in [0, 1), in the `real_type` of the device, for accepting draft tokens.
         seeds: of each image, for whatever else is drawn.
     """
 
@@ -41,9 +42,9 @@ class TokenNoise:
         orders = random_orders(generators, positions, device)
         starts, uniforms, seeds = [], [], []
         for g in generators:
-            starts.append(torch.randn(positions, channels, generator=g, device=g.device).to(device))
-            number = torch.rand(positions, dtype=torch.float64, generator=g, device=g.device)
-            uniforms.append(number.to(device))
+            start = torch.randn(positions, channels, dtype=torch.float32, generator=g, device=g.device)
+            starts.append(start.to(device))
+            uniforms.append(uniform_numbers((positions,), g, device))
             seeds.append(int(torch.randint(2**62, (1,), generator=g, device=g.device)))
         return cls(orders, torch.stack(starts), torch.stack(uniforms), tuple(seeds))
 
@@ -53,7 +54,7 @@ class TokenNoise:
 
     def other(self) -> TokenNoise:
         """The same images with other noise: paths that are not aligned with these."""
-        generators = [torch.Generator().manual_seed((seed + 2**61) % 2**62) for seed in self.seeds]
+        generators = [seeded_generator((seed + 2**61) % 2**62) for seed in self.seeds]
         _, positions, channels = self.start.shape
         fresh = TokenNoise.draw(generators, positions, channels, self.start.device)
         return TokenNoise(self.permutation, fresh.start, fresh.uniforms, fresh.seeds)
@@ -62,7 +63,10 @@ class TokenNoise:
         """Noise of `count` denoising steps, [B, N, count, C]; entry k is added in step k."""
         if count not in self._steps:
             shape = (self.start.shape[1], count, self.start.shape[2])
-            rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
+            rows = [
+                torch.randn(shape, dtype=torch.float32, generator=g, device=g.device)
+                for g in map(seeded_generator, self.seeds)
+            ]
             self._steps[count] = torch.stack(rows).to(self.start.device)
         return self._steps[count]
 

@@ -17,6 +17,7 @@ from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.condition import Condition
 from varaccel.nn.gather import rows_of
 from varaccel.nn.kv_cache import KVCache
+from varaccel.nn.number_check import NumberCheck
 
 Transform = Callable[..., Tensor]
 """`MARTransformer.forward`, or a compiled version of it."""
@@ -55,6 +56,8 @@ class MaskedSession:
         self.sampling = sampling or HeadSampling()
         self._transform = transform or network.forward
         self.reads = 0  # forward passes of the network
+        self.number_check = NumberCheck.of(network)
+        self._head_check = NumberCheck.of(network.head)
         with torch.inference_mode():
             null = network.embed_slots(network.null_condition().expand(-1, network.buffer, -1))
             null = null.expand(batch, -1, -1)
@@ -76,22 +79,31 @@ class MaskedSession:
         """Size of the caches: a masked network that reads everything needs none."""
         return 0
 
+    def report_numbers(self) -> None:
+        self.number_check.report()
+        self._head_check.report()
+
+    def _see_tokens(self, tokens: Tensor) -> None:
+        self._head_check.values(tokens, self.reads)
+
     @torch.inference_mode()
     def predict(self, canvas: Canvas, inputs: MaskedInputs) -> DiffusionDistribution:
         """The distribution of the tokens at `inputs.positions`, [B, P]. All that is known must be on the canvas."""
-        return self.distribution(self.conditions(canvas, inputs), inputs)
+        conditions = self.conditions(canvas, inputs)
+        self.number_check.values(conditions, self.reads)
+        return self.distribution(conditions, inputs)
 
     def distribution(self, conditions: Tensor, inputs: MaskedInputs) -> DiffusionDistribution:
         """The distribution of tokens under the conditions [R, P, D] of the head, guided as the iteration says."""
         if not self.guidance.enabled:
-            return DiffusionDistribution(self.process, conditions)
+            return DiffusionDistribution(self.process, conditions, None, self._see_tokens)
         scale = torch.as_tensor(
             self.guidance.at(inputs.share(self.network.num_tokens)),
             dtype=torch.float32,
             device=conditions.device,
         )
         scale = scale.expand(inputs.positions.shape).reshape(-1, 1)
-        return DiffusionDistribution(self.process, conditions, scale)
+        return DiffusionDistribution(self.process, conditions, scale, self._see_tokens)
 
     def conditions(self, canvas: Canvas, inputs: MaskedInputs) -> Tensor:
         """What the head is told about the positions, [R, P, D]."""
@@ -147,8 +159,8 @@ class FeatureCacheSession(MaskedSession):
         self._since = refresh  # passes since the last full one, which counts as 1
         self._read = 0  # tokens per image that the encoder has read
         # which encoder slots hold something; the last one is spare
-        self._usable = torch.zeros(rows, network.buffer + network.num_tokens + 1, dtype=torch.bool)
-        self._usable = self._usable.to(self._slots.device)
+        slots = network.buffer + network.num_tokens + 1
+        self._usable = torch.zeros(rows, slots, dtype=torch.bool, device=self._slots.device)
         self._difference: Tensor | None = None  # [B, N, D], unconditional minus conditional
 
     @property

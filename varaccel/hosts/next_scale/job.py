@@ -69,7 +69,7 @@ class ScaleJob(Job):
             InputError: sampling that does not fit the model.
         """
         if sampling is not None:
-            sampling.check(self.schedule.scales, self.network.config.vocab_size)
+            sampling.check(self.schedule.scales)
         session = ScaleSession(
             self.network if network is None else network,
             self.features,

@@ -39,7 +39,7 @@ class PublishedDraws:
 
     def _exponential(self, *shape: int) -> Tensor:
         device = self.generator.device
-        return torch.empty(shape, device=device).exponential_(generator=self.generator)
+        return torch.empty(shape, dtype=torch.float32, device=device).exponential_(generator=self.generator)
 
 
 @dataclass

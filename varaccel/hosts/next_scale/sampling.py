@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from varaccel.engine.distribution import Categorical
+from varaccel.engine.options import MIN_TEMPERATURE, check_integer, check_number, settle
 from varaccel.errors import InputError
 from varaccel.nn.scale_schedule import ScaleSchedule
 
@@ -23,21 +25,17 @@ class ScaleGuidance:
     t of the last scale `cfg`, so `scale` is 1 + `cfg`: as in other families, 1 means no guidance.
 
     Attributes:
-        scale: guidance of the last scale; 1 means no guidance, and halves the work.
+        scale: guidance of the last scale; 1 or less means no guidance, and halves the work.
 
     Raises:
-        InputError: not a finite number of at least 1.
+        InputError: not a finite number of at least 0.
     """
 
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.scale, (int, float)) and math.isfinite(self.scale)
-        if not number or self.scale < 1:
-            raise InputError(
-                f"guidance_scale of a next-scale model must be a number >= 1 (1 = off; 1 + the published cfg), "
-                f"got {self.scale}."
-            )
+        off = "1 and less = off; 1 + the published cfg"
+        settle(self, scale=check_number("guidance_scale", self.scale, off=off))
 
     @classmethod
     def published(cls, cfg: float) -> ScaleGuidance:
@@ -50,7 +48,7 @@ class ScaleGuidance:
 
     def strength(self, schedule: ScaleSchedule, scale: int) -> float:
         """t of a scale."""
-        return (self.scale - 1) * schedule.progress(scale)
+        return (self.scale - 1) * schedule.progress(scale) if self.enabled else 0.0
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ class ScaleSampling:
 
     Attributes:
         temperature: one number, or one per scale; 0 takes the most likely token instead of drawing.
-        top_k: keep the k most likely tokens, 0 for all; ties with the k-th are all kept. One number or one per
-            scale.
+        top_k: keep the k most likely tokens, 0 or more than there are for all; ties with the k-th are all kept. One
+            number or one per scale.
         top_p: drop the least likely tokens whose mass together is at most 1 - top_p; 1 (or 0, as published) for
             all.
 
@@ -76,28 +74,20 @@ class ScaleSampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_k"):
-            value = getattr(self, name)
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
-        if not all(
-            isinstance(t, (int, float)) and math.isfinite(t) and t >= 0 for t in _values(self.temperature)
-        ):
-            raise InputError(
-                f"temperature must be a number >= 0, or one per scale, got {self.temperature!r}."
-            )
-        if not all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in _values(self.top_k)):
-            raise InputError(
-                f"top_k must be an integer >= 0 (0 = off), or one per scale, got {self.top_k!r}."
-            )
-        if not isinstance(self.top_p, (int, float)) or not 0 <= self.top_p <= 1:
-            raise InputError(f"top_p must be in [0, 1], got {self.top_p!r}.")
+        temperature = partial(check_number, "temperature", off="or one per scale")
+        top_k = partial(check_integer, "top_k", least=0, off="0 = off; or one per scale")
+        settle(
+            self,
+            temperature=_each(self.temperature, temperature),
+            top_k=_each(self.top_k, top_k),
+            top_p=check_number("top_p", self.top_p, most=1, off="0 and 1 = off"),
+        )
 
-    def check(self, schedule: ScaleSchedule, vocab_size: int) -> None:
-        """Refuse settings that do not fit a model of that schedule and vocabulary.
+    def check(self, schedule: ScaleSchedule) -> None:
+        """Refuse settings that do not fit a model of that schedule.
 
         Raises:
-            InputError: a list of another length than there are scales, or top_k above the size of the vocabulary.
+            InputError: a list of another length than there are scales.
         """
         for name in ("temperature", "top_k"):
             value = getattr(self, name)
@@ -106,10 +96,6 @@ class ScaleSampling:
                     f"{name} has {len(value)} entries but the model has {len(schedule)} scales; give one number "
                     "or one per scale."
                 )
-        if max(_values(self.top_k)) > vocab_size:
-            raise InputError(
-                f"top_k={max(_values(self.top_k))} is more than the model's {vocab_size} tokens."
-            )
 
     def keep(self, logits: Tensor, scale: int) -> Tensor:
         """Logits [..., V] of a scale with -inf at dropped tokens, not yet divided by the temperature."""
@@ -134,14 +120,16 @@ class ScaleSampling:
         temperature = _at(self.temperature, scale)
         if temperature == 0:
             return Categorical(kept, greedy=True)
-        return Categorical(kept if temperature == 1 else kept / temperature)
+        return Categorical(kept if temperature == 1 else kept / max(temperature, MIN_TEMPERATURE))
 
 
 Number = TypeVar("Number", int, float)
 
 
-def _values(value: Number | Sequence[Number]) -> tuple[Number, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
+def _each(value: object, check: Callable[[object], Number]) -> Number | tuple[Number, ...]:
+    """One number, or one per scale, checked."""
+    several = value.ndim > 0 if isinstance(value, (np.ndarray, Tensor)) else isinstance(value, (list, tuple))
+    return tuple(map(check, cast("Sequence[object]", value))) if several else check(value)
 
 
 def _at(value: Number | Sequence[Number], scale: int) -> Number:

@@ -16,6 +16,7 @@ from varaccel.models.var import VARTransformer
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.condition import Condition
 from varaccel.nn.kv_cache import KVCache
+from varaccel.nn.number_check import NumberCheck
 
 Transform = Callable[..., Tensor]
 """`VARTransformer.transform`, or a compiled version of it."""
@@ -63,6 +64,7 @@ class ScaleSession:
         self._encoded = 0  # leading scales whose keys are stored
         self.reads = 0  # forward passes of the network
         self.cache_bytes = 0  # size of the cache, also after it was freed
+        self.number_check = NumberCheck.of(network)
         with torch.inference_mode():
             # once per call: built from numbers of the host, which a pass should not wait for
             self._scales = network.scale_of_tokens()
@@ -84,7 +86,9 @@ class ScaleSession:
     def predict(self, canvas: Canvas, inputs: ScaleInputs) -> Categorical:
         """The distribution of a scale, [B, p * p, V], after guidance and filters. All scales before it must
         be decided."""
-        logits = self.sampling.keep(self.logits(canvas, inputs.scale), inputs.scale)
+        logits = self.logits(canvas, inputs.scale)
+        self.number_check.logits(logits, self.reads)
+        logits = self.sampling.keep(logits, inputs.scale)
         self.features.expect(logits)
         return self.sampling.distribution(logits, inputs.scale)
 
@@ -107,6 +111,9 @@ class ScaleSession:
         # guidance and the output layer are both linear: mixing features first halves the output layer
         conditional, unconditional = network.head_nm(x, modulation.head).float().split(self.batch)
         return network.logits((1 + strength) * conditional - strength * unconditional)
+
+    def report_numbers(self) -> None:
+        self.number_check.report()
 
     def close(self) -> None:
         """Free the cache; the session cannot be asked again."""
