@@ -403,7 +403,7 @@ def test_a_later_step_is_finished_by_the_target(host: str) -> None:
     """With everything compared at the first step, the starting noise alone is the drafter's: nothing else is seen."""
     accelerator = CSpD(mode="exact", coupling_step=7, draft_length=1)
     out = drawn(host, accelerator=accelerator)
-    assert min(out.stats.kept) > 0
+    assert sum(out.stats.kept) > 0
     assert out.images.isfinite().all()
 
 

@@ -86,7 +86,7 @@ def check_number(
 
     Args:
         what: the option, for the message.
-        least: the lower end; `above`: which is not itself in the range.
+        least: the lower end; `above`: which is not itself in the range, for ranges without an upper end.
         most: no upper end if None.
         off: what a value switches off, said in brackets.
 
@@ -96,7 +96,7 @@ def check_number(
     number = as_number(value)
     outside = number is None or number < least or (above and number == least)
     if number is None or outside or (most is not None and number > most):
-        wanted = f"{'>' if above else '>='} {least:g}{'' if most is None else f' and <= {most:g}'}"
+        wanted = f"{'>' if above else '>='} {least:g}" if most is None else f"from {least:g} to {most:g}"
         raise InputError(f"{what} must be a number {wanted}{_note(off)}, got {_shown(value)}.")
     return number
 

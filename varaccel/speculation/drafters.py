@@ -149,6 +149,7 @@ def open_proposer(
     reader: BranchReader
     if isinstance(drafter, EagleHead):
         reader = EagleReader(drafter, session, job.canvas, entries, most)
+        session.number_checks.append(reader.number_check)
     else:
         own = job.open_session(network=drafter, draft_slots=most * entries)
         reader = NetworkReader(own, job.canvas, depth, entries)

@@ -53,7 +53,6 @@ class EagleReader:
         )
         self.passes = 0
         self.number_check = NumberCheck.of(head)
-        session.number_checks.append(self.number_check)
         self._fronts: Fronts | None = None
         # pairs that the head has not read yet: tokens and positions [B, P], features [R, P, dim]
         self._pairs: tuple[Tensor, Tensor, Tensor] | None = None

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
+from varaccel.engine.options import as_integer, check_integer, positive_integer, settle
 from varaccel.errors import InputError, unknown_name
 
 DrawMode = Literal["deterministic", "without_replacement", "independent"]
@@ -69,9 +70,7 @@ class Topology:
     @classmethod
     def chain(cls, length: int) -> Topology:
         """The root and `length` draft tokens, each the only child of the one before."""
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            raise InputError(f"a chain needs an integer length >= 1, got {length!r}.")
-        return cls(tuple(range(-1, length)))
+        return cls(tuple(range(-1, positive_integer("the length of a chain", length))))
 
     @classmethod
     def from_paths(cls, paths: Sequence[Sequence[int]]) -> Topology:
@@ -190,13 +189,13 @@ def resolve_tree(tree: str | int | Topology | Sequence[Sequence[int]]) -> Topolo
         if tree not in NAMED_TREES:
             raise unknown_name("tree", tree, NAMED_TREES)
         return NAMED_TREES[tree]
-    if isinstance(tree, int):
-        return Topology.chain(tree)
+    if as_integer(tree) is not None or isinstance(tree, int):
+        return Topology.chain(cast("int", tree))
     if not _is_paths(tree):
         raise InputError(
             f"a tree is a name, a chain length or a list of paths such as [[0], [1], [0, 0]], got {tree!r}."
         )
-    return Topology.from_paths(tree)
+    return Topology.from_paths(cast("Sequence[Sequence[int]]", tree))
 
 
 def _is_paths(tree: object) -> bool:
@@ -398,9 +397,8 @@ class DynamicTree:
 
     def __post_init__(self) -> None:
         for name, least in (("top_k", 1), ("depth", 0), ("total", 2)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"{name} of a dynamic tree must be an integer >= {least}, got {value!r}.")
+            value = check_integer(f"{name} of a dynamic tree", getattr(self, name), least=least)
+            settle(self, **{name: value})
 
     def grow(self, root: Tensor, first: Tensor, expand: Callable[[Beam], Tensor]) -> DraftTree:
         """Draft for M sequences.
