@@ -195,7 +195,7 @@ def resolve_tree(tree: str | int | Topology | Sequence[Sequence[int]]) -> Topolo
         raise InputError(
             f"a tree is a name, a chain length or a list of paths such as [[0], [1], [0, 0]], got {tree!r}."
         )
-    return Topology.from_paths(cast("Sequence[Sequence[int]]", tree))
+    return Topology.from_paths(tree)
 
 
 def _is_paths(tree: object) -> bool:
