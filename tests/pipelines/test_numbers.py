@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
-from tests.tiny import drafting_pipeline
+from tests.tiny import PROMPTS, drafting_pipeline
 from varaccel import CSpD, Jacobi, Lantern, Speculative, ZipAR
 from varaccel.accelerators import ACCELERATORS, AnyAccelerator, fitting
 from varaccel.engine.options import as_integer, as_number
@@ -480,6 +480,18 @@ def test_torch_defaults_change_no_image(kind: str, accelerator: AnyAccelerator |
         drawn = latents(pipe, [1, 2], accelerator=accelerator)
     assert drawn.dtype == expected.dtype
     assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("kind", ["c2i", "t2i", "var-class", "var-caption", "mar-class", "mar-caption"])
+def test_torch_defaults_change_no_pixel(kind: str) -> None:
+    """From the prompt to pixels; libraries' own networks may create helpers on the default device, so it stays."""
+    pipe = tiny.pipeline(kind)
+    prompt = PROMPTS[kind][0]
+    expected = pipe(prompt, seed=0, output_type="np").images
+    with torch_defaults(torch.float64, "cpu"):
+        drawn = pipe(prompt, seed=0, output_type="np").images
+    assert drawn.dtype == expected.dtype
+    assert np.array_equal(drawn, expected)
 
 
 class NoFloat64(TorchDispatchMode):

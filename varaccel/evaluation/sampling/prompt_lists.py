@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from varaccel.engine.seeds import seeded_generator
 from varaccel.errors import InputError
 from varaccel.evaluation.metrics.adherence import held_out_captions
 from varaccel.shipped import shipped_models
@@ -50,7 +51,7 @@ def list_prompts(pipe: Any, source: str, count: int | None, seed: int = 0) -> li
         if source == CLASSES:
             return [index % classes for index in range(wanted)]
         # drawn as a whole, so that they do not depend on how the work is split
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded_generator(seed)
         return list(torch.randint(classes, (wanted,), generator=generator).tolist())
     if classes is not None:
         raise InputError(f"this model draws classes, not descriptions; use {CLASSES} or {RANDOM_CLASSES}.")
