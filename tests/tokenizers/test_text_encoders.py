@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +287,41 @@ def test_word_pair_survives_a_pipeline_folder(
     before = encode_prompts(*words, [*PROMPTS, "a <pad> zebra"], max_length=16)
     after = encode_prompts(loaded.tokenizer, loaded.text_encoder, [*PROMPTS, "a <pad> zebra"], max_length=16)
     assert torch.equal(before.features, after.features)
+
+
+# --- threads ---
+
+
+class StatefulTokenizer:
+    """Does with padding and truncation what fast tokenizers do, slowly: it sets them, then reads them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._state: dict[str, Any] = {}
+
+    def __call__(self, texts: Any, *, max_length: int, padding: Any = False, **options: Any) -> Any:
+        self._state = {"max_length": max_length, "padding": padding}
+        time.sleep(0.001)
+        return self._tokenizer(texts, **self._state, **options)
+
+
+@pytest.mark.parametrize("stateful", [False, True], ids=["itself", "slowed"])
+def test_threads_do_not_change_each_others_padding(pair: tuple[Any, Any], stateful: bool) -> None:
+    """A prompt as long as the limit is tokenized once more, without padding, to see whether it was cut."""
+    tokenizer, encoder = pair
+    shared = StatefulTokenizer(tokenizer) if stateful else tokenizer
+    prompts = [
+        ("a red cube left of " * 6, 12),
+        ("cube", 12),
+        ("a red cube left of " * 6, 16),
+        ("a sphere", 16),
+    ]
+
+    def features(choice: int) -> Tensor:
+        prompt, length = prompts[choice % len(prompts)]
+        return encode_prompts(shared, encoder, prompt, max_length=length).features
+
+    alone = [features(choice) for choice in range(len(prompts))]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(features, range(60)))
+    assert all(torch.equal(found, alone[i % len(alone)]) for i, found in enumerate(together))

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic, Never, TypeVar, cast
 
+from torch import nn
+
 from varaccel.engine.counts import Counts
-from varaccel.engine.job import Job
+from varaccel.engine.job import Job, network_of
 from varaccel.errors import InputError, unknown_name
 
 JobT = TypeVar("JobT", bound=Job, contravariant=True)
@@ -55,6 +57,17 @@ class Accelerator(ABC, Generic[JobT]):
     @abstractmethod
     def run(self, job: JobT) -> Counts:
         """Fill `job.canvas`; return the number of forward passes of the host model, or more about them."""
+
+    def networks(self) -> list[nn.Module]:
+        """The networks among the options, those of pipelines included."""
+        found: list[nn.Module] = []
+        for item in dataclasses.fields(self):
+            value = network_of(getattr(self, item.name))
+            if isinstance(value, Accelerator):
+                found += value.networks()
+            elif isinstance(value, nn.Module):
+                found.append(value)
+        return found
 
     def options(self) -> dict[str, Any]:
         """The options as plain values; objects by what they are called."""

@@ -35,7 +35,7 @@ class Statistics:
         options: its options.
         lossless: whether it keeps the distribution of plain decoding.
         images: images made.
-        tokens: tokens per image.
+        tokens: tokens per image; of an interrupted call, as many as every image has.
         passes: forward passes of the host model, prefill included; all images share them, so where they
             advance at their own pace it is the number that the slowest needed.
         rows: network rows per pass, 2 per image while guided.
@@ -49,6 +49,7 @@ class Statistics:
         draft_passes: forward passes of the drafter.
         kept: of each image, share of the draft tokens that were kept, where a rule keeps or replaces each.
         stages: shares of the networks, if several took turns.
+        interrupted: whether the call was stopped before its images were whole.
         device, dtype: where and in which precision the host model ran.
     """
 
@@ -67,6 +68,7 @@ class Statistics:
     draft_passes: int = 0
     kept: tuple[float, ...] = ()
     stages: tuple[Stage, ...] = ()
+    interrupted: bool = False
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -104,8 +106,9 @@ class Statistics:
         if self.draft_passes:
             drafted += f", {self.draft_passes} drafter passes"
         stages = "".join(f"; {stage}" for stage in self.stages)
+        stopped = "; interrupted, the images are not whole" if self.interrupted else ""
         return (
             f"{self.label}: {self.images} images of {self.tokens} tokens in {self.passes} "
             f"passes ({self.tokens_per_pass:.2f} tokens per pass{drafted}), {self.total_seconds:.2f} s "
-            f"({phases}){stages}"
+            f"({phases}){stages}{stopped}"
         )

@@ -23,9 +23,11 @@ from varaccel.hosts.causal.sampling import Sampling
 from varaccel.nn.devices import is_gpu
 from varaccel.nn.grid import Grid, line_ends
 from varaccel.nn.signature import Signature
-from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
+from varaccel.pipelines.base import Run, TokenPipeline
+from varaccel.pipelines.compiled import Compiled
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.published import load_network
+from varaccel.pipelines.step_callback import StepCallback
 from varaccel.tokenizers.neighbours import neighbour_table
 
 
@@ -160,11 +162,11 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         """
         if not options and is_gpu(self.transformer.device):
             options = {"mode": "reduce-overhead"}
-        self._compiled = torch.compile(self.transformer.transform, fullgraph=True, **options)
+        self._compiled = Compiled(self.transformer.transform, **{"fullgraph": True, **options})
 
     # -- the call --------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | int | Sequence[str | int],
@@ -197,10 +199,8 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token ids.
             return_dict: False for a plain tuple (images, stats).
             callback_on_step_end: called after every pass as (pipe, step from 0, tokens decided per image in
-                this pass, {"canvas": canvas, "preview": function, "written": function}); `preview()` decodes the
-                canvas so far to images of `output_type` (arrays if that is "latent"), `written()` is
-                `ImageOutput.written` so far. Set `pipe._interrupt = True` in it to stop. Empty places hold
-                token id 0.
+                this pass, what is shown), see `StepCallback`. Set `pipe._interrupt = True` in it to stop; empty
+                places then hold token id 0.
 
         Raises:
             InputError: any argument that cannot be used.

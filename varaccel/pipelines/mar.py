@@ -26,9 +26,11 @@ from varaccel.hosts.masked.noise import TokenNoise
 from varaccel.hosts.masked.schedule import CosineGroups, cosine_borders
 from varaccel.models.mar import MARTransformer
 from varaccel.nn.devices import is_gpu
-from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
+from varaccel.pipelines.base import Run, TokenPipeline
+from varaccel.pipelines.compiled import Compiled
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.published import load_network
+from varaccel.pipelines.step_callback import StepCallback
 from varaccel.tokenizers.kl import load_kl, unpatchify
 
 
@@ -165,11 +167,11 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
         networks = filter(None, (self.transformer, self.draft_transformer))
         # lengths grow from pass to pass, so one version for all of them
         options = {"dynamic": True, **options}
-        self._transforms = {id(network): torch.compile(network.forward, **options) for network in networks}
+        self._transforms = {id(network): Compiled(network.forward, **options) for network in networks}
         on_gpu = is_gpu(self.transformer.device)
         # the graph is recorded for few numbers of tokens, so versions of their own pay
         own: Any = {**options, "dynamic": False} if on_gpu else options
-        self._step = torch.compile(denoising_step, **own)
+        self._step = Compiled(denoising_step, **own)
 
     @property
     def _loop(self) -> Loop | None:
@@ -179,7 +181,7 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
 
     # -- the call --------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | int | Sequence[str | int],
@@ -213,10 +215,8 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for scaled latents [B, c, H, W].
             return_dict: False for a plain tuple (images, stats).
-            callback_on_step_end: called after every pass as (pipe, pass from 0, tokens decided in it, {"canvas":
-                canvas, "preview": function, "written": function}); `preview()` decodes the canvas so far to images of
-                `output_type` (arrays if that is "latent"), `written()` is `ImageOutput.written` so far. Set
-                `pipe._interrupt = True` in it to stop.
+            callback_on_step_end: called after every pass as (pipe, pass from 0, tokens decided in it, what is shown),
+                see `StepCallback`. Set `pipe._interrupt = True` in it to stop.
 
         Raises:
             InputError: any argument that cannot be used.

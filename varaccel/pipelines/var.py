@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -25,12 +26,16 @@ from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
 from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.image_inputs import rgb_image
 from varaccel.models.var import VARTransformer
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.condition import Condition
 from varaccel.nn.devices import is_gpu
-from varaccel.pipelines.base import Run, StepCallback, TokenPipeline
+from varaccel.nn.eval_mode import eval_mode
+from varaccel.pipelines.base import Run, TokenPipeline
+from varaccel.pipelines.compiled import Compiled
 from varaccel.pipelines.inpainting import image_tensor, kept_tokens, mask_tensor, placed
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.published import load_network
+from varaccel.pipelines.step_callback import StepCallback
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 
 NO_CONDITION = "\0no condition"
@@ -168,19 +173,12 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
         """
         if not options and is_gpu(self.transformer.device):
             options = {"mode": "reduce-overhead"}
-        compiled = torch.compile(self.transformer.transform, fullgraph=True, dynamic=False, **options)
-        versions = 4 * len(self.transformer.schedule)
-
-        def transform(*arguments: Any) -> Tensor:
-            # a version per scale, more than the compiler allows one function by default
-            with torch._dynamo.config.patch(recompile_limit=versions):
-                return compiled(*arguments)
-
-        self._compiled = transform
+        options = {"fullgraph": True, "dynamic": False, **options}
+        self._compiled = Compiled(self.transformer.transform, rows=_rows, **options)
 
     # -- the calls -------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | int | Sequence[str | int],
@@ -217,10 +215,9 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
             accelerator: how to decode faster: an `Accelerator`, its name, or None for plain decoding.
             output_type: "pil", "np", "pt", "raw" (see `to_output`), or "latent" for the token ids [B, L].
             return_dict: False for a plain tuple (images, stats).
-            callback_on_step_end: called after every scale as (pipe, scale from 0, its tokens, {"canvas": canvas,
-                "preview": function, "written": function}); `preview()` decodes the canvas so far to images of
-                `output_type` (arrays if that is "latent"), `written()` is `ImageOutput.written` so far. Set
-                `pipe._interrupt = True` in it to stop; the images then show the scales that are there.
+            callback_on_step_end: called after every scale as (pipe, scale from 0, its tokens, what is shown), see
+                `StepCallback`. Set `pipe._interrupt = True` in it to stop; the images then show the scales that are
+                there.
 
         Raises:
             InputError: any argument that cannot be used.
@@ -245,7 +242,7 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
         )
         return self._generate(call, settings)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def inpaint(
         self,
         image: Any,
@@ -289,11 +286,13 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
         painted = mask_tensor(mask, self.image_size, given.size)
         pixels = image_tensor(given, self.image_size).to(self._execution_device, self.vq_model.dtype)
         kept = kept_tokens(painted, self.transformer.schedule)
+        with eval_mode([self.vq_model]):
+            token_ids = self.vq_model.encode(pixels).indices
         settings = VARSettings(
             self._guidance(1.0 if prompt is None else guidance_scale),
             self._sampling(temperature, top_k, top_p),
             smooth,
-            source=(self.vq_model.encode(pixels).indices, kept.to(pixels.device)),
+            source=(token_ids, kept.to(pixels.device)),
         )
         call = self._checked_call(
             NO_CONDITION if prompt is None else prompt,
@@ -378,6 +377,14 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
             transform=self._compiled,
         )
 
+    def _as_it_stands(self, run: Run[VARSettings, ScaleJob]) -> Run[VARSettings, ScaleJob]:
+        still = super()._as_it_stands(run)
+        features = run.job.features
+        # what the next pass would do first; in the call's own thread, since softened vectors draw noise
+        features.follow(run.canvas, self._finished_scales(run.canvas))
+        still.job = dataclasses.replace(run.job, features=features.copy())
+        return still
+
     def _latents(self, run: Run[VARSettings, ScaleJob]) -> Tensor:
         return run.canvas.tokens
 
@@ -389,6 +396,18 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
     def _finished_scales(self, canvas: Canvas) -> int:
         ends = torch.tensor(self.transformer.schedule.borders[1:], device=canvas.written.device) - 1
         return int((canvas.written[0, ends] > 0).sum())
+
+
+def _rows(
+    x: Tensor, modulation: Sequence[Tensor], attention: AttentionInputs, tail: int | None = None
+) -> Iterator[tuple[Tensor, int]]:
+    """The arguments of `VARTransformer.transform` that have a row per image, and the axis of the rows."""
+    yield x, 0
+    for block in modulation:
+        yield block, 1
+    if attention.cache is not None:
+        yield attention.cache.keys, 1
+        yield attention.cache.values, 1
 
 
 def check_tokenizer(network: VARTransformer, vq_model: MultiScaleVQModel) -> None:

@@ -8,6 +8,7 @@ a T5 tokenizer with `T5EncoderModel`, or `WordTokenizer` with `WordTextEncoder`.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +26,9 @@ from varaccel.nn.number_check import check_finite
 from varaccel.tokenizers.captions import clean_prompt
 
 logger = logging.getLogger(__name__)
+
+# fast tokenizers keep padding and truncation as state, which the call of another thread would change half-way
+_TOKENIZING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,19 @@ def encode_prompts(
     Raises:
         InputError: no prompt, a prompt that is not a string or has no text, or an encoder that overflowed.
     """
+    with _TOKENIZING:
+        ids, mask = _tokenize(tokenizer, _as_list(prompts), max_length)
+    source = text_encoder.device
+    hidden = text_encoder(input_ids=ids.to(source), attention_mask=mask.to(source)).last_hidden_state
+    encoded = TextFeatures.from_hidden_states(hidden, mask.to(source))
+    check_finite(encoded.features, text_encoder, hidden.dtype, "features of the prompts")
+    return encoded.to(device, dtype)
+
+
+def _tokenize(tokenizer: Any, prompts: list[Any], max_length: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, T] of prompts; warns of those that are cut."""
     preprocess: Callable[[str], str] = getattr(tokenizer, "preprocess_prompt", clean_prompt)
-    texts = [_checked(prompt, preprocess) for prompt in _as_list(prompts)]
+    texts = [_checked(prompt, preprocess) for prompt in prompts]
     tokens = tokenizer(
         texts,
         max_length=max_length,
@@ -116,18 +131,13 @@ def encode_prompts(
         return_attention_mask=True,
         return_tensors="pt",
     )
-    ids, mask = tokens["input_ids"], tokens["attention_mask"]  # [B, T]
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
     for row in mask.bool().all(1).nonzero().flatten().tolist():
         if len(tokenizer(texts[row], truncation=True, max_length=max_length + 1)["input_ids"]) > max_length:
             logger.warning(
                 "the prompt %r is longer than %d tokens; the rest is cut.", _head(texts[row]), max_length
             )
-
-    source = text_encoder.device
-    hidden = text_encoder(input_ids=ids.to(source), attention_mask=mask.to(source)).last_hidden_state
-    encoded = TextFeatures.from_hidden_states(hidden, mask.to(source))
-    check_finite(encoded.features, text_encoder, hidden.dtype, "features of the prompts")
-    return encoded.to(device, dtype)
+    return ids, mask
 
 
 def _as_list(prompts: str | Sequence[str]) -> list[Any]:

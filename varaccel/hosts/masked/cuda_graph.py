@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from varaccel.hosts.masked.denoising import Denoised, Process
+
+# one recording or replay at a time, in all loops: a recording must not see what another thread launches, and what is
+# replayed reads and writes the same buffers every time. Not in the loop: pipelines are copied, and locks are not.
+_LAUNCH = threading.Lock()
 
 
 @dataclass
@@ -19,6 +25,20 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor | None, ...]
     output: Denoised
+    read: torch.cuda.Event  # when the last output was read, for threads with streams of their own
+
+    def replay(self, inputs: tuple[Tensor | None, ...], count: int) -> Denoised:
+        """The output of `count` tokens, in tensors of its own."""
+        torch.cuda.current_stream().wait_event(self.read)
+        for place, value in zip(self.inputs, inputs, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        self.graph.replay()
+        out = self.output
+        parts = (out.value, out.mean, out.log_std, out.log_std_sum)
+        result = Denoised(*(part[:count].clone() for part in parts))
+        self.read.record()
+        return result
 
 
 class GraphedLoop:
@@ -26,11 +46,17 @@ class GraphedLoop:
 
     A hundred steps of a few tiny kernels wait for their launches, not for the device. Replaying a CUDA graph launches
     all of them at once. A graph reads the weights where they were when it was recorded: they may change there, and
-    where they have moved the loop is recorded anew.
+    where they have moved the loop is recorded anew. Threads take turns.
+
+    Attributes:
+        limit: recorded loops that are kept, each with up to about a gigabyte for large models; those that were used
+            last. A call needs about one for every doubling of the tokens of a pass, CSpD four times as many.
     """
 
+    limit = 32
+
     def __init__(self) -> None:
-        self._graphs: dict[tuple[object, ...], _Captured] = {}
+        self._graphs: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
 
     def __call__(
         self,
@@ -57,16 +83,15 @@ class GraphedLoop:
         kinds = (conditions.dtype, x.dtype, None if noise is None else noise.dtype)
         places = tuple(parameter.data_ptr() for parameter in process.head.parameters())
         key = (places, process.step, process.sampling, rows, scale is None, kinds, path)
-        captured = self._graphs.get(key)
-        if captured is None:
-            captured = self._graphs[key] = self._capture(process, inputs, path)
-        for place, value in zip(captured.inputs, inputs, strict=True):
-            if place is not None and value is not None:
-                place.copy_(value)
-        captured.graph.replay()
-        out = captured.output
-        parts = (out.value, out.mean, out.log_std, out.log_std_sum)
-        return Denoised(*(part[:count].clone() for part in parts))
+        with _LAUNCH:
+            captured = self._graphs.get(key)
+            if captured is None:
+                while len(self._graphs) >= self.limit:  # before the recording, which needs the memory
+                    _, oldest = self._graphs.popitem(last=False)
+                    oldest.read.synchronize()  # it may still run
+                captured = self._graphs[key] = self._capture(process, inputs, path)
+            self._graphs.move_to_end(key)
+            return captured.replay(inputs, count)
 
     @staticmethod
     def _capture(
@@ -81,6 +106,7 @@ class GraphedLoop:
             process.run_eagerly(conditions, x, noise, scale, *path)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # other threads may go on: what they launch is no part of the recording
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = process.run_eagerly(conditions, x, noise, scale, *path)
-        return _Captured(process, graph, static, output)
+        return _Captured(process, graph, static, output, torch.cuda.Event())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
@@ -41,6 +42,12 @@ class FeatureMap:
         self._smooth = smooth
         self._logits: Tensor | None = None
         self._seen: list[Tensor] = []  # entry s - 1: what scale s sees
+
+    def copy(self) -> FeatureMap:
+        """The map as it is now; following a canvas further with one of the two leaves the other as it is."""
+        twin = copy.copy(self)
+        twin._seen = list(self._seen)
+        return twin
 
     def seen(self, canvas: Canvas, first: int, last: int) -> Tensor:
         """What the tokens of scales `first` to `last` see of the scales before theirs, [B, P, D] float32.
