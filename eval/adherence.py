@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from varaccel.accelerators import make_accelerator
+from varaccel.console import tolerant_console
 from varaccel.engine.option_text import parse_options
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.metrics.adherence import (
@@ -170,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    tolerant_console()
     options = _parser().parse_args(arguments)
     try:
         if options.batch_size < 1:

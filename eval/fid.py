@@ -20,13 +20,15 @@ import json
 import sys
 from pathlib import Path
 
+from varaccel.console import tolerant_console
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.extra import check_extra
 from varaccel.evaluation.sampling.presets import IMAGENET_256, get_preset
-from varaccel.evaluation.sampling.run_arguments import add_run_arguments, say_once, start_run
+from varaccel.evaluation.sampling.run_arguments import add_run_arguments, start_run, tell_failure
 
 
 def main() -> int:
+    tolerant_console()
     parser = _parser()
     options = parser.parse_args()
     try:
@@ -40,7 +42,7 @@ def main() -> int:
             return 0
         return _measured(options, space)
     except VaraccelError as error:
-        say_once(f"fid.py: {error}")
+        tell_failure("fid.py", error)
         return 2
 
 

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from varaccel.accelerators.notation import parse_grid
+from varaccel.console import tolerant_console
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.metrics.adherence import held_out_captions
 from varaccel.evaluation.sampling.example_prompts import examples
@@ -40,6 +41,7 @@ def draw(pipe: Any, prompts: list[str], accelerator: Any, batch: int) -> torch.T
 
 
 def main() -> int:
+    tolerant_console()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

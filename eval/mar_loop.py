@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from varaccel.console import tolerant_console
 from varaccel.nn.devices import is_gpu
 
 
@@ -90,6 +91,7 @@ def new_runs(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 
 
 def main() -> int:
+    tolerant_console()
     options = parse_arguments()
 
     import torch

@@ -21,6 +21,7 @@ from typing import Any
 
 from varaccel.accelerators import AnyAccelerator
 from varaccel.accelerators.notation import parse_grid
+from varaccel.console import tolerant_console
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.bench.grids import DEFAULTS, default_grid, defaults_of
 from varaccel.evaluation.bench.held_out import bench_held_out, held_out_examples
@@ -212,6 +213,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    tolerant_console()
     options = parse_arguments(arguments)
     check_options(options)
     plans = [make_plan(model, options) for model in options.model]

@@ -14,11 +14,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from varaccel.console import tolerant_console
 from varaccel.errors import VaraccelError
 from varaccel.evaluation.sampling.run_arguments import add_run_arguments, start_run
 
 
 def main() -> int:
+    tolerant_console()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

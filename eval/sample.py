@@ -15,11 +15,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from varaccel.console import tolerant_console
 from varaccel.errors import VaraccelError
-from varaccel.evaluation.sampling.run_arguments import add_run_arguments, say_once, start_run
+from varaccel.evaluation.sampling.run_arguments import add_run_arguments, start_run, tell_failure
 
 
 def main() -> int:
+    tolerant_console()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +43,7 @@ def main() -> int:
             if options.npz:
                 print(f"wrote {started.run.write_batch_file()}")
     except VaraccelError as error:
-        say_once(f"sample.py: {error}")
+        tell_failure("sample.py", error)
         return 2
     return 0
 

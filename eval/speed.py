@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from varaccel.console import tolerant_console
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -43,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    tolerant_console()
     options = parse_arguments()
 
     from varaccel.errors import VaraccelError

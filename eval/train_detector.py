@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from varaccel.console import tolerant_console
 from varaccel.errors import VaraccelError
 from varaccel.files import atomic_path
 from varaccel.models.detector import load_detector
@@ -68,6 +69,7 @@ def table(metrics: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    tolerant_console()
     parser = argparse.ArgumentParser(description="Train and validate the scene detector.")
     parser.add_argument("--data", type=Path, required=True, help="cache of training images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; a run there is resumed")

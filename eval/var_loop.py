@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from varaccel.console import tolerant_console
 from varaccel.nn.devices import wait_for
 
 
@@ -62,6 +63,7 @@ def load(options: argparse.Namespace) -> tuple[Any, list[str | int]]:
 
 
 def main() -> int:
+    tolerant_console()
     options = parse_arguments()
 
     import torch

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from varaccel import AutoPipeline, EagleHead, LlamaGenPipeline, LlamaGenTransformer
+from varaccel.console import tolerant_console
 from varaccel.errors import InputError
 from varaccel.training.command_line import exit_status
 
@@ -38,6 +39,7 @@ def add_drafters(folder: Path, eagle: Path | None, small: Path | None) -> None:
 
 
 def main() -> int:
+    tolerant_console()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from varaccel.console import tolerant_console
 from varaccel.training.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
 
 
 def main() -> int:
+    tolerant_console()
     options = parse()
     from varaccel.training.stages import render_scenes, run_stages
 

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "varaccel"
 
-LEAVES = ("errors", "files", "image_files", "image_inputs", "public_names", "shipped", "version")
+LEAVES = ("console", "errors", "files", "image_files", "image_inputs", "public_names", "shipped", "version")
 """Modules of the package itself that every room may import."""
 
 LAYERS = (

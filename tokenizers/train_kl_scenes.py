@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from varaccel.console import tolerant_console
 from varaccel.training.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def train(options: argparse.Namespace, course: Course) -> None:
 
 
 def main() -> int:
+    tolerant_console()
     options = parse()
     from varaccel.training.tokenizer_course import run_course
 

@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from varaccel.console import tolerant_console
 from varaccel.training.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def train(options: argparse.Namespace, course: Course) -> None:
 
 
 def main() -> int:
+    tolerant_console()
     options = parse()
     from varaccel.training.tokenizer_course import run_course
 

@@ -22,6 +22,10 @@ class NumberError(VaraccelError, ArithmeticError):
     """A network gave NaN or infinity, of which no image can be made."""
 
 
+class ProcessFailed(VaraccelError):
+    """One process of a launch of several cannot go on; the message names the process and the reason."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not registered; suggests the nearest known one.
 

@@ -41,7 +41,7 @@ def write_text(text: str, path: Path) -> None:
     """
     try:
         with atomic_path(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"nothing could be written to {path}: {error}") from error
 

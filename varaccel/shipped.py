@@ -29,7 +29,7 @@ def release_report_folder() -> Path | None:
 def shipped_models() -> dict[str, Path]:
     """Names and folders of the models that ship with the library."""
     folder = weights_folder()
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     return {name: folder / name for name in manifest["models"]}
 
 

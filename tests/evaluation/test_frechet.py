@@ -241,3 +241,20 @@ def test_another_training_is_another_space() -> None:
 def test_a_detector_in_training_is_refused() -> None:
     with pytest.raises(InputError, match="eval"):
         scene_features(_detector(0).train(), [Image.new("RGB", (32, 32))])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["mean", "covariance"])
+def test_statistics_that_are_not_finite_are_refused(tmp_path: Path, part: str, value: float) -> None:
+    """Else their distance is 0: `max` takes NaN for nothing."""
+    good = FeatureStatistics.from_features(_features(9, 3), "s")
+    parts = {"mean": good.mean.clone(), "covariance": good.covariance.clone()}
+    parts[part].view(-1)[1] = value
+    with pytest.raises(InputError, match="numbers that are not finite"):
+        FeatureStatistics(parts["mean"], parts["covariance"], 9, "s")
+    path = tmp_path / "kept.npz"
+    np.savez(path, **{name: tensor.numpy() for name, tensor in parts.items()}, count=9, space="s")
+    with pytest.raises(
+        InputError, match=r"kept\.npz: the feature statistics hold numbers that are not finite"
+    ):
+        FeatureStatistics.load(path)

@@ -24,6 +24,7 @@ from tests.scripts import ROOT, load_script
 from tests.tiny import CLASSES, PROMPTS, pipeline
 from varaccel import InputError, Plain, ZipAR
 from varaccel.evaluation.metrics.rounding import compare_batch_sizes
+from varaccel.evaluation.sampling import folder_lock
 from varaccel.evaluation.sampling import image_run as image_run
 from varaccel.evaluation.sampling.image_run import ImageRun, read_prompts, to_pixels
 from varaccel.evaluation.sampling.presets import IMAGENET_256, PRESETS, get_preset
@@ -32,6 +33,7 @@ from varaccel.evaluation.sampling.run_settings import RunSettings
 from varaccel.pipelines.catalog import PUBLISHED
 from varaccel.pipelines.memory import OutOfMemory
 from varaccel.shipped import shipped_models
+from varaccel.tokenizers.text import WordTokenizer
 
 CALLS: dict[str, dict[str, Any]] = {
     "c2i": {},
@@ -104,6 +106,68 @@ def test_pixels_are_resized_before_they_are_rounded() -> None:
     down = to_pixels(images, 16, "down")
     exact = (resized.clamp(-1, 1).permute(0, 2, 3, 1) + 1) * 127.5
     assert torch.equal(down, exact.floor().to(torch.uint8))
+
+
+# -- what fails in one process of several ---------------------------------------------------------------
+
+_FAILING = """
+import errno, os, sys
+from pathlib import Path
+from PIL import Image
+from varaccel.evaluation.sampling.run_arguments import tell_failure
+from varaccel.errors import InputError, VaraccelError
+from varaccel.evaluation.sampling.image_run import launch_state, raise_together
+from tests.evaluation.test_image_run import drawn
+
+kind, alone = sys.argv[2], os.environ["RANK"] == "1"
+
+
+def full(self, path, *args, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+try:
+    if kind == "drawing" and alone:
+        Image.Image.save = full
+    if kind in ("one", "all"):
+        error = InputError("no such thing.") if alone or kind == "all" else None
+        raise_together(error, launch_state(cpu=True))
+    drawn(Path(sys.argv[1]), "c2i", count=45, **({"batch_size": 0} if kind == "settings" else {}))
+except VaraccelError as error:
+    tell_failure("script.py", error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.slow  # starts launchers
+@pytest.mark.parametrize(
+    ("kind", "printed", "times"),
+    [
+        ("drawing", "script.py: process 1 of 2: nothing more could be written", 1),
+        ("one", "script.py: process 1 of 2: no such thing.", 1),
+        ("all", "script.py: no such thing.", 1),
+        ("settings", "script.py: batch_size must be at least 1", 1),
+    ],
+)
+def test_the_launcher_tells_why_a_process_failed(tmp_path: Path, kind: str, printed: str, times: int) -> None:
+    script = tmp_path / "draw.py"
+    script.write_text(_FAILING)
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(str(script), str(tmp_path / "run"), kind),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        timeout=240,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode != 0
+    assert ended.stdout.count(printed) == times, ended.stdout + ended.stderr
+    reason = printed.removeprefix("script.py: ")
+    root = ended.stderr.partition("Root Cause")[2]
+    assert reason in root, ended.stderr
 
 
 # -- how the work is split -----------------------------------------------------------------------------
@@ -270,6 +334,214 @@ def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
     (left / "000003.png").write_bytes(b"half")
     new_run(tmp_path / "run").begin()
     assert not left.exists()
+
+
+@pytest.mark.parametrize("name", [".prompts.json.abc.tmp", ".run.json.abc.tmp"])
+def test_killed_before_the_run_was_described(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    drawn(tmp_path / "run", count=4)
+    assert not (tmp_path / "run" / name).exists()
+
+
+# -- several launches ----------------------------------------------------------------------------------
+
+
+def _attempt(folder: str, delay: float, answers: Any) -> None:
+    """Start a run after a while and tell how it ended."""
+    time.sleep(delay)
+    try:
+        _draw_slowly(folder)
+        answers.put("done")
+    except BaseException as error:
+        answers.put(f"{type(error).__name__}: {error}")
+
+
+def _attempts(folder: Path, delays: list[float]) -> list[str]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    answers = context.Queue()
+    started = [context.Process(target=_attempt, args=(str(folder), delay, answers)) for delay in delays]
+    for process in started:
+        process.start()
+    told = [answers.get(timeout=120) for _ in started]
+    for process in started:
+        process.join()
+    return told
+
+
+@pytest.mark.slow  # starts interpreters
+@pytest.mark.parametrize("delays", [[0.0] * 4, [0.1 * k for k in range(6)]])
+def test_processes_started_on_a_live_run_leave_it_alone(tmp_path: Path, delays: list[float]) -> None:
+    told = _attempts(tmp_path / "run", delays)
+    assert "done" in told
+    refused = [answer for answer in told if answer != "done"]
+    assert all("is in use: process " in answer and answer.startswith("InputError") for answer in refused), (
+        told
+    )
+    drawn(tmp_path / "whole", count=60, batch_size=3)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_a_run_in_use_is_told_and_left_alone(tmp_path: Path) -> None:
+    """By a thread of the same process, whose locks the system does not tell apart."""
+    run = new_run(tmp_path / "run", count=8)
+    told: list[str] = []
+
+    def drawing(*prompts: Any, **call: Any) -> Any:
+        left = tmp_path / "run" / "images" / ".000007.png.abc.tmp"
+        left.mkdir(exist_ok=True)
+        for other in (new_run(tmp_path / "run", count=8), new_run(tmp_path / "run", count=8, seed=6)):
+            with pytest.raises(
+                InputError, match=r"run is in use: process \d+ on .* draws there; wait"
+            ) as caught:
+                other.begin()
+            told.append(str(caught.value))
+        assert left.exists()
+        return pipeline("c2i")(*prompts, **call)
+
+    run.draw(drawing, Plain(), progress=False)
+    assert len(told) == 4
+    drawn(tmp_path / "run", count=8)
+
+
+def test_processes_of_one_launch_share_a_folder_and_outlive_its_first(tmp_path: Path) -> None:
+    """Locks of a launch of two: a third process stays out while either of them lives."""
+    from varaccel.evaluation.sampling.folder_lock import FolderLock
+
+    if sys.platform == "win32":
+        pytest.skip("Windows has no such locks")
+
+    def child(work: Callable[[], None]) -> int:
+        """The exit status of a forked process that does the work and ends."""
+        process = os.fork()
+        if process == 0:
+            try:
+                work()
+            except InputError:
+                os._exit(7)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+    def other_launch() -> None:
+        folder_lock._held.clear()  # it is another process, which knows nothing of this one
+        FolderLock(tmp_path).begin()
+
+    first = FolderLock(tmp_path)
+    first.begin()
+    assert child(other_launch) == 7
+    first.share()
+    assert child(lambda: FolderLock(tmp_path).join(1)) == 0, "a second process of the launch"
+    assert child(other_launch) == 7
+    first.release()
+    assert child(other_launch) == 0
+    second = FolderLock(tmp_path)
+    second.join(1)  # the first was killed, the second is still at work
+    assert child(other_launch) == 7
+    second.release()
+    assert child(other_launch) == 0
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is cleared away there: it may be of a process that is at work."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(folder_lock.fcntl, "lockf", refuse)
+    left = tmp_path / "run" / "images" / ".000003.png.abc.tmp"
+    left.mkdir(parents=True)
+    drawn(tmp_path / "run", count=4)
+    assert left.exists()
+
+
+# -- prompts that cannot be drawn ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["\N{CAT FACE}", "...", "\u200b", "!?"])
+def test_a_prompt_without_text_is_found_before_the_run(tmp_path: Path, bad: str) -> None:
+    pipe = pipeline("t2i")
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"a red cube\n\na blue sphere\n{bad}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"prompts\.txt, line 4: the prompt .* holds no text"):
+        list_prompts(pipe, str(file), None)
+    assert len(list_prompts(pipe, str(file), 2)) == 2, "lines that are not drawn do not matter"
+    with pytest.raises(InputError, match="line 4"):
+        list_prompts(pipe, str(file), 7)
+
+
+@pytest.mark.parametrize(
+    ("model", "prompts", "message"),
+    [
+        ("t2i", ["a red cube", "a cube", "***"], "holds no text"),
+        ("t2i", ["a red cube", 3], "takes descriptions, not labels"),
+        ("c2i", [0, 1, 5], "go from 0 to 4, got 5"),
+        ("var-class", [0, "zebra"], "unknown class 'zebra'"),
+        ("mar-caption", ["a cube", " "], "holds no text"),
+    ],
+)
+def test_a_run_asks_for_all_prompts_first(
+    tmp_path: Path, model: str, prompts: list[Any], message: str
+) -> None:
+    pipe = pipeline(model)
+    settings = RunSettings.of(
+        pipe, prompts, Plain(), model=model, source="own", call={}, seed=0, batch_size=1
+    )
+    with pytest.raises(InputError, match=message):
+        ImageRun(tmp_path / "run", settings, prompts).draw(pipe, Plain(), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ("\u732b", "knows no Chinese characters"),
+        ("IMG_1234.jpg", "links, file names"),
+        ("***", "signs without words"),
+        ("<b></b>", "markup"),
+        ("\\n", "signs without words"),
+    ],
+)
+def test_captions_that_the_cleaner_empties_are_told_as_that(
+    tmp_path: Path, prompt: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(WordTokenizer, "preprocess_prompt")  # as T5's tokenizer, which has none
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"a red cube\n{prompt}\n", encoding="utf-8")
+    pipe = pipeline("t2i")
+    with pytest.raises(InputError, match=r"line 2: the caption cleaner, which T5 models need") as caught:
+        list_prompts(pipe, str(file), None)
+    assert reason in str(caught.value)
+    with pytest.raises(InputError, match="takes out all of the prompt"):
+        pipe(["a red cube", prompt], seed=0)
+
+
+def test_a_class_that_reads_prompts_in_its_own_way_is_not_asked() -> None:
+    class Own(type(pipeline("c2i"))):  # type: ignore[misc]
+        def _condition(self, prompts: Any) -> Any:
+            return super()._condition([0] * len(prompts))
+
+    pipe = pipeline("c2i")
+    Own.from_pipe(pipe).check_prompts(["whatever"])
+    with pytest.raises(InputError):
+        pipe.check_prompts(["whatever"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\u2028", "\u2029", "\u0085"])
+def test_line_ends_and_byte_order_marks(tmp_path: Path, end: str, encoding: str) -> None:
+    path = tmp_path / "prompts.txt"
+    for text in (end.join(["a red cube", "", "a blue sphere"]), f"a red cube{end}a blue sphere{end}"):
+        path.write_bytes(text.encode(encoding))
+        assert list_prompts(pipeline("t2i"), str(path), None) == ["a red cube", "a blue sphere"]
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c"])
+def test_separators_within_a_line_are_white_space(tmp_path: Path, sign: str) -> None:
+    """A list that other tools count as two prompts is two prompts."""
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"a red{sign}cube\na sphere\n", encoding="utf-8")
+    prompts = list_prompts(pipeline("t2i"), str(path), None)
+    assert [str(prompt).split() for prompt in prompts] == [["a", "red", "cube"], ["a", "sphere"]]
 
 
 # -- folders that hold something else ------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 
@@ -180,6 +181,41 @@ def test_a_set_is_at_no_distance_from_itself(folders: tuple[Path, Path], space: 
     figures = measure(own, space, ["fid", "kid", "pr"], reference_of(own, space))
     assert abs(value(figures, "fid")) < 1e-4
     assert value(figures, "precision") == value(figures, "recall") == 1
+
+
+@pytest.mark.parametrize("metric", ["fid", "sfid"])
+@pytest.mark.parametrize("count", [2, 12, 20])
+def test_distances_are_never_below_zero(count: int, metric: str) -> None:
+    """torch-fidelity's value of a set and itself is; the first layer is also taken for the spatial one."""
+    generator = torch.Generator().manual_seed(count)
+    rows = torch.randn(count, 40, generator=generator)
+    space: Any = SimpleNamespace(
+        pooled="pooled", SPATIAL="spatial", title="FID", is_inception=True, label="s"
+    )
+    layers = {"pooled": rows, "spatial": rows}
+    own: Any = SimpleNamespace(layers=layers, space="s")
+    statistics = FeatureStatistics.from_features(rows, "s")
+    same: Any = SimpleNamespace(name="itself", statistics=statistics, spatial=statistics, features=None)
+    (figure,) = measure(own, space, [metric], same, resamples=3)
+    assert figure.value >= 0
+    assert figure.value == pytest.approx(0, abs=1e-3)
+    assert "-" not in str(figure).split(" ")[0]
+
+
+def test_a_reference_with_nan_is_refused(
+    folders: tuple[Path, Path], space: FeatureSpace, tmp_path: Path
+) -> None:
+    features = extract_features(open_images(folders[0]), space, progress=False)
+    statistics_of(features, space.pooled).save(tmp_path / "kept.npz")
+    with np.load(tmp_path / "kept.npz") as file:
+        values = dict(file)
+    values["mean"][3] = np.nan
+    np.savez(tmp_path / "kept.npz", **values)
+    np.savez(tmp_path / "adm.npz", mu=values["mean"], sigma=values["covariance"])
+    inception: Any = SimpleNamespace(is_inception=True, label="inception")
+    for file, where in ((tmp_path / "kept.npz", space), (tmp_path / "adm.npz", inception)):
+        with pytest.raises(InputError, match=rf"{file.name}: .* numbers that are not finite"):
+            load_reference(file, where)
 
 
 @pytest.mark.slow

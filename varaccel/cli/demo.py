@@ -35,6 +35,7 @@ def demo(
     pipe: Any = open_pipeline(model)
     accelerators = [Plain(), *(parse_grid(demo_grid(pipe)) if typed is None else typed)]
     prompts = list(prompt or examples(pipe, DEMO_PROMPTS))
+    pipe.check_prompts(prompts)
     rows = []
     for chosen in accelerators:
         pipe(prompts[0], seed=seed, accelerator=chosen)  # warm-up: the first call pays for allocations

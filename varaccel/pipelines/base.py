@@ -36,7 +36,7 @@ from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.pixels import OUTPUT_TYPES, to_output
 from varaccel.pipelines.running_calls import RunningCall, calls_meant, running, turn_on_device
 from varaccel.pipelines.step_callback import StepCallback, check_callback, check_returned
-from varaccel.tokenizers.text import TextFeatures, encode_prompts
+from varaccel.tokenizers.text import TextFeatures, encode_prompts, prompt_text
 
 logger = logging.getLogger(__name__)
 
@@ -377,6 +377,25 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
 
     # -- conditions ------------------------------------------------------------------------------------
 
+    def check_prompts(self, prompts: Iterable[str | int]) -> None:
+        """Refuse prompts that a call would refuse, without drawing: to be asked before a long run.
+
+        A class with a `_condition` of its own reads prompts as it likes; for it this does nothing unless overridden.
+
+        Raises:
+            InputError: no such class, a label instead of a description, or nothing to be drawn in it.
+        """
+        if not type(self)._condition.__module__.startswith("varaccel."):
+            return
+        by_class = self.transformer.signature().condition == "class"
+        for prompt in dict.fromkeys(prompts):
+            if by_class:
+                self.class_label(prompt)
+            elif not isinstance(prompt, str):
+                raise _no_description(prompt)
+            elif self.tokenizer is not None:
+                prompt_text(self.tokenizer, prompt)
+
     def _prompts(self, prompt: str | int | Sequence[str | int]) -> list[str | int]:
         if isinstance(prompt, Mapping):
             raise InputError("the prompt is a dictionary; give its entries as arguments, pipe(**inputs).")
@@ -416,7 +435,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         """
         wrong = next((p for p in prompts if not isinstance(p, str)), None)
         if wrong is not None:
-            raise InputError(f"this model takes descriptions, not labels; got {wrong!r}.")
+            raise _no_description(wrong)
         descriptions = [str(p) for p in prompts]
         text = encode_prompts(
             self.tokenizer,
@@ -462,6 +481,10 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
 def _owned(images: Any) -> Any:
     """What leaves a call: a tensor that can be changed in place and learned from."""
     return images.clone() if isinstance(images, Tensor) and images.is_inference() else images
+
+
+def _no_description(prompt: object) -> InputError:
+    return InputError(f"this model takes descriptions, not labels; got {prompt!r}.")
 
 
 def _of_counts(counts: Counts | None) -> dict[str, Any]:

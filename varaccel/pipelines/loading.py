@@ -129,7 +129,7 @@ def pipeline_class_name(folder: Path) -> str:
         CheckpointError: the index is not readable.
     """
     try:
-        return str(json.loads((folder / "model_index.json").read_text())["_class_name"])
+        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / 'model_index.json'} is damaged; fetch the model again.") from error
 
@@ -147,7 +147,7 @@ def borrowed_components(folder: Path) -> dict[str, Path]:
     if not file.is_file():
         return {}
     try:
-        entries = json.loads(file.read_text())
+        entries = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged; fetch the model again.") from error
     if not isinstance(entries, dict) or not all(isinstance(path, str) for path in entries.values()):
@@ -171,7 +171,7 @@ def borrowed_components(folder: Path) -> dict[str, Path]:
 def _load_borrowed(folder: Path, options: LoadOptions) -> dict[str, Any]:
     """The borrowed components of a model folder that were not passed."""
     paths = borrowed_components(folder)
-    index = json.loads((folder / "model_index.json").read_text()) if paths else {}
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if paths else {}
     return {
         name: _load_component(folder, name, index.get(name), path, options)
         for name, path in paths.items()

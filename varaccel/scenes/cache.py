@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from varaccel.console import tolerant_console
 from varaccel.errors import InputError
 from varaccel.files import atomic_path
 from varaccel.scenes.dataset import make_sample, to_tensor
@@ -285,6 +286,7 @@ class CachedScenes(Dataset[dict[str, Any]]):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the cache writer."""
+    tolerant_console()
     parser = argparse.ArgumentParser(
         prog="python -m varaccel.scenes.cache", description="Render captioned scenes into a folder."
     )

@@ -113,6 +113,16 @@ def clean_prompt(text: str) -> str:
     return clean_caption(clean_caption(text))
 
 
+_IDEOGRAPHS = re.compile("[\u31c0-\u4dff\u4e00-\u9fff]")
+
+
+def what_is_cleaned(text: str) -> str:
+    """What the cleaner takes out of a text of which it leaves nothing, in words."""
+    if _IDEOGRAPHS.search(text):
+        return "it knows no Chinese characters"
+    return "links, file names, numbers, markup and signs without words"
+
+
 def _apply(rules: tuple[Rule, ...], text: str) -> str:
     for rule in rules:
         text = re.sub(rule.pattern, rule.replacement, text)

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from varaccel.errors import InputError
 from varaccel.nn.number_check import check_finite
-from varaccel.tokenizers.captions import clean_prompt
+from varaccel.tokenizers.captions import clean_prompt, what_is_cleaned
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,7 @@ def encode_prompts(
 
 def _tokenize(tokenizer: Any, prompts: list[Any], max_length: int) -> tuple[Tensor, Tensor]:
     """Ids and mask [B, T] of prompts; warns of those that are cut."""
-    preprocess: Callable[[str], str] = getattr(tokenizer, "preprocess_prompt", clean_prompt)
-    texts = [_checked(prompt, preprocess) for prompt in prompts]
+    texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
     tokens = tokenizer(
         texts,
         max_length=max_length,
@@ -147,12 +146,23 @@ def _as_list(prompts: str | Sequence[str]) -> list[Any]:
     return texts
 
 
-def _checked(prompt: Any, preprocess: Callable[[str], str]) -> str:
+def prompt_text(tokenizer: Any, prompt: Any) -> str:
+    """A prompt as it goes to the tokenizer: after the tokenizer's own `preprocess_prompt`, or the caption cleaner.
+
+    Raises:
+        InputError: not a string, or nothing of it is left.
+    """
     if not isinstance(prompt, str):
         raise InputError(f"a prompt must be a string, not {type(prompt).__name__}.")
+    preprocess: Callable[[str], str] = getattr(tokenizer, "preprocess_prompt", clean_prompt)
     # a lone surrogate, as from a badly decoded file, cannot be written as UTF-8 and would stop the tokenizer
     text = preprocess(prompt.encode("utf-8", "replace").decode())
     if not text.strip():
+        if prompt.strip() and preprocess is clean_prompt:
+            raise InputError(
+                f"the caption cleaner, which T5 models need, takes out all of the prompt {_head(prompt)!r}: "
+                f"{what_is_cleaned(prompt)}; describe the image in English words."
+            )
         raise InputError(f"the prompt {_head(prompt)!r} holds no text; describe the image in words.")
     return text
 

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
+from varaccel.console import tolerant_console
 from varaccel.errors import CheckpointError, InputError
 from varaccel.scenes.cache import CachedScenes
 from varaccel.tokenizers.kl import patchify
@@ -177,6 +178,7 @@ def latents_path(folder: Path, shard: int) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the encoder."""
+    tolerant_console()
     parser = shards.encoder_parser(MODULE, "latents", "an AutoencoderKL")
     parser.add_argument("--patch", type=int, default=1, help="side of the patches that are one token")
     options = parser.parse_args(arguments)

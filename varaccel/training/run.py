@@ -212,7 +212,7 @@ class TrainingRun:
         path = self.folder / "log.jsonl"
         rows: dict[int, dict[str, float]] = {}
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 rows = {s: r for s, r in rows.items() if s < row["step"]}
                 rows[row["step"]] = row

@@ -85,7 +85,7 @@ def run_stages(options: argparse.Namespace, stages: Mapping[str, Stage], prepare
         prepare: what comes first, whichever stages are asked for.
     """
     options.scenes = options.scenes or options.out / "scenes"
-    config = json.loads(options.config.read_text())
+    config = json.loads(options.config.read_text(encoding="utf-8"))
 
     def work() -> None:
         if prepare is not None:
@@ -166,7 +166,7 @@ def borrow(folder: Path, components: Mapping[str, str]) -> None:
                     f"{folder / path} does not hold the {name} of {folder}; nothing is borrowed."
                 )
     known = folder / "borrowed.json"
-    earlier = json.loads(known.read_text()) if known.exists() else {}
+    earlier = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
     with atomic_path(known) as temporary:
         temporary.write_text(json.dumps({**earlier, **components}, indent=2) + "\n")
     for name in components:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from varaccel.console import tolerant_console
 from varaccel.files import atomic_path
 from varaccel.scenes import HELD_OUT_SEED, VOCABULARY, WORLD_VERSION, caption, sample_scene
 from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
@@ -343,6 +344,7 @@ def build_reader(recipe: TextRecipe) -> tuple[WordTokenizer, TextReader]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the trainer."""
+    tolerant_console()
     parser = argparse.ArgumentParser(
         prog="python -m varaccel.training.text", description="Train the word-level text encoder."
     )

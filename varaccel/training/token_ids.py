@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from varaccel.console import tolerant_console
 from varaccel.errors import CheckpointError, InputError
 from varaccel.scenes.cache import CachedScenes
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
@@ -207,6 +208,7 @@ def _choose_precision(vq: ImageTokenizer, data: CachedScenes) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the encoder."""
+    tolerant_console()
     parser = shards.encoder_parser(MODULE, "token ids", "a VQModel or MultiScaleVQModel")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     options = parser.parse_args(arguments)

@@ -70,7 +70,7 @@ class Course:
             InputError: there are no images, or the budget is empty.
         """
         return cls(
-            json.loads(options.config.read_text()),
+            json.loads(options.config.read_text(encoding="utf-8")),
             CachedScenes(options.data, allow_partial=True),
             Budget(options.steps, options.minutes),
             options.out,

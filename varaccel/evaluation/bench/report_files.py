@@ -19,7 +19,7 @@ def earlier_report(path: Path) -> BenchReport | None:
     if not path.exists():
         return None
     try:
-        return BenchReport.from_dict(json.loads(path.read_text()))
+        return BenchReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # InputError is a ValueError
         raise InputError(f"{path} cannot be continued, so leave out --resume: {error}") from error
 

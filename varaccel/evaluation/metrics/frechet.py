@@ -52,6 +52,8 @@ class FeatureStatistics:
                 "feature statistics are a mean [D] and a covariance [D, D], got "
                 f"{list(self.mean.shape)} and {list(self.covariance.shape)}."
             )
+        if not bool(self.mean.isfinite().all() and self.covariance.isfinite().all()):
+            raise InputError("the feature statistics hold numbers that are not finite; make them again.")
 
     @classmethod
     def from_features(cls, features: Tensor, space: str) -> Self:
@@ -96,7 +98,7 @@ class FeatureStatistics:
         """What `save` wrote.
 
         Raises:
-            InputError: no such file, or not one of feature statistics.
+            InputError: no such file, or not one of feature statistics, or numbers in it that are not finite.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -107,6 +109,8 @@ class FeatureStatistics:
                     str(file["space"]),
                     json.loads(str(file["made"])) if "made" in file else {},
                 )
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         except FileNotFoundError:
             raise InputError(f"there are no feature statistics at {path}; check the path.") from None
         except (

@@ -187,6 +187,8 @@ def _adm(
                         space.label,
                         {"images": f"statistics of {Path(path).name}"},
                     )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no statistics that can be used: {error}") from error
     features = None

@@ -118,7 +118,8 @@ def _frechet(
         )
     # in float64 throughout: torch-fidelity's own statistics have a mean in float32
     pair = [{"mu": one.mean.numpy(), "sigma": one.covariance.numpy()} for one in (own, reference)]
-    value = fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID]
+    # a distance; rounding takes that of a set from itself below zero
+    value = max(0.0, float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID]))
     error = None
     if resamples:
         error = frechet_spread(

@@ -21,15 +21,16 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from varaccel.accelerators import AnyAccelerator
-from varaccel.errors import InputError
+from varaccel.errors import InputError, ProcessFailed, VaraccelError
 from varaccel.evaluation.metrics.image_sets import RUN_IMAGES
+from varaccel.evaluation.sampling.folder_lock import LOCK, FolderLock
 from varaccel.evaluation.sampling.run_settings import SETTINGS, RunSettings
 from varaccel.files import atomic_path
 from varaccel.nn.devices import has_gpu
@@ -37,7 +38,8 @@ from varaccel.pipelines.pixels import Rounding, to_uint8
 
 PROMPTS, STATISTICS, BATCH_FILE = "prompts.json", "statistics", "samples.npz"
 
-_OWN = (SETTINGS, PROMPTS, STATISTICS, RUN_IMAGES)
+_OWN = (SETTINGS, PROMPTS, STATISTICS, RUN_IMAGES, LOCK)
+_LEFTOVERS = ".*.tmp"
 _PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -114,8 +116,23 @@ class ImageRun:
         """Make the folder, or check that its run is this one; the batches that are to be drawn.
 
         Raises:
-            InputError: the folder holds a run of other settings, or cannot be written to.
+            InputError: the folder holds a run of other settings or something else, is in use, or cannot be written to.
         """
+        lock = FolderLock(self.folder)
+        try:
+            return self._begin(lock)
+        finally:
+            lock.release()
+
+    def _begin(self, lock: FolderLock) -> list[int]:
+        try:
+            new = RunSettings.read(self.folder) is None
+            if new and self.folder.is_dir() and not all(map(_is_own, self.folder.iterdir())):
+                raise InputError(f"{self.folder} holds something else than a run; name an empty folder.")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.begin()
+        except OSError as error:
+            raise _not_written(self.folder, error) from error
         earlier = RunSettings.read(self.folder)
         if earlier != self.settings and not (self.images.is_dir() and self.finished_images()):
             earlier = None  # it drew nothing, perhaps for want of memory: nothing is mixed up
@@ -132,14 +149,13 @@ class ImageRun:
             )
         try:
             if earlier is None:
-                if self.folder.is_dir() and any(one.name not in _OWN for one in self.folder.iterdir()):
-                    raise InputError(f"{self.folder} holds something else than a run; name an empty folder.")
                 _write_json(self.prompts, self.folder / PROMPTS)
                 _write_json(asdict(self.settings), self.folder / SETTINGS)
-            for folder in (self.images, self.folder / STATISTICS):
+            for folder in (self.folder, self.images, self.folder / STATISTICS):
                 folder.mkdir(exist_ok=True)
-                for left in folder.glob(".*.tmp"):  # of a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
+                if lock.held:  # else they may be of a process that is at work
+                    for left in folder.glob(_LEFTOVERS):  # of a process that was killed
+                        shutil.rmtree(left, ignore_errors=True)
         except OSError as error:
             raise _not_written(self.folder, error) from error
         return self.missing()
@@ -157,6 +173,7 @@ class ImageRun:
         """Draw what is missing.
 
         Every process of a distributed launch calls this with the same arguments; each draws its share of the batches.
+        One launch at a time works in a folder.
 
         Args:
             pipe: where `settings` came from, on this process's device.
@@ -165,10 +182,21 @@ class ImageRun:
             progress: show a bar with the remaining time (on the main process).
 
         Raises:
-            InputError: see `begin`; an image that cannot be written (a full disk). What was drawn is kept.
+            InputError: see `begin`; a prompt that the model cannot draw, before anything is drawn; an image that cannot
+                be written (a full disk). What was drawn is kept.
+            ProcessFailed: one process of several cannot go on; the others know nothing of it.
         """
         state = launch_state() if state is None else state
-        todo = self._shared_plan(state)
+        lock = FolderLock(self.folder)
+        try:
+            return self._draw(pipe, accelerator, state, lock, progress)
+        finally:
+            lock.release()
+
+    def _draw(
+        self, pipe: Any, accelerator: AnyAccelerator, state: PartialState, lock: FolderLock, progress: bool
+    ) -> RunSummary:
+        todo = self._shared_plan(pipe, state, lock)
         mine = todo[state.process_index :: state.num_processes]
         hidden = not progress or not state.is_main_process
         done = self.finished_images() if not hidden else 0
@@ -176,7 +204,14 @@ class ImageRun:
             total=self.settings.count, initial=done, desc="drawing", unit="image", disable=hidden
         ) as bar:
             for batch in mine:
-                self._draw_batch(pipe, accelerator, batch)
+                try:
+                    self._draw_batch(pipe, accelerator, batch)
+                except VaraccelError as error:
+                    if state.num_processes == 1:
+                        raise
+                    raise ProcessFailed(
+                        f"process {state.process_index} of {state.num_processes}: {error}"
+                    ) from error
                 if not hidden:  # what the others drew counts too
                     bar.update(self.finished_images() - bar.n)
             state.wait_for_everyone()
@@ -184,19 +219,29 @@ class ImageRun:
                 bar.update(self.finished_images() - bar.n)
         return self.summary()
 
-    def _shared_plan(self, state: PartialState) -> list[int]:
+    def _shared_plan(self, pipe: Any, state: PartialState, lock: FolderLock) -> list[int]:
         """What is to be drawn, seen by the main process before anybody draws, so that all split the same list."""
         plan: list[Any] = [None, None]
         if state.is_main_process:
             try:
-                plan[0] = self.begin()
+                self._check_prompts(pipe)
+                plan[0] = self._begin(lock)
+                lock.share()
             except InputError as error:
                 plan[1] = str(error)
         if state.num_processes > 1:
             plan = broadcast_object_list(plan, from_process=0)
         if plan[1] is not None:
             raise InputError(plan[1])
+        if not state.is_main_process:
+            lock.join(state.process_index)
         return list(plan[0])
+
+    def _check_prompts(self, pipe: Any) -> None:
+        """Refuse, before hours of drawing, prompts that calls would refuse when their turn comes."""
+        check = getattr(pipe, "check_prompts", None)
+        if check is not None:
+            check(self.prompts)
 
     def _draw_batch(self, pipe: Any, accelerator: AnyAccelerator, batch: int) -> None:
         indices = self.indices(batch)
@@ -221,7 +266,7 @@ class ImageRun:
     def summary(self) -> RunSummary:
         """What all calls so far cost."""
         told = [
-            json.loads(self.statistics_path(batch).read_text())
+            json.loads(self.statistics_path(batch).read_text(encoding="utf-8"))
             for batch in range(self.batches)
             if self.statistics_path(batch).is_file()
         ]
@@ -273,6 +318,25 @@ class ImageRun:
         return target
 
 
+def raise_together(error: VaraccelError | None, state: PartialState) -> None:
+    """Raise on every process what any of them met, so that none waits for one that has gone.
+
+    Args:
+        error: what this process met; every process of the launch calls this.
+
+    Raises:
+        VaraccelError: the error itself if all met the same, else `InputError` that names processes and reasons.
+    """
+    told = [None if error is None else str(error)]
+    if state.num_processes > 1:
+        told = gather_object(told)
+    if error is not None and len(set(told)) == 1:
+        raise error
+    met = [f"process {index} of {len(told)}: {text}" for index, text in enumerate(told) if text is not None]
+    if met:
+        raise InputError(" ".join(met)) from error
+
+
 def launch_state(cpu: bool = False) -> PartialState:
     """This process's place in a launch by `torchrun` or `accelerate launch`; one of one without them.
 
@@ -302,7 +366,7 @@ def read_prompts(folder: str | os.PathLike[str]) -> list[str | int] | None:
     if not path.exists():
         return None
     try:
-        prompts = json.loads(path.read_text())
+        prompts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} holds no prompts: {error}") from error
     return list(prompts)
@@ -313,6 +377,11 @@ def to_pixels(images: Tensor, size: int | None, rounding: Rounding) -> Tensor:
     if size is not None and images.shape[-2:] != (size, size):
         images = F.interpolate(images.float(), (size, size), mode="bicubic", align_corners=False)
     return to_uint8(images, rounding)
+
+
+def _is_own(entry: Path) -> bool:
+    """Whether a run made what lies in its folder, also if it was killed before it was described there."""
+    return entry.name in _OWN or entry.match(_LEFTOVERS)
 
 
 def _whole_png(path: Path) -> bool:

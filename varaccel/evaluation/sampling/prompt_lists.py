@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,15 @@ def list_prompts(pipe: Any, source: str, count: int | None, seed: int = 0) -> li
     Args:
         pipe: of which classes there are.
         source: "scenes": held-out captions of the captioned world; "classes": every class equally often, in turn;
-            "classes:random": drawn evenly, from `seed`; or a text file of one prompt per line, repeated in turn if
-            more images are wanted.
+            "classes:random": drawn evenly, from `seed`; or a text file (UTF-8, or UTF-16 with a byte order mark) of
+            one prompt per line, repeated in turn if more images are wanted. Lines end as in editors, with LF, CR LF or
+            CR; the Unicode separators U+2028, U+2029 and U+0085 end lines in a file that has no other line ends, and
+            are white space within a line else.
         count: images; by default as many as the file has prompts.
 
     Raises:
-        InputError: a source that does not fit the model, an empty or missing file, no count where one is needed.
+        InputError: a source that does not fit the model, an empty or missing file, no count where one is needed, a
+            prompt that the model cannot draw (named with its line).
     """
     if count is not None and count < 1:
         raise InputError(f"count must be at least 1, got {count}.")
@@ -57,8 +62,14 @@ def list_prompts(pipe: Any, source: str, count: int | None, seed: int = 0) -> li
         raise InputError(f"this model draws classes, not descriptions; use {CLASSES} or {RANDOM_CLASSES}.")
     if source == SCENES:
         return [caption.text for caption in held_out_captions(_needed(count, source))]
-    lines = _lines(Path(source))
-    return [lines[index % len(lines)] for index in range(count or len(lines))]
+    path = Path(source)
+    lines = _lines(path)
+    for number, line in lines[:count]:
+        try:
+            pipe.check_prompts([line])
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
+    return [lines[index % len(lines)][1] for index in range(count or len(lines))]
 
 
 def _needed(count: int | None, source: str) -> int:
@@ -73,14 +84,26 @@ def _classes(pipe: Any) -> int | None:
     return signature.condition_size if signature.condition == "class" else None
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Lines with text and their numbers, from 1 on."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = _decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} cannot be read as a file of prompts: {error}; or use {SCENES} or {CLASSES}."
         ) from error
-    kept = [line for line in lines if line]
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    separators = re.compile("[\u2028\u2029\u0085]")
+    if "\n" not in text:
+        text = separators.sub("\n", text)
+    lines = (separators.sub(" ", line).strip() for line in text.split("\n"))
+    kept = [(number, line) for number, line in enumerate(lines, 1) if line]
     if not kept:
         raise InputError(f"{path} holds no prompts; write one per line.")
     return kept
+
+
+def _decoded(content: bytes) -> str:
+    """The text of a file; a byte order mark is no part of its first line."""
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if wide else "utf-8-sig")

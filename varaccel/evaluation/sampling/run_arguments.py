@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from varaccel.errors import InputError
+from varaccel.errors import InputError, ProcessFailed, VaraccelError
 from varaccel.evaluation.sampling.presets import PRESETS, Preset, get_preset
 
 _CALL = ("guidance_scale", "temperature", "top_k", "top_p", "num_iterations", "head_steps")
@@ -92,20 +97,15 @@ def start_run(options: argparse.Namespace, folder: Path) -> Started:
             return typed
         return otherwise if preset is None else getattr(preset, name)
 
-    model = chosen("model")
-    if model is None:
+    if chosen("model") is None:
         raise InputError("name a --model, or a --preset that has one.")
-
-    import inspect
 
     import torch
 
     from varaccel.accelerators.notation import parse_accelerator
-    from varaccel.evaluation.sampling.image_run import ImageRun, launch_state
-    from varaccel.evaluation.sampling.prompt_lists import default_source, list_prompts
+    from varaccel.evaluation.sampling.image_run import launch_state, raise_together
     from varaccel.evaluation.sampling.run_settings import RunSettings
-    from varaccel.pipelines.call_options import call_options
-    from varaccel.pipelines.placement import check_place, move, open_pipeline
+    from varaccel.pipelines.placement import check_place
 
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads must be at least 1, got {options.threads}.")
@@ -121,13 +121,41 @@ def start_run(options: argparse.Namespace, folder: Path) -> Started:
         import logging
 
         logging.disable(logging.WARNING)  # said once is enough
+    failed, started = None, None
+    try:
+        started = _prepared(options, folder, preset, accelerator, state, chosen)
+    except VaraccelError as error:
+        failed = error
+    raise_together(failed, state)
+    assert started is not None
+    return started
+
+
+def _prepared(
+    options: argparse.Namespace,
+    folder: Path,
+    preset: Preset | None,
+    accelerator: Any,
+    state: Any,
+    chosen: Callable[..., Any],
+) -> Started:
+    """What each process of a launch does for itself, so that any of them may fail."""
+    import inspect
+
+    from varaccel.evaluation.sampling.image_run import ImageRun
+    from varaccel.evaluation.sampling.prompt_lists import default_source, list_prompts
+    from varaccel.evaluation.sampling.run_settings import RunSettings
+    from varaccel.pipelines.call_options import call_options
+    from varaccel.pipelines.placement import move, open_pipeline
+
+    model = chosen("model")
     pipe: Any = open_pipeline(model, quiet=True)
     call = {**({} if preset is None else preset.call)}
     call |= call_options(pipe, model, **{name: getattr(options, name) for name in _CALL})
     for name in inspect.signature(type(pipe).__call__).parameters:
         if name in pipe.config:  # the model's own settings, so that the record is complete
             call.setdefault(name, pipe.config[name])
-    move(pipe, str(state.device), dtype)
+    move(pipe, str(state.device), chosen("dtype", "float32"))
     if options.compile:
         pipe.compile()
     source = chosen("prompts") or default_source(pipe, model)
@@ -148,9 +176,16 @@ def start_run(options: argparse.Namespace, folder: Path) -> Started:
     return Started(pipe, accelerator, ImageRun(folder, settings, prompts), state, preset)
 
 
-def say_once(message: str) -> None:
-    """Print on the main process of a launch only, also while nothing is set up yet."""
-    import os
+def tell_failure(script: str, error: VaraccelError) -> None:
+    """Print why a script ends, and leave the reason where the launcher looks for it.
 
-    if os.environ.get("RANK", "0") == "0":
+    What all processes of a launch met is printed by the main one, what one met alone by that one.
+    """
+    message = f"{script}: {error}"
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessFailed):
         print(message, flush=True)
+    # torchrun and accelerate show it under "root cause"; without the file they only tell a number
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

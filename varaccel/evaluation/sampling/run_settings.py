@@ -119,7 +119,7 @@ class RunSettings:
             return None
         known = {f.name for f in fields(cls)}
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{name: value for name, value in values.items() if name in known})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path} does not describe a run: {error}") from error

@@ -1,0 +1,64 @@
+"""Reports on consoles that cannot show every sign."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.scripts import ROOT
+from varaccel.console import tolerant_console
+
+SHOWN = "24.2 ± 1.0, 2.5× plain, 5 … 6, √2 → 猫, é, “a”"
+
+
+def printed(encoding: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    tolerant_console()
+    print(SHOWN, flush=True)
+    return raw.getvalue().decode(encoding).strip()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "cp437", "koi8-r", "utf-8"])
+def test_nothing_is_lost_that_can_be_said(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = printed(encoding, monkeypatch)
+    assert text.startswith("24.2 ")
+    assert text.endswith(SHOWN if encoding == "utf-8" else ('"a"', "“a”"))
+    if encoding == "ascii":
+        assert text == '24.2 +/- 1.0, 2.5x plain, 5 ... 6, sqrt2 -> ?, e, "a"'
+
+
+def test_what_has_no_encoding_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    tolerant_console()
+    print(SHOWN)
+
+
+@pytest.mark.slow  # starts interpreters
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "varaccel", "models"],
+        ["-m", "varaccel", "bench", "--help"],
+        ["-m", "varaccel", "generate", "a 猫 ± cube", "--model", "m×n"],
+        ["eval/fid.py", "--help"],
+        ["eval/fid.py", "no×where", "--reference", "scenes:20"],
+        ["eval/sample.py", "--model", "m×n", "--out", "runs/none"],
+    ],
+    ids=lambda command: " ".join(command[:3]),
+)
+def test_programs_print_on_any_console(command: list[str], encoding: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, timeout=240
+    )
+    text = (ended.stdout + ended.stderr).decode(encoding)
+    assert "Traceback" not in text, text
+    assert "UnicodeEncodeError" not in text
+    assert ended.returncode in (0, 2)
+    assert text.strip()
