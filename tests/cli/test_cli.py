@@ -235,7 +235,7 @@ def test_options_of_masked_models_arrive(varaccel: Shell, mar: Path) -> None:
         (["a cube", "-a", "zipar", "-o", "windw=3"], ["did you mean 'window'"]),
         (["a cube", "-a", "zipar", "-o", "window"], ["key=value", "'window'"]),
         (["a cube", "-a", "zipar", "-o", "=3"], ["key=value"]),
-        (["a cube", "-a", "zipar", "-o", "window=0"], ["window", ">= 1"]),
+        (["a cube", "-a", "zipar", "-o", "window=0"], ["window", "of at least 1"]),
         (["a cube", "-a", "zipar", "-o", "window=two"], ["window", "'two'"]),
         (["a cube", "-a", "zipar", "-o", "window=NaN"], ["window", "nan"]),
         (["a cube", "-a", "zipar", "-o", "window=" + "1" * 5000], ["window"]),
@@ -549,7 +549,7 @@ def test_bench_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None
     ("arguments", "words"),
     [
         (["-a", "zipar:window=2", "-a", "zippar:window=2"], ["'zippar:window=2'", "did you mean 'zipar'"]),
-        (["-a", "zipar:window=0"], ["'zipar:window=0'", ">= 1"]),
+        (["-a", "zipar:window=0"], ["'zipar:window=0'", "of at least 1"]),
         (["-a", "zipar:window=2,4"], ["'zipar:window=2,4'", "key=value"]),
         (["--device", "cuba"], ["unknown device 'cuba'", "did you mean 'cuda'"]),
         (["--dtype", "float16"], ["unknown precision 'float16'", "bfloat16"]),

@@ -95,7 +95,7 @@ def test_the_accelerator_is_plain_decoding_or_zipar_at_its_ends(example: ModuleT
 
 @pytest.mark.parametrize("option", ["rows", "window"])
 def test_bad_options_of_the_accelerator_are_one_sentence(example: ModuleType, option: str) -> None:
-    with pytest.raises(InputError, match=f"late-zipar {option} must be an integer >= 1, got 0"):
+    with pytest.raises(InputError, match=f"late-zipar {option} must be an integer of at least 1, got 0"):
         make_accelerator(NAME, {option: 0})
 
 

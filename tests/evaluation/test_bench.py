@@ -137,7 +137,7 @@ def test_values_keep_their_commas(wishes: type[_Wishes], options: str, expected:
     [
         ("zippar:window=2", "accelerator 'zippar:window=2'.*did you mean 'zipar'"),
         ("zipar:windw=2", "'zipar:windw=2'.*did you mean 'window'"),
-        ("zipar:window=0", "'zipar:window=0'.*>= 1"),
+        ("zipar:window=0", "'zipar:window=0'.*of at least 1"),
         ("zipar:window", "'zipar:window'.*key=value"),
         ("zipar:window=1,2", "'zipar:window=1,2'.*key=value"),
         ("", "unknown accelerator"),

@@ -303,7 +303,7 @@ def refused(message: str, error: type[Exception] = InputError) -> Any:
         ({"head_sampler": "ddim", "final_noise": True}, "adds no noise"),
         ({"head_sampler": "ddim", "accelerator": "cspd"}, "adds no noise"),
         ({"seed": -1}, "seed"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer >= 1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer of at least 1"),
         ({"output_type": "jpeg"}, "pil"),
         ({"accelerator": FewerSteps(iterations=TOKENS + 1)}, "at most the model's 16 tokens"),
         ({"accelerator": FewerSteps(head_steps=1001)}, "from 1 to 1000"),

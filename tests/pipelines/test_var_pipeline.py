@@ -429,7 +429,7 @@ def refused(message: str, error: type[Exception] = InputError) -> Any:
         ({"top_p": 1.5}, "top_p"),
         ({"published_rng": True}, "pass seed"),
         ({"seed": -1}, "seed"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer >= 1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer of at least 1"),
         ({"output_type": "jpeg"}, "pil"),
         ({"accelerator": CoDe(draft_scales=4)}, "3 scales"),
         ({"accelerator": CoDe(refiner_top_k=-1)}, "top_k"),
@@ -454,7 +454,7 @@ def test_bad_descriptions(prompt: Any) -> None:
 
 @pytest.mark.parametrize("draft_scales", [0, -1, True, 2.0, "x"])
 def test_bad_draft_scales(draft_scales: Any) -> None:
-    with refused("draft_scales must be an integer >= 1"):
+    with refused("draft_scales must be an integer of at least 1"):
         CoDe(draft_scales=draft_scales)
 
 

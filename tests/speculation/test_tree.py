@@ -128,18 +128,18 @@ def test_numbered_level_by_level() -> None:
         (lambda: Topology((-1, 1)), "cycles"),
         (lambda: Topology((-1, 0, 0), (0, 1, 1)), "may not take the same draw"),
         (lambda: Topology((-1, 0, 0), (0, 1)), "ranks must name one draw per node, got 2 for 3 nodes."),
-        (lambda: Topology.chain(0), "the length of a chain must be an integer >= 1, got 0."),
+        (lambda: Topology.chain(0), "the length of a chain must be an integer of at least 1, got 0."),
         (lambda: Topology.from_paths([]), "a tree needs at least one path"),
         (lambda: Topology.from_paths([[0], [1, 0]]), "path [1, 0] is an orphan: [1] is not in the tree."),
         (lambda: Topology.from_paths([[0], [0]]), "path [0] is empty or listed twice."),
         (lambda: Topology.from_paths([[]]), "path [] is empty or listed twice."),
-        (lambda: Topology.from_paths([[-1]]), "ranks must be 0 for the root and >= 0 elsewhere."),
+        (lambda: Topology.from_paths([[-1]]), "ranks must be 0 for the root and not negative elsewhere."),
         (lambda: resolve_tree("mc_sim_7b"), "unknown tree 'mc_sim_7b'; did you mean 'mc_sim_7b_63'?"),
-        (lambda: resolve_tree(-2), "the length of a chain must be an integer >= 1, got -2."),
+        (lambda: resolve_tree(-2), "the length of a chain must be an integer of at least 1, got -2."),
         (lambda: resolve_tree([1, 2]), "a tree is a name, a chain length or a list of paths"),  # type: ignore[list-item]
-        (lambda: DynamicTree(top_k=0), "top_k of a dynamic tree must be an integer >= 1, got 0."),
+        (lambda: DynamicTree(top_k=0), "top_k of a dynamic tree must be an integer of at least 1, got 0."),
         (lambda: DynamicTree(depth=-1), "depth of a dynamic tree"),
-        (lambda: DynamicTree(total=1), "total of a dynamic tree must be an integer >= 2, got 1."),
+        (lambda: DynamicTree(total=1), "total of a dynamic tree must be an integer of at least 2, got 1."),
     ],
 )
 def test_bad_shapes_are_explained(build: Callable[[], Any], message: str) -> None:

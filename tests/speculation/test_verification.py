@@ -694,7 +694,7 @@ def test_dynamic_trees_can_be_verified() -> None:
     ("build", "message"),
     [
         (lambda: Relaxed(line_table(8), 8, delta=0.1), "k must be smaller than the vocabulary of 8, got 8."),
-        (lambda: Relaxed(line_table(8), -1, delta=0.1), "k must be an integer >= 0, got -1."),
+        (lambda: Relaxed(line_table(8), -1, delta=0.1), "k must be an integer of at least 0, got -1."),
         (lambda: Relaxed(line_table(8)[:, :3], 3, delta=0.1), "lists 3 neighbours per token, k = 3 needs 4."),
         (
             lambda: Relaxed(line_table(8), 2, delta=-0.1),
@@ -705,14 +705,17 @@ def test_dynamic_trees_can_be_verified() -> None:
             lambda: Relaxed(line_table(8), 2, delta=float("nan")),
             "(for a factor use multiplier), got nan",
         ),
-        (lambda: Relaxed(line_table(8), 2, multiplier=0.5), "multiplier must be a number >= 1, got 0.5."),
+        (
+            lambda: Relaxed(line_table(8), 2, multiplier=0.5),
+            "multiplier must be a number of at least 1, got 0.5.",
+        ),
         (lambda: Relaxed(line_table(8), 2), "give either delta (additive) or multiplier (relative)"),
         (lambda: Relaxed(line_table(8), 2, delta=0.1, multiplier=2), "not both and not neither."),
         (lambda: Relaxed(line_table(8), 2, delta=0.1, residual="statik"), "did you mean 'static'?"),
         (lambda: Relaxed(torch.rand(8, 8), 2, delta=0.1), "table must be an integer tensor"),
         (lambda: RelaxedGreedy(line_table(8), 8, delta=0.1), "k must be smaller than the vocabulary"),
         (lambda: RelaxedGreedy(line_table(8), 2), "give either delta"),
-        (lambda: KSequential(0), "iterations must be an integer >= 1, got 0."),
+        (lambda: KSequential(0), "iterations must be an integer of at least 1, got 0."),
     ],
 )
 def test_bad_options_are_explained(build: Callable[[], Any], message: str) -> None:

@@ -59,7 +59,7 @@ def check_integer(what: str, value: object, *, least: int = 1, most: int | None 
     """
     number = as_integer(value)
     if number is None or number < least or (most is not None and number > most):
-        wanted = f">= {least}" if most is None else f"from {least} to {most}"
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise InputError(f"{what} must be an integer {wanted}{_note(off)}, got {_shown(value)}.")
     return number
 
@@ -96,7 +96,11 @@ def check_number(
     number = as_number(value)
     outside = number is None or number < least or (above and number == least)
     if number is None or outside or (most is not None and number > most):
-        wanted = f"{'>' if above else '>='} {least:g}" if most is None else f"from {least:g} to {most:g}"
+        wanted = (
+            f"{'above' if above else 'of at least'} {least:g}"
+            if most is None
+            else f"from {least:g} to {most:g}"
+        )
         raise InputError(f"{what} must be a number {wanted}{_note(off)}, got {_shown(value)}.")
     return number
 

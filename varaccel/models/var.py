@@ -232,7 +232,9 @@ class VARTransformer(ModelMixin, ConfigMixin):
         super().__init__()
         dim, num_heads = dim or 64 * depth, num_heads or depth
         if depth < 1 or dim % num_heads:
-            raise InputError(f"VAR needs depth >= 1 and dim={dim} to be a multiple of num_heads={num_heads}.")
+            raise InputError(
+                f"VAR needs a depth of at least 1 and dim={dim} to be a multiple of num_heads={num_heads}."
+            )
         if condition_type not in ("class", "caption"):
             raise unknown_name("VAR condition_type", str(condition_type), ["class", "caption"])
         self.schedule = ScaleSchedule(tuple(scales))

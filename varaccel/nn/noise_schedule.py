@@ -87,7 +87,7 @@ class DiffusionSchedule:
             InputError: an unknown schedule, or not 1 to 1000 steps.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise InputError(f"head_steps must be an integer >= 1, got {steps!r}.")
+            raise InputError(f"head_steps must be an integer of at least 1, got {steps!r}.")
         if steps > TRAINING_STEPS:
             raise InputError(f"head_steps must be at most {TRAINING_STEPS}, got {steps}.")
         if kind not in _BETAS:

@@ -51,7 +51,7 @@ class Manifest:
         check_size(self.size)
         if self.first_seed < 0 or self.count < 1 or self.shard_size < 1:
             raise InputError(
-                "a cache needs first_seed >= 0, count >= 1 and shard_size >= 1, got "
+                "a cache needs a first_seed of at least 0, a count and a shard_size of at least 1, got "
                 f"first_seed={self.first_seed}, count={self.count}, shard_size={self.shard_size}."
             )
         if self.first_seed < HELD_OUT_SEED < self.first_seed + self.count:

@@ -48,7 +48,7 @@ class ScenesDataset(Dataset[dict[str, Any]]):
     def __init__(self, first_seed: int, length: int, size: int = 128) -> None:
         if first_seed < 0 or length < 1:
             raise InputError(
-                "a dataset needs first_seed >= 0 and length >= 1, got "
+                "a dataset needs a first_seed of at least 0 and a length of at least 1, got "
                 f"first_seed={first_seed}, length={length}."
             )
         check_size(size)

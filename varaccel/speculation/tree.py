@@ -61,7 +61,7 @@ class Topology:
         if len(ranks) != len(parents):
             raise InputError(f"ranks must name one draw per node, got {len(ranks)} for {len(parents)} nodes.")
         if ranks[0] != 0 or min(ranks) < 0:
-            raise InputError("ranks must be 0 for the root and >= 0 elsewhere.")
+            raise InputError("ranks must be 0 for the root and not negative elsewhere.")
         if len(set(zip(parents, ranks, strict=True))) != len(parents):
             raise InputError("two children of one node may not take the same draw.")
         object.__setattr__(self, "parents", parents)

@@ -119,8 +119,8 @@ _IDEOGRAPHS = re.compile("[\u31c0-\u4dff\u4e00-\u9fff]")
 def what_is_cleaned(text: str) -> str:
     """What the cleaner takes out of a text of which it leaves nothing, in words."""
     if _IDEOGRAPHS.search(text):
-        return "it knows no Chinese characters"
-    return "links, file names, numbers, markup and signs without words"
+        return "its Chinese characters"
+    return "links, file names, numbers, markup and signs"
 
 
 def _apply(rules: tuple[Rule, ...], text: str) -> str:

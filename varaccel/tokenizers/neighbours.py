@@ -35,7 +35,7 @@ def neighbour_table(codebook: Tensor, k: int, *, normalise: bool = False, block:
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < size:
         raise InputError(f"k must be an integer from 0 to {size - 1} for a codebook of {size}, got {k!r}.")
     if block < 1:
-        raise InputError(f"block must be >= 1, got {block}.")
+        raise InputError(f"block must be at least 1, got {block}.")
     points = codebook.detach().float()
     if normalise:
         points = F.normalize(points, dim=-1)

@@ -52,7 +52,7 @@ class KLRecipe(TokenizerRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kl_weight < 0:
-            raise InputError("a KL recipe needs kl_weight >= 0.")
+            raise InputError("a KL recipe needs a kl_weight of at least 0.")
 
 
 @contextmanager

@@ -74,7 +74,9 @@ class TokenizerRecipe:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.learning_rate <= 0:
-            raise InputError("a tokenizer recipe needs batch_size >= 1 and learning_rate > 0.")
+            raise InputError(
+                "a tokenizer recipe needs a batch_size of at least 1 and a learning_rate above 0."
+            )
         object.__setattr__(self, "betas", tuple(self.betas))
 
 

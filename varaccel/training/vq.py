@@ -86,7 +86,7 @@ class VQRecipe(TokenizerRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.revive_every < 0:
-            raise InputError("a VQ recipe needs revive_every >= 0.")
+            raise InputError("a VQ recipe needs a revive_every of at least 0.")
         object.__setattr__(self, "frozen", tuple(self.frozen))
 
 
