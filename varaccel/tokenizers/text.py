@@ -160,8 +160,8 @@ def prompt_text(tokenizer: Any, prompt: Any) -> str:
     if not text.strip():
         if prompt.strip() and preprocess is clean_prompt:
             raise InputError(
-                f"the prompt {_head(prompt)!r} holds no text after the caption cleaner, which T5 models need, has taken "
-                f"out {what_is_cleaned(prompt)}; describe the image in English words."
+                f"the prompt {_head(prompt)!r} holds no text after the caption cleaner, which T5 models need, has "
+                f"taken out {what_is_cleaned(prompt)}; describe the image in English words."
             )
         raise InputError(f"the prompt {_head(prompt)!r} holds no text; describe the image in words.")
     return text

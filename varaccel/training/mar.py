@@ -47,7 +47,8 @@ class MARRecipe(TokenRecipe):
     def __post_init__(self) -> None:
         if not 0 < self.least_hidden <= 1 or self.hidden_spread <= 0 or self.repeats < 1:
             raise InputError(
-                "a MAR recipe needs a least_hidden above 0 and up to 1, a hidden_spread above 0 and repeats of at least 1."
+                "a MAR recipe needs a least_hidden above 0 and up to 1, a hidden_spread above 0 and repeats of at "
+                "least 1."
             )
 
 
