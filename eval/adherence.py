@@ -38,7 +38,8 @@ from varaccel.evaluation.metrics.adherence import (
 from varaccel.evaluation.metrics.image_sets import ImageFolder
 from varaccel.evaluation.sampling.prompt_lists import SCENES
 from varaccel.evaluation.sampling.run_settings import RunSettings
-from varaccel.files import atomic_path
+from varaccel.files import check_writable, write_text
+from varaccel.image_files import check_image_path, write_image
 from varaccel.models.detector import as_batch, load_detector
 from varaccel.pipelines.pixels import to_output
 from varaccel.scenes import render, sample_scene
@@ -180,6 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError("--option belongs to an accelerator; name one with --accelerator.")
         if options.tokenizer and not options.renderer:
             raise InputError("--tokenizer belongs to --renderer; a model brings its own.")
+        check_writable(options.out)
+        if options.grid:
+            check_image_path(options.grid)
         accelerator = (
             make_accelerator(options.accelerator, parse_options(options.option))
             if options.accelerator
@@ -222,12 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name not in ("out", "grid", "grid_count")
         }
         report = {"settings": typed, "seconds": round(seconds, 2), **adherence.to_json(verdicts=True)}
-        with atomic_path(options.out) as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(json.dumps(report, indent=2) + "\n", options.out)
     if options.grid:
         first = Adherence(adherence.rates, adherence.verdicts[: options.grid_count])
-        with atomic_path(options.grid) as temporary:
-            sheet(images[: options.grid_count], first).save(temporary)
+        write_image(sheet(images[: options.grid_count], first), options.grid)
     return 0
 
 

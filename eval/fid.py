@@ -37,6 +37,7 @@ def main() -> int:
             raise InputError("name either images or a --preset to draw.")
         if options.preset is not None:
             _follow_preset(options)
+        _check_files(options)
         space = _space(options)  # refused before days of drawing
         if options.preset is not None and not _drawn(options):
             return 0
@@ -106,6 +107,14 @@ def _follow_preset(options: argparse.Namespace) -> None:
         )
     options.reference = options.reference or preset.reference
     options.space = options.space or preset.space
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """Refuse what could not be written after days of drawing."""
+    from varaccel.files import check_writable, check_writable_folder
+
+    check_writable(options.json, options.save_statistics)
+    check_writable_folder(options.cache)
 
 
 def _drawn(options: argparse.Namespace) -> bool:

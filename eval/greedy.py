@@ -23,7 +23,7 @@ from varaccel.console import tolerant_console
 from varaccel.errors import InputError, VaraccelError
 from varaccel.evaluation.metrics.adherence import held_out_captions
 from varaccel.evaluation.sampling.example_prompts import examples
-from varaccel.files import write_text
+from varaccel.files import check_writable, write_text
 from varaccel.pipelines.placement import open_pipeline
 
 LOSSLESS = (
@@ -54,6 +54,7 @@ def main() -> int:
     try:
         if options.count < 1 or options.batch_size < 1:
             raise InputError("--count and --batch-size must be at least 1.")
+        check_writable(options.out)
         accelerators = parse_grid(options.accelerator or LOSSLESS)
         pipe = open_pipeline(options.model, quiet=True)
         prompts = examples(pipe, [caption.text for caption in held_out_captions(options.count)])

@@ -99,9 +99,10 @@ def main() -> int:
 
     from varaccel.errors import VaraccelError
     from varaccel.evaluation.speed.machine import describe_machine
-    from varaccel.files import write_text
+    from varaccel.files import check_writable, write_text
 
     try:
+        check_writable(options.out)
         runs = new_runs(options)
         taken: dict[str, list[Any]] = {name: [] for name in runs}
         for repeat in tqdm(range(options.repeats + 1), desc="measuring"):

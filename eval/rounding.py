@@ -31,8 +31,9 @@ def main() -> int:
     try:
         from varaccel.evaluation.metrics.rounding import compare_batch_sizes
         from varaccel.evaluation.speed.machine import describe_machine
-        from varaccel.files import write_text
+        from varaccel.files import check_writable, write_text
 
+        check_writable(options.out)
         started = start_run(options, Path())
         settings = started.run.settings
         report = compare_batch_sizes(

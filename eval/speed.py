@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> None:
     from varaccel.evaluation.sampling.example_prompts import examples
     from varaccel.evaluation.speed.speed_sweep import sweep
     from varaccel.evaluation.speed.sweep_report import SweepReport
-    from varaccel.files import write_text
+    from varaccel.files import check_writable, write_text
     from varaccel.pipelines.call_options import call_options
     from varaccel.pipelines.placement import open_pipeline, quiet_loading
     from varaccel.shipped import smaller_model
@@ -85,6 +85,7 @@ def measure(options: argparse.Namespace) -> None:
     batches = options.batch or [1]
     if min(batches) < 1 or options.repeats < 1:
         raise InputError("--batch and --repeats must be at least 1.")
+    check_writable(options.out)
     typed = None if options.accelerator is None else parse_grid(options.accelerator)
     pipe: Any = open_pipeline(options.model, options.device, options.dtype, quiet=True)
     call = call_options(
@@ -94,6 +95,7 @@ def measure(options: argparse.Namespace) -> None:
         num_iterations=options.num_iterations,
         head_steps=options.head_steps,
     )
+    pipe.check_images(max(batches))
     captions = held_out_prompts(max(batches) * options.repeats).values()
     with quiet_loading():  # networks that accelerators name are loaded on the way
         report = sweep(

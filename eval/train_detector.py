@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from varaccel.console import tolerant_console
 from varaccel.errors import VaraccelError
-from varaccel.files import atomic_path
+from varaccel.files import atomic_path, check_writable_folder
 from varaccel.models.detector import load_detector
 from varaccel.scenes import HELD_OUT_SEED
 from varaccel.scenes.cache import CachedScenes
@@ -82,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export = options.export or options.out / "detector"
     torch.set_num_threads(options.threads)
     try:
+        check_writable_folder(options.out)
+        check_writable_folder(export)
         scenes = CachedScenes(options.data)
         model = new_detector(image_size=scenes.size)
         run = train_detector(model, scenes, options.out, budget=Budget(options.steps, options.minutes))

@@ -72,9 +72,10 @@ def main() -> int:
     from varaccel.errors import VaraccelError
     from varaccel.evaluation.published.var import published_loop
     from varaccel.evaluation.speed.machine import describe_machine
-    from varaccel.files import write_text
+    from varaccel.files import check_writable, write_text
 
     try:
+        check_writable(options.out)
         pipe, prompts = load(options)
         top_k = min(options.top_k, pipe.vq_model.codebook_size)
         with torch.inference_mode():

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +88,13 @@ def c2i(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "mar"
     pipeline("mar-caption").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def c2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "var"
+    pipeline("var-class").save_pretrained(folder)
     return folder
 
 
@@ -302,11 +312,56 @@ def test_folder_without_permission(varaccel: Shell, t2i: Path) -> None:
     assert varaccel.files == ["locked"]
 
 
-def half_written(error: BaseException) -> Any:
-    """A stand-in for `Image.save` that fails in the middle of the file."""
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "file/x.png"], ["file/x.png", "Not a directory"]),
+        (["--out", "file/new/x.png"], ["file/new/x.png", "Not a directory"]),
+        (["--out", "x.msp"], ["x.msp", "MSP"]),
+        (["--out", "x.h5"], ["x.h5", "HDF5"]),
+        (["--out", "a" * 300 + ".png"], ["too long"]),
+        (["--out", "a" * 248 + ".png", "--separate", "-n", "1000"], ["too long"]),
+        (["--out", "a" * 248 + ".png", "--map"], ["too long"]),
+        (["--out", "x.webp", "-n", "9000000"], ["x.webp", "name another format"]),
+        (["-n", str(10**12)], ["out of memory", "make fewer"]),
+        (["-n", str(10**12), "--out", "x.webp"], ["x.webp"]),
+    ],
+    ids=lambda value: " ".join(value)[-40:],
+)
+def test_what_cannot_be_written_is_found_before_drawing(
+    varaccel: Shell, t2i: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("an image was drawn")
 
-    def save(self: Image.Image, path: Path, **_: Any) -> None:
-        Path(path).write_bytes(b"half an image")
+    monkeypatch.setattr(LlamaGenPipeline, "_run", fail)
+    (varaccel.folder / "file").write_text("in the way")
+    assert_sentence(varaccel("generate", "a cube", "--model", t2i, "--quiet", *arguments), *words)
+    assert varaccel.files == ["file"]
+
+
+def test_a_name_of_full_length(varaccel: Shell, t2i: Path) -> None:
+    name = "猫" * 82 + ".png"
+    assert varaccel("generate", "a cube", "--model", t2i, "--quiet", "--out", name).code == 0
+    assert varaccel.files == [name]
+
+
+def test_out_through_a_link(varaccel: Shell, t2i: Path) -> None:
+    (varaccel.folder / "store").mkdir()
+    (varaccel.folder / "latest.png").symlink_to("store/real.png")
+    assert varaccel("generate", "a cube", "--model", t2i, "--quiet", "--out", "latest.png").code == 0
+    assert (varaccel.folder / "latest.png").is_symlink()
+    assert varaccel.files == ["latest.png", "store", "store/real.png"]
+
+
+def half_written(error: BaseException) -> Any:
+    """A stand-in for `Image.save` that fails in the middle of the file, and tries of formats in memory do not."""
+    whole = Image.Image.save
+
+    def save(self: Image.Image, target: Any, *arguments: Any) -> None:
+        if isinstance(target, BytesIO):
+            return whole(self, target, *arguments)
+        Path(target).write_bytes(b"half an image")
         raise error
 
     return save
@@ -406,9 +461,68 @@ def test_demo_of_a_masked_model(varaccel: Shell, mar: Path, monkeypatch: pytest.
 def test_demo_refusals(varaccel: Shell, t2i: Path) -> None:
     assert_sentence(varaccel("demo", "--model", t2i, "-a", "zipar:window=0"), "window")
     (varaccel.folder / "file").write_text("in the way")
-    run = varaccel("demo", "--model", t2i, "--out", "file", "--prompt", "a cube", "-a", "jacobi")
-    assert_sentence(run, "side-by-side.png")
+    assert_sentence(varaccel("demo", "--model", "not there", "--out", "file"), "side-by-side.png")
     assert varaccel.files == ["file"]
+
+
+# -- inpaint -------------------------------------------------------------------------------------------
+
+
+def test_inpaint(varaccel: Shell, c2v: Path) -> None:
+    """A photo that lies on its side, and a mask of strokes on a transparent layer of the upright one."""
+    pipe, host = pipeline("var-class"), c2v
+    side = pipe.image_size
+    upright = Image.effect_noise((2 * side, 3 * side), 80).convert("RGB")
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.getexif()[0x0112] = 6
+    stored.save("photo.png", exif=stored.getexif())
+    strokes = Image.new("LA", upright.size)
+    strokes.paste((0, 255), (0, side, side, 2 * side))
+    strokes.save("mask.png")
+    run = varaccel("inpaint", "photo.png", "mask.png", "hen", "--model", host, "-o", "out.png", "--quiet")
+    assert run.code == 0, run.err
+    mask = Image.new("1", upright.size)
+    mask.paste(1, (0, side, side, 2 * side))
+    expected = pipe.inpaint(upright, mask, "hen", seed=0).images[0]
+    assert read_image(varaccel.folder / "out.png").tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bomb.png", "mask.png"], ["bomb.png cannot be read as an image", "decompression bomb"]),
+        (["photo.png", "bomb.png"], ["bomb.png cannot be read as an image"]),
+        (["text.png", "mask.png"], ["text.png cannot be read as an image"]),
+        (["none.png", "mask.png"], ["none.png cannot be read as an image"]),
+        ([".", "mask.png"], [". cannot be read as an image"]),
+        (["photo.png", "mask.png", "-o", "text.png/x.png"], ["text.png/x.png", "Not a directory"]),
+        (["photo.png", "mask.png", "-o", "x.msp"], ["x.msp"]),
+        (["photo.png", "mask.png", "-n", str(10**12)], ["out of memory", "make fewer"]),
+        (["photo.png", "wide.png"], ["the mask is 60 × 20 pixels but the image 40 × 40"]),
+        (["photo.png", "hole.png"], ["alpha channel"]),
+        (["photo.png", "black.png"], ["black everywhere"]),
+    ],
+    ids=" ".join,
+)
+def test_inpaint_refusals(varaccel: Shell, c2v: Path, arguments: list[str], words: list[str]) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
+    Path("bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    Path("text.png").write_text("no image")
+    Image.new("RGB", (40, 40), "red").save("photo.png")
+    Image.new("L", (40, 40), 255).save("mask.png")
+    Image.new("L", (60, 20), 255).save("wide.png")
+    Image.new("L", (40, 40)).save("black.png")
+    hole = Image.new("RGBA", (40, 40), "white")
+    hole.paste((0, 0, 0, 0), (10, 10, 20, 20))
+    hole.save("hole.png")
+    before = varaccel.files
+    assert_sentence(
+        varaccel("inpaint", *arguments[:2], "hen", *arguments[2:], "--model", c2v, "--quiet"), *words
+    )
+    assert varaccel.files == before
 
 
 def test_maps_of_passes(varaccel: Shell, t2i: Path) -> None:
@@ -537,6 +651,18 @@ def test_bench_options_of_another_family(varaccel: Shell, t2i: Path) -> None:
         assert_sentence(run, f"has no {option} to choose")
 
 
+def test_bench_of_more_images_than_memory_holds(varaccel: Shell, t2i: Path) -> None:
+    assert_sentence(varaccel("bench", "--model", t2i, "--batch", 10**12), "out of memory", "make fewer")
+
+
+@pytest.mark.parametrize("option", ["--out", "--install"])
+def test_a_drafter_that_cannot_be_written_is_not_trained(varaccel: Shell, option: str) -> None:
+    (varaccel.folder / "file").write_text("in the way")
+    run = varaccel("train", "drafter", "--token-ids", "tokens", "--target", "not there", option, "file")
+    assert_sentence(run, "nothing could be written to file")
+    assert varaccel.files == ["file"]
+
+
 def test_bench_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None:
     arguments = ("bench", "--model", c2i, "--repeats", 1, "-a", "zipar:window=2")
     assert_sentence(varaccel(*arguments, "--images", 5), "--images 0")
@@ -559,6 +685,9 @@ def test_bench_of_a_model_that_draws_classes(varaccel: Shell, c2i: Path) -> None
         (["--samples", "samples"], ["samples must end"]),
         (["--plot", "plot.png", "--images", "0"], ["--plot", "--images"]),
         (["--out", "file/x.json"], ["nothing could be written to file/x.json"]),
+        (["--plot", "file/x.png"], ["nothing could be written to file/x.png"]),
+        (["--samples", "x.msp"], ["x.msp"]),
+        (["--samples", "a" * 300 + ".png"], ["too long"]),
         (["--out", "file", "--resume"], ["file cannot be continued"]),
         (["--out", "other.json", "--resume"], ["other.json cannot be continued", "no report"]),
     ],

@@ -383,6 +383,51 @@ def test_components_must_fit() -> None:
         LlamaGenPipeline(transformer("t2i"), vq_model())
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 3.64 TiB for an array"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("MPS backend out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("host", ["c2i", "var-class", "mar-class"])
+def test_failed_allocations_of_all_kinds(
+    error: Exception, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    pipe = pipeline(host)
+    monkeypatch.setattr(type(pipe), "_job", fail)
+    with pytest.raises(OutOfMemory, match="fewer than 2 images"):
+        pipe(0, num_images_per_prompt=2, seed=0)
+
+
+@pytest.mark.parametrize("host", ["c2i", "var-class", "mar-class"])
+@pytest.mark.parametrize("count", [10**12, 10**9, 10**8])
+def test_more_images_than_memory_holds_are_refused_at_once(
+    host: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("memory was asked for")
+
+    pipe = pipeline(host)
+    monkeypatch.setattr("varaccel.pipelines.base.image_generators", fail)
+    with pytest.raises(OutOfMemory, match=f"{count:,} images in one call"):
+        pipe(0, num_images_per_prompt=count, seed=0)
+    if hasattr(pipe, "inpaint"):
+        side = pipe.image_size
+        with pytest.raises(OutOfMemory, match=f"{count:,} images in one call"):
+            pipe.inpaint(torch.rand(3, side, side), torch.ones(side, side), num_images=count, seed=0)
+
+
 def test_out_of_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = new_pipeline("c2i")
 

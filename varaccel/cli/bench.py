@@ -79,6 +79,7 @@ def bench(
     )
     if compiled:
         pipe.compile()
+    pipe.check_images(max(batch or [1]))
     grid = parse_grid(default_grid(pipe, smaller_model(model))) if typed is None else typed
     pipe.set_progress_bar_config(disable=True)
     report = bench_held_out(
@@ -128,14 +129,12 @@ class BenchFiles:
         from varaccel.files import check_writable
         from varaccel.image_files import check_image_path
 
-        if self.report is not None:
-            check_writable(self.report)
+        check_writable(self.report)
         if resume and self.report is None:
             raise InputError("--resume continues the report of --out; name that file.")
         for path in (self.plot, self.samples):
             if path is not None:
                 check_image_path(path)
-                check_writable(path)
         if self.plot is not None:
             check_extra("matplotlib")
             if not judged:

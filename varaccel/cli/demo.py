@@ -28,9 +28,11 @@ def demo(
     from varaccel.cli.sheets import comparison_sheet
     from varaccel.evaluation.bench.grids import demo_grid
     from varaccel.evaluation.sampling.example_prompts import DEMO_PROMPTS, examples
-    from varaccel.image_files import write_image
+    from varaccel.image_files import check_image_path, write_image
     from varaccel.pipelines.placement import open_pipeline
 
+    sheet = out / "side-by-side.png"
+    check_image_path(sheet)
     typed = None if accelerator is None else parse_grid(accelerator)
     pipe: Any = open_pipeline(model)
     accelerators = [Plain(), *(parse_grid(demo_grid(pipe)) if typed is None else typed)]
@@ -41,7 +43,6 @@ def demo(
         pipe(prompts[0], seed=seed, accelerator=chosen)  # warm-up: the first call pays for allocations
         rows.append([pipe(p, seed=seed + i, accelerator=chosen) for i, p in enumerate(prompts)])
     labels = costs(rows)
-    sheet = out / "side-by-side.png"
     write_image(comparison_sheet(prompts, [[o.images[0] for o in row] for row in rows], labels), sheet)
     typer.echo("\n".join([f"\nwrote {sheet}", *(f"  {label}" for label in labels)]))
 

@@ -51,14 +51,20 @@ def generate(
 ) -> None:
     """Make images from prompts."""
     from varaccel.accelerators import make_accelerator
+    from varaccel.cli.sheets import check_sheet
     from varaccel.engine.option_text import parse_options
+    from varaccel.files import check_writable, numbered
     from varaccel.image_files import check_image_path
     from varaccel.pipelines.call_options import call_options
     from varaccel.pipelines.placement import open_pipeline
 
     chosen = make_accelerator(accelerator, parse_options(option or []))
     check_image_path(out)
+    last = len(prompt) * count - 1
+    # the longest of the names, which may be too long where that of the sheet is not
+    check_writable(*(numbered(name, last) for name in further_names(out, separate, passes_map)))
     pipe: Any = open_pipeline(model, quiet=quiet or as_json)
+    check_sheet(out, len(prompt) * count, pipe)
     call = call_options(
         pipe,
         model,
@@ -89,4 +95,14 @@ def write_output(output: Any, out: Path, *, separate: bool, passes_map: bool) ->
             write_image(image, numbered(out, index))
     if passes_map:
         for index, passes in enumerate(output.acceptance_maps()):
-            write_image(passes, numbered(out.with_stem(f"{out.stem}-map"), index))
+            write_image(passes, numbered(map_name(out), index))
+
+
+def map_name(out: Path) -> Path:
+    """What numbers are added to, for the maps of passes."""
+    return out.with_stem(f"{out.stem}-map")
+
+
+def further_names(out: Path, separate: bool, passes_map: bool) -> list[Path]:
+    """What numbers are added to, for all files beside the sheet."""
+    return [*([out] if separate else []), *([map_name(out)] if passes_map else [])]

@@ -27,7 +27,7 @@ def inpaint(
     quiet: Quiet = False,
 ) -> None:
     """Paint a part of an image anew (next-scale models)."""
-    from varaccel.cli.sheets import write_sheet
+    from varaccel.cli.sheets import check_sheet, write_sheet
     from varaccel.image_files import check_image_path, read_image
     from varaccel.pipelines.placement import open_pipeline
 
@@ -36,6 +36,7 @@ def inpaint(
     pipe: Any = open_pipeline(model, quiet=quiet)
     if not hasattr(pipe, "inpaint"):
         raise InputError(f"{model} cannot paint into an image; choose a next-scale model such as mini-var.")
+    check_sheet(out, count, pipe)
     output = pipe.inpaint(*opened, prompt, seed=seed, num_images=count, guidance_scale=guidance_scale)
     write_sheet(output.images, out)
     typer.echo(f"{out}\n{output.stats}")

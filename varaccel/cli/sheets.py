@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from varaccel.image_files import write_image
-from varaccel.pipelines.pixels import grid
+from varaccel.image_files import check_image_path, write_image
+from varaccel.pipelines.pixels import grid, grid_size
+
+
+def check_sheet(path: Path, count: int, pipe: Any) -> None:
+    """Refuse, before they are drawn, a path that `write_sheet` cannot write `count` images of a pipeline to.
+
+    Raises:
+        InputError: see `check_image_path`.
+    """
+    side = getattr(pipe, "image_size", None)
+    if side is not None and count > 0:
+        check_image_path(path, grid_size(count, (side, side)))
 
 
 def write_sheet(images: list[Image.Image], path: Path) -> None:

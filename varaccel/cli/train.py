@@ -76,6 +76,7 @@ def drafter(
     """Train a drafter for speculative decoding of a LlamaGen pipeline. Run it again to resume."""
     import torch
 
+    from varaccel.files import check_writable_folder
     from varaccel.models.eagle import EagleHead
     from varaccel.pipelines.auto import AutoPipeline
     from varaccel.training.drafter import DrafterRecipe, train_drafter
@@ -83,6 +84,8 @@ def drafter(
 
     if batch_size < 1 or accumulate < 1 or validation < 0:
         raise InputError("batch_size and accumulate must be at least 1, validation at least 0.")
+    check_writable_folder(out / "export")
+    check_writable_folder(install)
     pipe: Any = AutoPipeline.from_pretrained(target, dtype=torch.float32)
     recipe = DrafterRecipe(
         batch_size=batch_size,

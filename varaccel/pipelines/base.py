@@ -31,7 +31,7 @@ from varaccel.nn.number_check import check_finite
 from varaccel.nn.signature import Paradigm, Signature
 from varaccel.pipelines.class_names import find_class
 from varaccel.pipelines.loading import LoadablePipeline
-from varaccel.pipelines.memory import memory_errors
+from varaccel.pipelines.memory import check_images, memory_errors
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.pixels import OUTPUT_TYPES, to_output
 from varaccel.pipelines.running_calls import RunningCall, calls_meant, running, turn_on_device
@@ -183,6 +183,18 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         """The pass that decided each token, [B, h, w], or [B, N] if the tokens are not one grid."""
         return run.canvas.written
 
+    def check_images(self, count: int) -> None:
+        """Refuse, before anything is made, more images in one call than the memory of the device holds.
+
+        Raises:
+            OutOfMemory: see above.
+        """
+        try:
+            pixels = int(self.image_size) ** 2
+        except (AttributeError, InputError):  # images of no single size: a pixel per token at least
+            pixels = int(self.transformer.num_tokens)
+        check_images(count, pixels, self._execution_device)
+
     # -- the course of a call --------------------------------------------------------------------------
 
     def _checked_call(
@@ -201,16 +213,21 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
 
         Raises:
             InputError: any of them cannot be used.
+            OutOfMemory: more images than the device can hold.
         """
         prompts = self._prompts(prompt)
         num_images_per_prompt = positive_integer("num_images_per_prompt", num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise unknown_name("output_type", str(output_type), OUTPUT_TYPES)
         check_callback(callback)
+        images = len(prompts) * num_images_per_prompt
+        self.check_images(images)
+        with memory_errors(images):
+            generators = image_generators(images, seed, generator)
         return Call(
             prompts,
             num_images_per_prompt,
-            image_generators(len(prompts) * num_images_per_prompt, seed, generator),
+            generators,
             resolve_accelerator(accelerator, self.job_type, f"{self.family} models"),
             output_type,
             return_dict,

@@ -41,11 +41,20 @@ def to_output(images: Tensor, output_type: str) -> Any:
 
 def grid(images: list[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
     """One sheet of equally large images."""
-    columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
-    rows = -(-len(images) // columns)
+    columns = columns or _columns(len(images))
     width, height = images[0].size
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    sheet = Image.new("RGB", grid_size(len(images), (width, height), columns, gap), "white")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         sheet.paste(image, (column * (width + gap), row * (height + gap)))
     return sheet
+
+
+def grid_size(count: int, size: tuple[int, int], columns: int | None = None, gap: int = 2) -> tuple[int, int]:
+    """(width, height) of the sheet that `grid` makes of `count` images of (width, height)."""
+    columns = columns or _columns(count)
+    return columns * (size[0] + gap) - gap, -(-count // columns) * (size[1] + gap) - gap
+
+
+def _columns(count: int) -> int:
+    return max(1, round(count**0.5 + 0.49))

@@ -7,6 +7,9 @@ from math import hypot
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from varaccel.accelerators.plain import Plain
 from varaccel.errors import InputError
 from varaccel.evaluation.bench.fronts import (
@@ -19,6 +22,7 @@ from varaccel.evaluation.bench.fronts import (
 from varaccel.evaluation.bench.report import BenchReport, Row
 from varaccel.evaluation.extra import check_extra
 from varaccel.files import atomic_path
+from varaccel.image_files import write_image
 
 # Okabe and Ito's colours, which are told apart without full colour vision
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -96,8 +100,12 @@ def plot(report: BenchReport, path: str | Path, batch: int | None = None) -> Non
             [quality_value(row, kind) for row in rows],
             [styles[row.accelerator]["color"] for row in rows],
         )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
+    path = Path(path)
+    if path.suffix.lower().removeprefix(".") in canvas.get_supported_filetypes():
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary)
+    else:  # Pillow knows formats that matplotlib does not
+        write_image(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
