@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.models.test_var_parity import GOLDEN
@@ -257,6 +257,18 @@ def test_single_files_take_them_too(tmp_path: Path) -> None:
         LlamaGenPipeline.from_single_file(path, **common, topk=3)
 
 
+@pytest.mark.parametrize(
+    "call", [{"dtype": "bfloat16"}, {"torch_dtype": "bf16"}, ("cpu", "bfloat16"), ("bfloat16",)]
+)
+def test_a_pipeline_moves_to_a_named_type(call: Any) -> None:
+    pipe: Any = tiny.new_pipeline("c2i")
+    moved = pipe.to(**call) if isinstance(call, dict) else pipe.to(*call)
+    assert moved is pipe
+    assert pipe.transformer.dtype == pipe.vq_model.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="unknown dtype 'fp99'"):
+        pipe.to(dtype="fp99")
+
+
 def test_a_revision_of_a_repository_is_not_asked_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -287,6 +299,43 @@ def test_a_folder_with_a_text_in_the_place_of_weights(text: str, tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"is a web page|pointer of git-lfs") as caught:
         AutoPipeline.from_pretrained(tmp_path)
     assert "vq_model" in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    ("kind", "component"),
+    [
+        ("c2i", "transformer"),
+        ("c2i", "vq_model"),
+        ("t2i", "text_encoder"),
+        ("var-class", "refiner"),
+        ("mar-class", "vae"),
+    ],
+)
+def test_networks_saved_under_a_wrapper(kind: str, component: str, prefix: str, tmp_path: Path) -> None:
+    pipe = tiny.pipeline(kind)
+    pipe.save_pretrained(tmp_path)
+    file = next((tmp_path / component).glob("*.safetensors"))
+    state = load_file(file)
+    save_file({f"{prefix}{name}": value for name, value in state.items()}, file, metadata={"format": "pt"})
+    loaded: Any = AutoPipeline.from_pretrained(tmp_path)
+    ours = getattr(loaded, component).state_dict()
+    assert ours.keys() == getattr(pipe, component).state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in ours.items())
+    half: Any = AutoPipeline.from_pretrained(tmp_path, dtype="bfloat16")
+    assert getattr(half, component).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_a_network_that_lacks_weights_is_not_filled_with_noise(lost: int, tmp_path: Path) -> None:
+    tiny.pipeline("var-class").save_pretrained(tmp_path)
+    file = next((tmp_path / "transformer").glob("*.safetensors"))
+    state = load_file(file)
+    for name in sorted(state)[:lost]:
+        del state[name]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"transformer lacks .*save the model again"):
+        AutoPipeline.from_pretrained(tmp_path)
 
 
 # -- from_pipe -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -118,6 +118,29 @@ def _states(
         for name, entry in content.items():
             if isinstance(name, str) and isinstance(entry, Mapping):
                 yield from _states(entry, anchor_key, (*path, name))
+
+
+def wrapped_weights(folder: Path) -> dict[str, Tensor] | None:
+    """The weights in a component's folder under the network's own names, if wrappers have changed them; else None."""
+    names = stored_names(folder)
+    if not any(_WRAPPED.search(name) for name in names or ()):
+        return None
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state |= {_WRAPPED.sub("", name): value for name, value in load_file(file).items()}
+    return state
+
+
+def stored_names(folder: Path) -> set[str] | None:
+    """Names of the tensors in the safetensors of a component's folder; None if there are none or they are damaged."""
+    names: set[str] = set()
+    try:
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                names |= set(opened.keys())
+    except (SafetensorError, OSError):
+        return None
+    return names or None
 
 
 def _read(file: Path) -> Mapping[str, Any]:

@@ -20,6 +20,11 @@ _SHORT_NAMES = {
 _NAMES = ("float16", "bfloat16", "float32", "float64")
 
 
+def is_dtype_name(text: str) -> bool:
+    """Whether a text is the name of a floating-point number type."""
+    return text.removeprefix("torch.").lower() in {*_NAMES, *_SHORT_NAMES}
+
+
 def as_dtype(value: Any) -> torch.dtype:
     """A floating-point number type, or the one of that name: "float16", "torch.bfloat16", "fp16".
 

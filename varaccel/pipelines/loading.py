@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 
 from varaccel.errors import CheckpointError, InputError, unknown_name
-from varaccel.nn.checkpoints import not_weights
-from varaccel.nn.precision import cast
+from varaccel.nn.checkpoints import load_strict, not_weights, stored_names, wrapped_weights
+from varaccel.nn.precision import as_dtype, cast, is_dtype_name
 from varaccel.pipelines.catalog import PUBLISHED
 from varaccel.pipelines.load_options import LoadOptions, constructor_parameters, number_type_option
 from varaccel.shipped import shipped_models
@@ -179,7 +179,59 @@ def _load_borrowed(folder: Path, options: LoadOptions) -> dict[str, Any]:
     }
 
 
+def _load_wrapped(folder: Path, options: LoadOptions) -> dict[str, Any]:
+    """Networks of a model folder whose weights bear names that DDP, FSDP or torch.compile changed.
+
+    diffusers would find none of them, and leave the networks at random with no more than a warning.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {}
+    for name, entry in index.items():
+        state = None if name in options.parts else wrapped_weights(folder / name)
+        if state is None:
+            continue
+        network_class = _component_class(folder, name, entry)
+        if not issubclass(network_class, ModelMixin):
+            continue
+        network: Any = network_class.from_config(network_class.load_config(folder / name))
+        load_strict(network, state, source=str(folder / name))
+        dtype = options.dtype_of(name)
+        if dtype is not None:
+            cast(network, dtype)
+        found[name] = network.eval()
+    return found
+
+
+def _check_complete(folder: Path, pipe: Any, passed: Mapping[str, Any]) -> None:
+    """Refuse a folder that lacks weights of the library's networks, which diffusers draws at random.
+
+    Raises:
+        CheckpointError: names the first of them.
+    """
+    for name, part in pipe.components.items():
+        if name in passed or not isinstance(part, nn.Module) or not _is_own(type(part)):
+            continue
+        stored = stored_names(folder / name)
+        missing = [] if stored is None else [key for key in part.state_dict() if key not in stored]
+        if missing:
+            raise CheckpointError(
+                f"{folder / name} lacks {missing[0]}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + "; save the model again."
+            )
+
+
 def _load_component(folder: Path, name: str, entry: Any, path: Path, options: LoadOptions) -> Any:
+    component_class = _component_class(folder, name, entry)
+    load: Any = component_class.from_pretrained
+    if not issubclass(component_class, nn.Module):
+        return load(path)
+    dtype = options.dtype_of(name)
+    return load(path, **({} if dtype is None else {"dtype": dtype}))
+
+
+def _component_class(folder: Path, name: str, entry: Any) -> Any:
+    """The class that a model's index names for a component, of a library that is trusted."""
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
         raise CheckpointError(
             f"{folder} borrows {name}, but its model_index.json names no class for it; fetch the model again."
@@ -198,11 +250,7 @@ def _load_component(folder: Path, name: str, entry: Any, path: Path, options: Lo
         ) from error
     if not (isinstance(component_class, type) and hasattr(component_class, "from_pretrained")):
         raise CheckpointError(f"{folder} borrows a {class_name}, which is nothing that can be loaded.")
-    load: Any = component_class.from_pretrained
-    if not issubclass(component_class, nn.Module):
-        return load(path)
-    dtype = options.dtype_of(name)
-    return load(path, **({} if dtype is None else {"dtype": dtype}))
+    return component_class
 
 
 _RECORDED = ("_class_name", "_diffusers_version", "_name_or_path")
@@ -306,7 +354,7 @@ class LoadablePipeline(DiffusionPipeline):
                 f"{folder} holds a {found}, not a {cls.__name__}; load it with AutoPipeline."
             )
         try:
-            parts = {**chosen.parts, **_load_borrowed(folder, chosen)}
+            parts = {**chosen.parts, **_load_borrowed(folder, chosen), **_load_wrapped(folder, chosen)}
             dtype = {} if chosen.dtype is None else {"dtype": chosen.dtype}
             pipe: Self = super().from_pretrained(folder, **chosen.reading, **dtype, **parts)
         except CheckpointError:
@@ -314,6 +362,7 @@ class LoadablePipeline(DiffusionPipeline):
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             reason = _no_weights_in(folder) or str(error).strip().split("\n")[0]
             raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+        _check_complete(folder, pipe, parts)
         if chosen.device is not None:
             pipe.to(chosen.device)
         return pipe
@@ -334,6 +383,20 @@ class LoadablePipeline(DiffusionPipeline):
         pipe = cls(**{**components, **chosen.parts})
         chosen.apply(pipe)
         return pipe
+
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        """As diffusers', and number types may be named: `to("cuda", "bfloat16")`, `to(dtype="float16")`.
+
+        Raises:
+            InputError: an unknown number type.
+        """
+        typed = [as_dtype(a) if isinstance(a, str) and is_dtype_name(a) else a for a in arguments]
+        dtype = options.pop("torch_dtype", None)
+        dtype = options.pop("dtype", dtype)
+        if dtype is not None:
+            options["dtype"] = as_dtype(dtype)
+        moved: Self = super().to(*typed, **options)
+        return moved
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Write all components, borrowed ones too; a failure on the way (a full disk) leaves `folder` as it was.
