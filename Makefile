@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := OMP_WAIT_POLICY=passive $(BIN)/python
 
-.PHONY: help demo test test-fast bench app docs train-mini lint clean
+.PHONY: help demo test test-fast mutants bench app docs train-mini lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        images from prompts with the shipped model, plain and accelerated side by side"
 	@echo "make test        the test suite"
 	@echo "make test-fast   the tests without those marked slow; under four minutes on two cores"
+	@echo "make mutants     plants mistakes in the library; the tests must find each (ten minutes on two cores)"
 	@echo "make bench       outputs/report/index.html: speed and quality of accelerators on the shipped models (half an hour)"
 	@echo "make app         the demo in the browser"
 	@echo "make docs        site/index.html: the documentation as web pages"
@@ -47,6 +48,9 @@ test: $(VENV)/dev.stamp
 
 test-fast: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not browser" $(PARALLEL)
+
+mutants: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(RUN) -m tests.mutants
 
 bench: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(RUN) eval/pareto.py --model mini-llamagen --model mini-var --model mini-mar --out outputs/report

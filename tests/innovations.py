@@ -47,8 +47,9 @@ class Drawn:
         size = self.probs.shape[-1]
         if size <= CLASSES:
             return self
-        group = F.one_hot(torch.arange(size) % CLASSES, CLASSES).double()
-        return Drawn(self.tokens % CLASSES, self.probs @ group, self.passes)
+        # neighbouring numbers together: a random number that is used twice draws neighbours
+        classes = torch.arange(size) * CLASSES // size
+        return Drawn(classes[self.tokens], self.probs @ F.one_hot(classes, CLASSES).double(), self.passes)
 
     @property
     def innovations(self) -> Tensor:

@@ -82,6 +82,7 @@ class MarkovHost(Host):
         return self.factors(values).unsqueeze(1)
 
     def embed_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        assert tokens.max() < VOCAB_SIZE, "no token of the vocabulary was drawn"
         return F.pad(F.one_hot(tokens, VOCAB_SIZE).float(), (0, FEATURES - VOCAB_SIZE))
 
     def transform(self, x: Tensor, attention: AttentionInputs, layers: Sequence[int] | None = None) -> Tensor:
