@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,7 +193,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         try:
             pixels = int(self.image_size) ** 2
         except (AttributeError, InputError):  # images of no single size: a pixel per token at least
-            pixels = int(self.transformer.num_tokens)
+            pixels = math.prod(self.transformer.signature().layout or ())
         check_images(count, pixels, self._execution_device)
 
     # -- the course of a call --------------------------------------------------------------------------
