@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from PIL import Image
 from torch import Tensor, nn
 
@@ -192,6 +196,27 @@ def test_a_call_that_fails_leaves_nothing_behind(kind: str) -> None:
         pipe(1, seed=0, callback_on_step_end=fail)
     assert not pipe.interrupt
     assert not pipe(1, seed=0).stats.interrupted
+
+
+def test_calls_of_an_offloaded_pipeline_follow_each_other() -> None:
+    """Each moves the weights that the other is about to read; a call within a callback does not wait for its own."""
+    pipe, passes = new_pipeline("c2i"), []
+    hook = ModelHook()
+    hook.execution_device = "cpu"
+    add_hook_to_module(pipe.transformer, hook)
+
+    def draw(number: int) -> Any:
+        def note(pipe: Any, step: int, *_: Any) -> None:
+            passes.append(number)
+            time.sleep(0.001)
+            if step == 0:
+                pipe(1, seed=0)
+
+        return pipe(1, seed=number, callback_on_step_end=note)
+
+    with ThreadPoolExecutor(3) as threads:
+        assert all(out.stats.passes == 16 for out in threads.map(draw, range(3)))
+    assert [len(list(group)) for _, group in groupby(passes)] == [16, 16, 16]
 
 
 # -- callbacks -----------------------------------------------------------------------------------------

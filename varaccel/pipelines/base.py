@@ -250,8 +250,8 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
             memory_errors(call.images),
             torch.no_grad(),
             eval_mode(networks),
-            turn_on_device(networks),
             running(self) as control,
+            turn_on_device(networks),
         ):
             return self._run(call, settings, control)
 
