@@ -289,7 +289,7 @@ def test_damaged_orientations_are_none(tmp_path: Path) -> None:
         "cat.png",
         None,
         3,
-        object(),
+        ...,
         [[1, 2], [3]],
         np.zeros(5),
         np.zeros((2, 5, 5)),
