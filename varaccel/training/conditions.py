@@ -11,6 +11,7 @@ from torch import Tensor
 from varaccel.errors import InputError
 from varaccel.tokenizers.captions import clean_prompt
 from varaccel.tokenizers.text import TextFeatures
+from varaccel.training.precision import autocast
 from varaccel.training.tokens import Condition
 
 
@@ -25,7 +26,8 @@ def caption_condition(
 
     Args:
         captions: of all images; entry i belongs to image i. What is longer than the prefix is cut.
-        tokenizer, text_encoder: of the pipeline; the encoder runs where it is, in bfloat16.
+        tokenizer, text_encoder: of the pipeline; the encoder runs where it is, in bfloat16
+            if that is quick there.
         prefix_length: caption slots T of the transformer.
         device: of the result.
     """
@@ -52,7 +54,7 @@ def caption_condition(
     def condition(indices: Tensor) -> tuple[Tensor, Tensor | None]:
         chosen = indices.to(source)
         mask = masks[chosen]
-        with torch.autocast(source.type, torch.bfloat16):
+        with autocast(source):
             hidden = text_encoder(input_ids=ids[chosen], attention_mask=mask).last_hidden_state
         text = TextFeatures.from_hidden_states(hidden.float(), mask).to(device)
         return text.features, text.mask

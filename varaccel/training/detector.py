@@ -32,6 +32,7 @@ from varaccel.scenes.world import (
     TIMES,
     Scene,
 )
+from varaccel.training.precision import autocast
 from varaccel.training.run import Budget, ExponentialAverage, Schedule, TrainingRun, model_settings
 
 _KINDS = {"shape": SHAPES, "color": COLORS, "material": MATERIALS, "size": SIZES}
@@ -276,7 +277,7 @@ def train_detector(
     budget: Budget,
     recipe: DetectorRecipe | None = None,
 ) -> TrainingRun:
-    """Train until the budget is spent, on the CPU in bfloat16; resumes a run found in `folder`.
+    """Train until the budget is spent, on the CPU, in bfloat16 if that is quick there; resumes a run found in `folder`.
 
     Args:
         model: ends with the averaged weights, in evaluation mode.
@@ -323,7 +324,7 @@ def train_detector(
         rows = order[place * recipe.batch_size : (place + 1) * recipe.batch_size]
         generator = np.random.default_rng((recipe.seed, 1, step))
         images = degrade(scenes.batch_pixels(rows.tolist()), generator, recipe.degradation)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(torch.device("cpu")):
             output = model(images)
         terms = detector_loss(output, truth[torch.from_numpy(rows)])
         loss = torch.stack(list(terms.values())).sum()

@@ -25,6 +25,7 @@ from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
 from varaccel.nn.kv_cache import KVCache
+from varaccel.training.precision import autocast
 from varaccel.training.run import Budget, Schedule, TrainingRun, model_settings
 from varaccel.training.tokens import Condition, CourseRecipe, Scheduled, frozen, train_tokens
 
@@ -359,8 +360,7 @@ class DrafterObjective:
         return self.recipe.feature_weight * feature + self.recipe.distribution_weight * distribution
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.recipe.precision == "bfloat16"
-        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=enabled)
+        return autocast(self.target.device, self.recipe.precision == "bfloat16")
 
     def _pairs(self, indices: Tensor, dropped: Tensor | None = None) -> Pairs:
         guided, device = self.recipe.guidance.enabled, self.target.device

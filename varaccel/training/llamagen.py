@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.training import tokens
+from varaccel.training.precision import autocast
 from varaccel.training.run import Budget, TrainingRun, model_settings
 from varaccel.training.tokens import Condition, SampleOrder, Scheduled, TokenRecipe, train_tokens
 
@@ -82,13 +83,13 @@ class LlamaGenObjective(tokens.LossObjective):
         features, mask, image = self._batch(indices)
         where = dropped.to(features.device).view(-1, *[1] * (features.dim() - 1))
         features = torch.where(where, self.model.unconditional(features), features)
-        with torch.autocast(features.device.type, torch.bfloat16):
+        with autocast(features.device):
             return token_loss(self._forward, features, mask, image)
 
     @torch.no_grad()
     def validate(self, indices: Tensor) -> dict[str, Tensor]:
         features, mask, image = self._batch(indices)
-        with torch.autocast(features.device.type, torch.bfloat16):
+        with autocast(features.device):
             return {"loss": token_loss(self.model.forward, features, mask, image)}
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -191,6 +191,7 @@ class MARObjective(tokens.LossObjective):
             model.device
         )
         self.generator = torch.Generator(model.device)
+        self._quick = quick_bfloat16(model.device)  # measured here, outside of what is compiled
         self._losses = torch.compile(self._eager, dynamic=False) if compile else self._eager
 
     @property
@@ -249,8 +250,7 @@ class MARObjective(tokens.LossObjective):
         self, features: Tensor, mask: Tensor | None, dropped: Tensor, masked: Masked
     ) -> tuple[Tensor, Tensor]:
         model = self.model
-        quick = quick_bfloat16(features.device)
-        with torch.autocast(features.device.type, torch.bfloat16, enabled=quick):
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=self._quick):
             slots = model.embed_condition(features, mask)
             slots = torch.where(dropped[:, None, None], model.null_condition().to(slots.dtype), slots)
             shown = rows_of(masked.tokens, masked.known)

@@ -39,6 +39,7 @@ from varaccel.training.facts import (
     sample_caption,
     take_apart,
 )
+from varaccel.training.precision import autocast
 from varaccel.training.run import Budget, Schedule, TrainingRun
 
 
@@ -61,7 +62,7 @@ class TextRecipe:
         word_weight: weight of the questions to single words.
         looseness: how far captions depart from the grammar.
         seed: of weights and captions.
-        bfloat16: run the matrix products in bfloat16.
+        bfloat16: run the matrix products in bfloat16, where that is quick.
     """
 
     dim: int = 256
@@ -307,7 +308,7 @@ def train_text_encoder(
             for group in optimizer.param_groups:
                 group["lr"] = schedule(step, run.progress)
             generator.manual_seed(recipe.seed + step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            with autocast(device, recipe.bfloat16):
                 losses = reader.loss(next(batches).to(device), recipe, generator)
             optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()

@@ -21,6 +21,7 @@ from varaccel.errors import InputError
 from varaccel.models.var import VARTransformer
 from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer
 from varaccel.training import tokens
+from varaccel.training.precision import autocast
 from varaccel.training.run import Budget, TrainingRun, model_settings
 from varaccel.training.tokens import Condition, Scheduled, TokenRecipe, frozen, train_tokens
 
@@ -140,14 +141,14 @@ class VARObjective(_Objective):
 
     def loss(self, indices: Tensor, dropped: Tensor) -> Tensor:
         features, mask, inputs, image = self._batch(indices)
-        with torch.autocast(inputs.device.type, torch.bfloat16):
+        with autocast(inputs.device):
             logits = self._forward(features, inputs, mask, dropped.to(inputs.device))
         return F.cross_entropy(logits.flatten(0, 1), image.flatten())
 
     @torch.no_grad()
     def validate(self, indices: Tensor) -> dict[str, Tensor]:
         features, mask, inputs, image = self._batch(indices)
-        with torch.autocast(inputs.device.type, torch.bfloat16):
+        with autocast(inputs.device):
             logits = self.model.forward(features, inputs, mask)
         return self._by_scale(F.cross_entropy(logits.mT, image, reduction="none"))
 
@@ -185,7 +186,7 @@ class RefinerObjective(_Objective):
     def loss(self, indices: Tensor, dropped: Tensor) -> Tensor:
         features, mask, inputs, _ = self._batch(indices)
         where = dropped.to(inputs.device)
-        with torch.autocast(inputs.device.type, torch.bfloat16):
+        with autocast(inputs.device):
             with torch.no_grad():
                 taught = self._teach(features, inputs, mask, where)
             logits = self._forward(features, inputs, mask, where)
@@ -194,7 +195,7 @@ class RefinerObjective(_Objective):
     @torch.no_grad()
     def validate(self, indices: Tensor) -> dict[str, Tensor]:
         features, mask, inputs, _ = self._batch(indices)
-        with torch.autocast(inputs.device.type, torch.bfloat16):
+        with autocast(inputs.device):
             taught = self.teacher.forward(features, inputs, mask)
             logits = self.model.forward(features, inputs, mask)
         return self._by_scale(self._divergence(taught, logits), self.draft_scales)

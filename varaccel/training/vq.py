@@ -31,6 +31,7 @@ from varaccel.training.discriminator import (
 )
 from varaccel.training.images import PixelSource, colorful_crop, drawn_pixels, mirror_half, to_images
 from varaccel.training.perceptual import RandomFeatureLoss
+from varaccel.training.precision import autocast
 from varaccel.training.reconstruction import reconstruction_terms, summed_likeness
 from varaccel.training.run import Budget, ExponentialAverage
 from varaccel.training.tokenizer_trainer import TokenizerRecipe, TokenizerTrainer
@@ -327,7 +328,7 @@ class VQTrainer(TokenizerTrainer[ImageTokenizer, VQRecipe, Tensor]):
         return to_images(pixels).to(self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bfloat16)
+        return autocast(self.device, self.recipe.bfloat16)
 
     def _decoder_forward(self, images: Tensor) -> VQTrainingOutput:
         """As `VQModel.forward`, with gradients to the decoder alone."""
