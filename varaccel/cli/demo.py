@@ -26,8 +26,7 @@ def demo(
     from varaccel.accelerators.notation import parse_grid
     from varaccel.accelerators.plain import Plain
     from varaccel.cli.sheets import comparison_sheet
-    from varaccel.evaluation.bench.grids import demo_grid
-    from varaccel.evaluation.sampling.example_prompts import DEMO_PROMPTS, examples
+    from varaccel.evaluation.bench.grids import demo_grid, demo_prompts
     from varaccel.image_files import check_image_path, write_image
     from varaccel.pipelines.placement import open_pipeline
 
@@ -36,22 +35,22 @@ def demo(
     typed = None if accelerator is None else parse_grid(accelerator)
     pipe: Any = open_pipeline(model)
     accelerators = [Plain(), *(parse_grid(demo_grid(pipe)) if typed is None else typed)]
-    prompts = list(prompt or examples(pipe, DEMO_PROMPTS))
+    prompts = prompt or demo_prompts(pipe)
     pipe.check_prompts(prompts)
-    rows = []
-    for chosen in accelerators:
-        pipe(prompts[0], seed=seed, accelerator=chosen)  # warm-up: the first call pays for allocations
-        rows.append([pipe(p, seed=seed + i, accelerator=chosen) for i, p in enumerate(prompts)])
+    rows = [[pipe(p, seed=seed + i, accelerator=one) for i, p in enumerate(prompts)] for one in accelerators]
     labels = costs(rows)
     write_image(comparison_sheet(prompts, [[o.images[0] for o in row] for row in rows], labels), sheet)
     typer.echo("\n".join([f"\nwrote {sheet}", *(f"  {label}" for label in labels)]))
 
 
 def costs(rows: Sequence[Sequence[ImageOutput]]) -> list[str]:
-    """What the images of each row cost on average; speeds are ratios to the first row."""
+    """What the images of each row cost on average; speeds are ratios to the first row.
+
+    The first call of a kind pays for allocations, so its seconds do not count where there are others.
+    """
     labels = []
     for row in rows:
-        seconds, plain = (fmean(o.stats.seconds["tokens"] for o in r) for r in (row, rows[0]))
+        seconds, plain = (fmean(o.stats.seconds["tokens"] for o in r[1:] or r) for r in (row, rows[0]))
         stats = row[0].stats
         passes = fmean(o.stats.passes for o in row)
         quality = "lossless" if stats.lossless else "approximate"

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from varaccel.engine.job import Job
+from varaccel.evaluation.sampling.example_prompts import examples
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.masked.job import MaskedJob
 from varaccel.hosts.next_scale.job import ScaleJob
 
+_ONE_OBJECT = ("a glossy red cube", "a large orange cone on a gray floor", "a red sphere on a green floor")
+_RELATED = ("a red cylinder left of a blue cube", "a big shiny cyan cone to the left of a small orange cone")
 _QUICK_HEAD = "head_steps=20,head_sampler=dpm++"
 
 
@@ -26,6 +29,8 @@ class Defaults:
         release: what the report of a release compares with plain decoding of the shipped model: few enough for half an
             hour on a CPU core.
         demo: what `varaccel demo` shows beside plain decoding.
+        demo_prompts: what it asks for: of the kind that the shipped model of the paradigm follows mostly
+            (`eval/adherence.py`), so that a wrong image says something about the accelerator.
         first_choice: accelerator that the app proposes, None for the first that fits.
         images: judged per accelerator in the report of a release; models differ a hundredfold in speed.
         batches: images per timed call in that report.
@@ -34,6 +39,7 @@ class Defaults:
     label: str = "other"
     release: tuple[str, ...] = ()
     demo: tuple[str, ...] = ()
+    demo_prompts: tuple[str, ...] = _ONE_OBJECT
     first_choice: str | None = None
     images: int = 24
     batches: tuple[int, ...] = (1,)
@@ -73,6 +79,7 @@ DEFAULTS: Mapping[type[Job], Defaults] = {
             "cspd:mode=exact",
         ),
         demo=("fewer_steps:iterations=32", f"fewer_steps:iterations=32,{_QUICK_HEAD}"),
+        demo_prompts=_RELATED,
         first_choice="fewer_steps",
         images=24,
         batches=(1,),
@@ -169,6 +176,11 @@ def _masked_grid(pipe: Any, drafter: str | None) -> tuple[str, ...]:
 def demo_grid(pipe: Any) -> tuple[str, ...]:
     """What `varaccel demo` shows beside plain decoding of this pipeline."""
     return defaults_of(pipe.job_type).demo
+
+
+def demo_prompts(pipe: Any) -> list[str]:
+    """What `varaccel demo` asks this pipeline for."""
+    return examples(pipe, defaults_of(pipe.job_type).demo_prompts)
 
 
 def speed_grid(pipe: Any, smaller: str | None = None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from varaccel.evaluation.bench.judging import reference_statistics, true_images
 from varaccel.evaluation.bench.report import BenchReport
 from varaccel.evaluation.bench.run import run_bench
 from varaccel.evaluation.metrics.adherence import held_out_captions, held_out_prompts
-from varaccel.evaluation.sampling.example_prompts import DEMO_PROMPTS, examples
+from varaccel.evaluation.sampling.example_prompts import examples
 from varaccel.models.detector import load_detector
 
 
@@ -74,6 +74,6 @@ def bench_held_out(
     )
 
 
-def held_out_examples(pipe: Any, count: int = len(DEMO_PROMPTS)) -> list[str]:
+def held_out_examples(pipe: Any, count: int = 4) -> list[str]:
     """The first `count` held-out captions, or as many class names for a model that draws classes."""
     return examples(pipe, [text.text for text in held_out_captions(count)])

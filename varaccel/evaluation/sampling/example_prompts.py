@@ -6,13 +6,6 @@ from collections.abc import Sequence
 
 from varaccel.pipelines.loading import LoadablePipeline
 
-DEMO_PROMPTS = (
-    "a large yellow cone on a wooden floor at night",
-    "a green cube on a checkered floor",
-    "a large purple ball at sunset",
-    "a red cylinder left of a blue cube in daylight",
-)
-
 
 def examples(pipe: LoadablePipeline, descriptions: Sequence[str]) -> list[str]:
     """The descriptions, or as many class names for a class-conditional model."""
