@@ -154,6 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--count", type=int, default=500, help="number of prompts")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per call")
+    parser.add_argument(
+        "--until",
+        type=float,
+        metavar="SECONDS",
+        help="with --model: stop drawing at this time, in seconds since the epoch, and judge what there is",
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling")
     parser.add_argument("--guidance-scale", type=float, help="by default the model's own")
     parser.add_argument("--accelerator", help="name of an accelerator; by default plain decoding")
@@ -212,7 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 seed=options.seed,
                 guidance_scale=options.guidance_scale,
                 accelerator=accelerator,
+                until=options.until,
             )
+            captions = captions[: len(images)]
         seconds = time.perf_counter() - start
         adherence = score_adherence(detector, images, captions)
     except VaraccelError as error:

@@ -1,13 +1,11 @@
 """Put trained drafters into a pipeline folder, so that accelerators find them by name.
 
     varaccel train drafter --token-ids runs/token-ids --scenes runs/scenes --out runs/eagle --unroll 2 --lr 3e-3
-    python pipelines/train_mini_llamagen.py --out runs/small --config pipelines/mini_llamagen_small.json \\
-        --stages transformer
-    python pipelines/add_drafters.py weights/mini-llamagen --eagle runs/eagle/export --small runs/small/llamagen/export
+    python pipelines/train_mini_llamagen.py --config pipelines/mini_llamagen_small.json --stages transformer
+    python pipelines/add_drafters.py weights/mini-llamagen --eagle runs/eagle/export --small runs/llamagen-small/export
     python pipelines/weights_manifest.py
 
-The second command expects the folders scenes, token-ids and mini-text of the first model's run in its own (links
-will do). Weights are written in half precision.
+Weights are written in half precision.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python pipelines/train_mini_llamagen.py --out runs
 
 Every stage keeps its own folder below OUT and is skipped or resumed when the command is run again. The
-finished pipeline is written to OUT/mini-llamagen; `--install weights/mini-llamagen` puts it where it ships.
+transformer is trained in OUT/NAME, NAME from the config; the finished pipeline is written to OUT/mini-NAME, and
+`--install weights/mini-llamagen` puts it where it ships.
 
 To train a shipped pipeline further, with its own text encoder and image tokenizer:
 
@@ -75,8 +76,8 @@ def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> No
 
     from varaccel.models.llamagen import LlamaGenTransformer
     from varaccel.scenes.cache import CachedScenes
+    from varaccel.training.command_line import training_budget
     from varaccel.training.llamagen import LlamaGenRecipe, train_llamagen
-    from varaccel.training.run import Budget
     from varaccel.training.stages import caption_condition
     from varaccel.training.token_ids import read_token_ids
 
@@ -92,19 +93,21 @@ def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> No
         model = LlamaGenTransformer(**config["model"])
     model.to(options.device)
     condition = caption_condition(captions, options.out / "mini-text", options.device, model.prefix_length)
+    folder = options.out / config["name"]
     finished = train_llamagen(
         model,
         token_ids,
         condition,
-        options.out / "llamagen",
-        budget=Budget(minutes=options.minutes),
+        folder,
+        budget=training_budget(options),
+        validation=options.validation,
         recipe=LlamaGenRecipe(**config["recipe"]),
         compile=not options.no_compile,
         from_scratch=not options.from_pipeline,
         settings={"image_tokenizer": fingerprint},
     )
     finished.plot(["loss", "validation_loss"])
-    model.save_pretrained(options.out / "llamagen" / "export")
+    model.save_pretrained(folder / "export")
 
 
 def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
@@ -114,7 +117,7 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
 
     text = options.out / "mini-text"
     pipe = LlamaGenPipeline(
-        LlamaGenTransformer.from_pretrained(options.out / "llamagen" / "export"),
+        LlamaGenTransformer.from_pretrained(options.out / config["name"] / "export"),
         VQModel.from_pretrained(tokenizer_folder(options)),
         WordTextEncoder.from_pretrained(text / "text_encoder"),
         WordTokenizer.from_pretrained(text / "tokenizer"),
@@ -122,7 +125,7 @@ def assemble(options: argparse.Namespace, config: dict[str, Any]) -> None:
         top_k=config["top_k"],
         temperature=config["temperature"],
     )
-    write_pipeline(pipe, options.out / "mini-llamagen", options)
+    write_pipeline(pipe, options.out / f"mini-{config['name']}", options)
 
 
 def main() -> int:

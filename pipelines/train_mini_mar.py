@@ -76,9 +76,9 @@ def encode(options: argparse.Namespace, config: dict[str, Any]) -> None:
 def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> None:
     from varaccel.models.mar import MARTransformer
     from varaccel.scenes.cache import CachedScenes
+    from varaccel.training.command_line import training_budget
     from varaccel.training.latents import read_latents
     from varaccel.training.mar import MARRecipe, train_mar
-    from varaccel.training.run import Budget
     from varaccel.training.stages import caption_condition
 
     latents, manifest = read_latents(options.out / "latents")
@@ -95,7 +95,8 @@ def train_transformer(options: argparse.Namespace, config: dict[str, Any]) -> No
         manifest.scaling_factor,
         condition,
         folder,
-        budget=Budget(minutes=options.minutes),
+        budget=training_budget(options),
+        validation=options.validation,
         recipe=MARRecipe(**recipe),
         compile=not options.no_compile,
         settings={"image_tokenizer": manifest.tokenizer},

@@ -58,7 +58,7 @@ def train(
     from varaccel.errors import InputError
     from varaccel.scenes.cache import CachedScenes
     from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
-    from varaccel.training.run import Budget
+    from varaccel.training.command_line import training_budget
     from varaccel.training.shards import fingerprint
     from varaccel.training.stages import caption_condition
     from varaccel.training.token_ids import read_token_ids
@@ -76,7 +76,8 @@ def train(
     condition = caption_condition(captions, options.out / "mini-text", options.device)
     data = (vq.quantize, token_ids[: len(captions)], condition, folder)
     common: dict[str, Any] = {
-        "budget": Budget(minutes=options.minutes),
+        "budget": training_budget(options),
+        "validation": options.validation,
         "recipe": VARRecipe(**config["recipe"]),
         "compile": not options.no_compile,
         "from_scratch": from_scratch,

@@ -15,7 +15,6 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ DRAWING: dict[str, tuple[tuple[str, ...], int]] = {
     "var_inpaint": (("before", "after", "sheet"), 1),
     "var_plain": (("0", "1"), 1),
 }
-TRAINING = ("train_mini_llamagen", "train_mini_mar", "train_mini_var")
+TRAINING = ("train_mini_llamagen", "train_mini_mar", "train_mini_var", "train_all")
 TOOLS = ("add_drafters", "weights_manifest")
 
 STATISTICS = re.compile(r"^(\w+)\(.*\): \d+ images of \d+ tokens in \d+ passes", re.MULTILINE)
@@ -133,14 +132,6 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         shutil.copytree(weights / made[folder.name], folder / "export")
 
     monkeypatch.setattr(stages, "run", run)
-    for module, names in (
-        ("llamagen", ["train_llamagen"]),
-        ("var", ["train_var", "train_refiner"]),
-        ("mar", ["train_mar"]),
-    ):
-        trainers = import_module(f"varaccel.training.{module}")
-        for name in names:  # of a few images no 512 can be held out
-            monkeypatch.setattr(trainers, name, partial(getattr(trainers, name), validation=8))
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)  # which starts the program anew
     return seen
 
@@ -163,7 +154,19 @@ def recipe(monkeypatch: pytest.MonkeyPatch, name: str, *options: object) -> int:
     return int(ended.value.code or 0)
 
 
-SMALL = ("--images", 16, "--workers", 1, "--minutes", 0.01, "--no-compile", "--tokenizer-minutes", 1)
+SMALL = (
+    "--images",
+    16,
+    "--workers",
+    1,
+    "--minutes",
+    0.01,
+    "--no-compile",
+    "--tokenizer-minutes",
+    1,
+    "--validation",
+    8,
+)
 
 
 def draws(folder: Path, **call: Any) -> Any:

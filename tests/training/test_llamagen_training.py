@@ -90,7 +90,7 @@ def test_schedule() -> None:
 
 
 def test_a_budget_has_an_end() -> None:
-    with pytest.raises(InputError, match="steps, minutes or both"):
+    with pytest.raises(InputError, match="a time when it ends"):
         Budget()
     assert Budget(steps=10).progress(5, 1e9) == 0.5
     assert Budget(minutes=2).progress(10**9, 60) == 0.5

@@ -56,6 +56,9 @@ def drafter(
     labels: LabelsFile = None,
     out: RunFolder = Path("runs/drafter"),
     minutes: Annotated[float | None, typer.Option(help="Training time.", show_default="20")] = None,
+    until: Annotated[
+        float | None, typer.Option(help="Train until this time instead, in seconds since the epoch.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of or beside a time.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images per optimiser step.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Compute a batch in this many parts, to save memory.")] = 1,
@@ -109,7 +112,7 @@ def drafter(
         tokens,
         condition,
         out,
-        budget=Budget(steps, 20.0 if steps is None and minutes is None else minutes),
+        budget=Budget(steps, 20.0 if (steps, minutes, until) == (None, None, None) else minutes, until),
         recipe=recipe,
         validation=validation,
         compile=compile,

@@ -82,6 +82,18 @@ def _finished(folder: Path, shard: int) -> bool:
     return _images_path(folder, shard).is_file() and _captions_path(folder, shard).is_file()
 
 
+def finished_images(folder: str | os.PathLike[str]) -> int:
+    """How many leading images of a cache can be read; 0 if it has not been begun."""
+    if not (Path(folder) / _MANIFEST).is_file():
+        return 0
+    manifest = read_manifest(folder)
+    return min(_finished_shards(Path(folder), manifest) * manifest.shard_size, manifest.count)
+
+
+def _finished_shards(folder: Path, manifest: Manifest) -> int:
+    return next((n for n in range(manifest.shards) if not _finished(folder, n)), manifest.shards)
+
+
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """The manifest of a cache.
 
@@ -222,9 +234,7 @@ class CachedScenes(Dataset[dict[str, Any]]):
     def __init__(self, folder: str | os.PathLike[str], allow_partial: bool = False) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
-        finished = 0
-        while finished < self.manifest.shards and _finished(self.folder, finished):
-            finished += 1
+        finished = _finished_shards(self.folder, self.manifest)
         if finished == 0 or (finished < self.manifest.shards and not allow_partial):
             raise InputError(
                 f"{folder} has {finished} of {self.manifest.shards} shards finished; resume it with "

@@ -36,20 +36,33 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """When a run ends: after `steps` optimiser steps or `minutes` of training, whichever comes first."""
+    """When a run ends: after `steps` optimiser steps or `minutes` of training or at a time, whichever comes first.
+
+    Attributes:
+        until: seconds since the epoch, as of `time.time`. For runs that share a limited time with other work: what
+            comes before them, imports and compilation included, shortens them.
+    """
 
     steps: int | None = None
     minutes: float | None = None
+    until: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise InputError("a training budget needs steps, minutes or both.")
+        if self.steps is None and self.minutes is None and self.until is None:
+            raise InputError("a training budget needs steps, minutes or a time when it ends.")
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the budget already spent, 0 at the start and >= 1 when the run is over."""
         by_steps = step / self.steps if self.steps else 0.0
         by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
-        return max(by_steps, by_time)
+        return max(by_steps, by_time, self._by_clock(seconds))
+
+    def _by_clock(self, seconds: float) -> float:
+        if self.until is None:
+            return 0.0
+        left = max(0.0, self.until - time.time())
+        # of what it trained and will have trained by then, so that a resumed run goes on from where it was
+        return seconds / (seconds + left) if left else 1.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,18 @@ class ExponentialAverage:
         self.updates = state["updates"]
         for name, value in state["average"].items():
             self.average[name].copy_(value)
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    """The logged rows of a run; rows that a killed run wrote beyond its last checkpoint are superseded."""
+    path = folder / "log.jsonl"
+    rows: dict[int, dict[str, float]] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows = {s: r for s, r in rows.items() if s < row["step"]}
+            rows[row["step"]] = row
+    return list(rows.values())
 
 
 class TrainingRun:
@@ -208,15 +233,8 @@ class TrainingRun:
             file.write(json.dumps(row) + "\n")
 
     def history(self) -> list[dict[str, float]]:
-        """The logged rows; rows that a killed run wrote beyond its last checkpoint are superseded."""
-        path = self.folder / "log.jsonl"
-        rows: dict[int, dict[str, float]] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                rows = {s: r for s, r in rows.items() if s < row["step"]}
-                rows[row["step"]] = row
-        return list(rows.values())
+        """See `history`."""
+        return history(self.folder)
 
     def plot(self, keys: list[str], path: Path | None = None) -> Path:
         """Draw the logged `keys` over the step count; needs the `train` extra (matplotlib)."""

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from varaccel.errors import InputError
 from varaccel.files import atomic_path
+from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
 from varaccel.tokenizers.vq import VQModel
-from varaccel.training import conditions
-from varaccel.training.command_line import exit_status
+from varaccel.training import conditions, shards
+from varaccel.training.command_line import add_until, exit_status
 from varaccel.training.tokens import Condition
 
 
@@ -60,6 +62,10 @@ def recipe_parser(
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
     parser.add_argument("--tokenizer-minutes", type=float, default=tokenizer_minutes)
     parser.add_argument("--minutes", type=float, default=minutes, help="training time of the transformer")
+    add_until(parser)
+    parser.add_argument(
+        "--validation", type=int, default=512, help="images that no transformer is trained on"
+    )
     shown = "all by default" if usual is None else f"{', '.join(usual)} by default"
     parser.add_argument("--stages", nargs="+", choices=stages, default=list(usual or stages), help=shown)
     parser.add_argument("--device", default="cpu")
@@ -140,13 +146,24 @@ def adopt_text(pipeline: Path, target: Path) -> None:
     if not (target / "text_encoder").exists():
         encoder = WordTextEncoder.from_pretrained(pipeline / "text_encoder", dtype=torch.float32)
         encoder.save_pretrained(target / "text_encoder")
-    WordTokenizer.from_pretrained(pipeline / "tokenizer").save_pretrained(target / "tokenizer")
+    if not (target / "tokenizer").exists():  # another run may be reading it
+        WordTokenizer.from_pretrained(pipeline / "tokenizer").save_pretrained(target / "tokenizer")
 
 
 def adopt_image_tokenizer(pipeline: Path, target: Path) -> None:
-    """Copy the single-scale image tokenizer of a pipeline to `target`, in float32."""
-    if not target.exists():
-        VQModel.from_pretrained(pipeline / "vq_model", dtype=torch.float32).save_pretrained(target)
+    """Copy the image tokenizer of a pipeline to `target`, in float32.
+
+    Raises:
+        InputError: it has none of a known kind.
+    """
+    if target.exists():
+        return
+    kinds = {kind.__name__: kind for kind in (VQModel, MultiScaleVQModel, AutoencoderKL)}
+    for folder in (pipeline / "vq_model", pipeline / "vae"):
+        if folder.is_dir() and (kind := kinds.get(shards.tokenizer_class(folder))):
+            kind.from_pretrained(folder, dtype=torch.float32).save_pretrained(target)
+            return
+    raise InputError(f"{pipeline} has no image tokenizer of its own.")
 
 
 def borrow(folder: Path, components: Mapping[str, str]) -> None:
@@ -160,8 +177,10 @@ def borrow(folder: Path, components: Mapping[str, str]) -> None:
         InputError: there is nothing at a path, or something else than what would be replaced.
     """
     for name, path in components.items():
-        for file in (folder / name).glob("*.safetensors"):
-            if not (other := folder / path / file.name).is_file() or _digest(other) != _digest(file):
+        for file in (folder / name).glob("*"):
+            if not (other := folder / path / file.name).is_file() or (
+                file.suffix == ".safetensors" and _digest(other) != _digest(file)
+            ):
                 raise InputError(
                     f"{folder / path} does not hold the {name} of {folder}; nothing is borrowed."
                 )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from varaccel.files import atomic_path
 from varaccel.scenes import HELD_OUT_SEED, render, sample_scene
 from varaccel.scenes.cache import CachedScenes
-from varaccel.training.command_line import exit_status
+from varaccel.training.command_line import add_until, exit_status, training_budget
 from varaccel.training.run import Budget
 from varaccel.training.tokenizer_trainer import TokenizerTrainer
 
@@ -37,6 +37,7 @@ def course_parser(description: str | None, config: Path, minutes: float) -> argp
     parser.add_argument("--data", type=Path, required=True, help="folder written by varaccel.scenes.cache")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--minutes", type=float, default=minutes, help="training time")
+    add_until(parser)
     parser.add_argument("--steps", type=int, help="stop after this many steps, if that comes first")
     parser.add_argument("--held-out", type=int, default=512, help="held-out scenes of the final evaluation")
     parser.add_argument("--device", default="cpu")
@@ -72,7 +73,7 @@ class Course:
         return cls(
             json.loads(options.config.read_text(encoding="utf-8")),
             CachedScenes(options.data, allow_partial=True),
-            Budget(options.steps, options.minutes),
+            training_budget(options),
             options.out,
             0 if options.no_export_quality else options.held_out,
         )

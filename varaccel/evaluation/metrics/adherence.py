@@ -6,6 +6,7 @@ positions against the prompt. Here the world is closed, so the detector knows ev
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
@@ -349,8 +350,13 @@ def draw_captions(
     seed: int,
     guidance_scale: float | None = None,
     accelerator: AnyAccelerator | None = None,
+    until: float | None = None,
 ) -> list[Image.Image]:
     """One image per caption; image i is drawn with seed `seed` + i, whatever the batch size.
+
+    Args:
+        until: begin no further batch after this time (in seconds since the epoch), so that there may be fewer images;
+            the first is always drawn.
 
     Raises:
         InputError: the pipeline does not make one image per prompt.
@@ -358,6 +364,8 @@ def draw_captions(
     images: list[Image.Image] = []
     with tqdm(total=len(captions), desc="drawing", unit="image") as bar:
         for start in range(0, len(captions), batch_size):
+            if images and until is not None and time.time() > until:
+                break
             prompts = [text.text for text in captions[start : start + batch_size]]
             output = pipeline(
                 prompts, guidance_scale=guidance_scale, seed=seed + start, accelerator=accelerator
