@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +31,32 @@ def comparison_sheet(prompts: list[str], rows: list[list[Image.Image]], labels: 
     """A labelled row per accelerator, a column per prompt."""
     size = rows[0][0].width
     scale = max(1, 256 // size)
-    tile, margin, text = size * scale, 8, 44
+    tile, margin, line = size * scale, 8, 18
     width = margin + len(prompts) * (tile + margin)
-    sheet = Image.new("RGB", (width, text + len(rows) * (tile + text)), "white")
-    draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
-    for column, prompt in enumerate(prompts):
-        wrapped = "\n".join(textwrap.wrap(prompt, 34)[:2])
-        draw.multiline_text((margin + column * (tile + margin), 6), wrapped, "black", font)
-    for row, (images, label) in enumerate(zip(rows, labels, strict=True)):
-        top = text + row * (tile + text)
+    titles = [_wrapped(prompt, font, tile)[:2] for prompt in prompts]
+    told = [_wrapped(label, font, width - 2 * margin) for label in labels]
+    head, text = (line * max(map(len, lines)) + margin for lines in (titles, told))
+    sheet = Image.new("RGB", (width, head + len(rows) * (tile + text + margin)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(titles):
+        draw.multiline_text((margin + column * (tile + margin), 6), "\n".join(lines), "black", font)
+    for row, (images, lines) in enumerate(zip(rows, told, strict=True)):
+        top = head + row * (tile + text + margin)
         for column, image in enumerate(images):
             place = (margin + column * (tile + margin), top)
             sheet.paste(image.resize((tile, tile), Image.Resampling.LANCZOS), place)
-        draw.text((margin, top + tile + 8), label, "black", font)
+        draw.multiline_text((margin, top + tile + margin // 2), "\n".join(lines), "black", font)
     return sheet
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """Text in lines of at most `width` pixels; words are not parted."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

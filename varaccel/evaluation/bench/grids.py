@@ -15,7 +15,11 @@ from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.masked.job import MaskedJob
 from varaccel.hosts.next_scale.job import ScaleJob
 
-_ONE_OBJECT = ("a glossy red cube", "a large orange cone on a gray floor", "a red sphere on a green floor")
+_ONE_OBJECT = (
+    "a large yellow cone at sunset",
+    "a green cube on a checkered floor",
+    "a red sphere on a green floor",
+)
 _RELATED = ("a red cylinder left of a blue cube", "a big shiny cyan cone to the left of a small orange cone")
 _QUICK_HEAD = "head_steps=20,head_sampler=dpm++"
 
