@@ -271,7 +271,7 @@ def test_only_what_is_offered_can_be_loaded() -> None:
     ("name", "options"),
     [
         ("speculative", {"tree": 1001}),
-        ("speculative", {"tree": [[0], [0, 5000]]}),
+        ("speculative", {"tree": [[0], [0, 5000]], "verification": "matching"}),
         ("speculative", {"tree": {"total": 10**6}}),
         ("speculative", {"tree": {"total": 10**6}, "drafter": "layers"}),
         ("jacobi", {"window": 10**7}),
