@@ -141,15 +141,15 @@ def _space(options: argparse.Namespace) -> str:
 
 
 def _measured(options: argparse.Namespace, name: str) -> int:
-    import torch
     from rich.console import Console
 
     from varaccel.evaluation.metrics.clip_score import CLIP_MODEL, load_clip
     from varaccel.evaluation.metrics.feature_spaces import load_space
     from varaccel.evaluation.metrics.measured_sets import measure_sets
     from varaccel.files import write_text
+    from varaccel.nn.devices import GPU, HOST, has_gpu
 
-    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = GPU if options.device != HOST and has_gpu() else HOST
     clip = None if options.clip is None else load_clip(options.clip or CLIP_MODEL).to(device)
     spatial = name == "inception" and (options.metrics is None or "sfid" in options.metrics)
     report, statistics = measure_sets(

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from varaccel.errors import VaraccelError
+from varaccel.nn.devices import is_gpu
 
 _SAID = (
     "can't allocate memory",
@@ -59,7 +60,7 @@ def check_images(images: int, pixels: int, device: torch.device) -> None:
     Raises:
         OutOfMemory: see above.
     """
-    if device.type == "cuda":
+    if is_gpu(device):
         there = torch.cuda.get_device_properties(device).total_memory
     else:
         there = psutil.virtual_memory().total

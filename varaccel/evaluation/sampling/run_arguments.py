@@ -105,18 +105,19 @@ def start_run(options: argparse.Namespace, folder: Path) -> Started:
     from varaccel.accelerators.notation import parse_accelerator
     from varaccel.evaluation.sampling.image_run import launch_state, raise_together
     from varaccel.evaluation.sampling.run_settings import RunSettings
+    from varaccel.nn.devices import HOST
     from varaccel.pipelines.placement import check_place
 
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads must be at least 1, got {options.threads}.")
     dtype = chosen("dtype", "float32")
-    check_place("cpu" if options.device == "auto" else options.device, dtype)
+    check_place({"auto": HOST}.get(options.device, options.device), dtype)
     accelerator = parse_accelerator(chosen("accelerator", "plain"))
     earlier = RunSettings.read(folder)
     threads: int | None = options.threads or (None if earlier is None else earlier.threads)
     if threads is not None:
         torch.set_num_threads(threads)
-    state = launch_state(cpu=options.device == "cpu")
+    state = launch_state(cpu=options.device == HOST)
     if not state.is_main_process:
         import logging
 

@@ -14,6 +14,7 @@ import torch
 from varaccel.accelerators import AnyAccelerator
 from varaccel.errors import InputError, unknown_name
 from varaccel.evaluation.digests import text_digest, weights_digest
+from varaccel.nn.devices import is_host
 from varaccel.pipelines.pixels import Rounding
 from varaccel.version import __version__
 
@@ -103,7 +104,7 @@ class RunSettings:
             count=len(prompts),
             dtype=str(pipe.transformer.dtype).removeprefix("torch."),
             device=device,
-            threads=torch.get_num_threads() if device == "cpu" else None,
+            threads=torch.get_num_threads() if is_host(device) else None,
             **others,
         )
 
