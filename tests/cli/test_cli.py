@@ -430,12 +430,13 @@ def test_demo(varaccel: Shell, t2i: Path) -> None:
     assert f"zipar(window=2), approximate: {GRID + (GRID - 1) * 2} passes" in zipar
     assert "jacobi(window=3), lossless" in jacobi
     sheet = read_image(varaccel.folder / "shown/side-by-side.png")
-    tile, margin, text = 256, 8, 44
-    assert sheet.size == (margin + 2 * (tile + margin), text + 3 * (tile + text))
+    tile, margin, line = 256, 8, 18
+    head, text = line + margin, 2 * line + 2 * margin  # one line of titles, two of labels
+    assert sheet.size == (margin + 2 * (tile + margin), head + 3 * (tile + text))
     for row, accelerator in enumerate(("plain", ZipAR(2), Jacobi(3))):
         images = pipeline("t2i")(prompts, seed=0, accelerator=accelerator).images
         for column, image in enumerate(images):
-            left, top = margin + column * (tile + margin), text + row * (tile + text)
+            left, top = margin + column * (tile + margin), head + row * (tile + text)
             shown = sheet.crop((left, top, left + tile, top + tile))
             assert shown.tobytes() == image.resize((tile, tile), Image.Resampling.LANCZOS).tobytes()
 

@@ -205,6 +205,8 @@ def run_lane(jobs: Sequence[Job], folder: Path, end: float) -> None:
     It ends at the first failure, since a library may be in any state after it; the rest is for a new process.
     """
     os.setsid()  # so that what it started can be stopped with it
+    # what a shell starts in the background ignores Ctrl-C, and so would this; `_stop` needs it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     for index, job in enumerate(jobs):
         if outcome(folder, job) is not None:
