@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from varaccel import AutoPipeline, CoDe, CSpD, FeatureCache, FewerSteps, Jacobi, Lantern, Speculative, ZipAR
+from varaccel.cli.sheets import wrapped
 from varaccel.evaluation.call_text import quality_label
 from varaccel.files import atomic_path
 from varaccel.pipelines.acceptance_map import pass_colors
@@ -130,18 +131,6 @@ def sheet(title: str, panels: Sequence[Panel], columns: int, side: int = SIDE) -
             else:
                 draw.text((left + side // 2, y), line, INK, font, anchor="ma")
     return image
-
-
-def wrapped(text: str, font: Any, width: int) -> list[str]:
-    """`text` in lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
 
 
 def passes_map(output: Any) -> Panel:

@@ -34,8 +34,8 @@ def comparison_sheet(prompts: list[str], rows: list[list[Image.Image]], labels: 
     tile, margin, line = size * scale, 8, 18
     width = margin + len(prompts) * (tile + margin)
     font = ImageFont.load_default(14)
-    titles = [_wrapped(prompt, font, tile)[:2] for prompt in prompts]
-    told = [_wrapped(label, font, width - 2 * margin) for label in labels]
+    titles = [wrapped(prompt, font, tile)[:2] for prompt in prompts]
+    told = [wrapped(label, font, width - 2 * margin) for label in labels]
     head, text = (line * max(map(len, lines)) + margin for lines in (titles, told))
     sheet = Image.new("RGB", (width, head + len(rows) * (tile + text + margin)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -50,7 +50,7 @@ def comparison_sheet(prompts: list[str], rows: list[list[Image.Image]], labels: 
     return sheet
 
 
-def _wrapped(text: str, font: Any, width: int) -> list[str]:
+def wrapped(text: str, font: Any, width: int) -> list[str]:
     """Text in lines of at most `width` pixels; words are not parted."""
     lines = [""]
     for word in text.split():

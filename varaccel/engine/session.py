@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.schedule import HasPositions
+from varaccel.nn.number_check import NumberCheck
 
 InputsIn = TypeVar("InputsIn", bound=HasPositions, contravariant=True)
 DistributionOut = TypeVar("DistributionOut", covariant=True)
@@ -32,6 +34,7 @@ class OpenSession(Protocol):
         """Size of its key-value caches."""
         ...
 
-    def report_numbers(self) -> None:
-        """Raise NumberError if its network gave NaN or infinity; waits for the device."""
+    @property
+    def number_checks(self) -> Sequence[NumberCheck]:
+        """What looked at the numbers of its networks."""
         ...

@@ -8,6 +8,8 @@ Device = torch.device | str
 
 HOST = "cpu"
 GPU = "cuda"
+KNOWN = (HOST, GPU, "mps", "xpu")
+"""The kinds of devices that are asked for by name, whether this machine has them or not."""
 
 
 def is_host(device: Device) -> bool:
@@ -23,11 +25,6 @@ def is_gpu(device: Device) -> bool:
 def has_gpu() -> bool:
     """Whether this machine has a GPU for CUDA."""
     return torch.cuda.is_available()
-
-
-def known_devices() -> tuple[str, ...]:
-    """The kinds of devices that torch can use on any machine, those that are asked for by name."""
-    return (HOST, GPU, "mps", "xpu")
 
 
 def is_available(device: Device) -> bool:

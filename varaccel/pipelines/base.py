@@ -336,7 +336,8 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
                 with contextlib.suppress(Interrupted):
                     counts = plan.run()
                 for session in run.job.sessions:
-                    session.report_numbers()
+                    for check in session.number_checks:
+                        check.report()
         return plan.accelerator, counts.passes if isinstance(counts, StageStats) else passes, counts
 
     def _as_it_stands(self, run: Run[SettingsT, JobT]) -> Run[SettingsT, JobT]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from varaccel.errors import InputError, unknown_name
-from varaccel.nn.devices import GPU, HOST, is_available, known_devices
+from varaccel.nn.devices import GPU, HOST, KNOWN, is_available
 from varaccel.nn.precision import cast
 from varaccel.pipelines.auto import AutoPipeline
 from varaccel.pipelines.load_options import FIXED_PRECISION
@@ -56,15 +56,11 @@ def check_place(device: str, dtype: str) -> None:
         InputError: other than what `move` knows; there is no GPU.
     """
     kind, _, index = device.partition(":")
-    if kind not in known_devices() or not (index.isdecimal() or index == device[len(kind) :]):
-        raise unknown_name("device", device, known_devices())
+    if kind not in KNOWN or not (index.isdecimal() or index == device[len(kind) :]):
+        raise unknown_name("device", device, KNOWN)
     if not is_available(device):
-        missing = "GPU" if kind == GPU else kind
-        raise InputError(
-            f"there is no {missing} {index} that torch can use; leave --device {device} out.".replace(
-                "  ", " "
-            )
-        )
+        missing = ("GPU" if kind == GPU else kind) + (f" {index}" if index else "")
+        raise InputError(f"there is no {missing} that torch can use; leave --device {device} out.")
     if dtype not in PRECISIONS:
         raise unknown_name("precision", dtype, PRECISIONS)
 
@@ -73,7 +69,7 @@ def move(pipe: Any, device: str, dtype: str) -> None:
     """Move a pipeline to a device, and convert the networks that decide tokens to another precision.
 
     Args:
-        device: one of `known_devices`, such as "cuda" or "cuda:1".
+        device: one of `KNOWN`, such as "cuda" or "cuda:1".
         dtype: one of `PRECISIONS`; image tokenizer and text encoder keep theirs.
     """
     pipe.to(device)

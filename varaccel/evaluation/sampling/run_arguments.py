@@ -17,6 +17,7 @@ from varaccel.evaluation.sampling.presets import PRESETS, Preset, get_preset
 
 _CALL = ("guidance_scale", "temperature", "top_k", "top_p", "num_iterations", "head_steps")
 _BATCH_SIZE = 32
+_AUTO = "auto"
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch-size", type=int, default=_BATCH_SIZE, help="images per call (default %(default)s)"
     )
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--device", choices=(_AUTO, "cpu", "cuda"), default=_AUTO)
     group.add_argument(
         "--threads", type=int, help="of a process on a CPU; as many as torch takes, or as the run began with"
     )
@@ -111,7 +112,7 @@ def start_run(options: argparse.Namespace, folder: Path) -> Started:
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads must be at least 1, got {options.threads}.")
     dtype = chosen("dtype", "float32")
-    check_place({"auto": HOST}.get(options.device, options.device), dtype)
+    check_place(HOST if options.device == _AUTO else options.device, dtype)
     accelerator = parse_accelerator(chosen("accelerator", "plain"))
     earlier = RunSettings.read(folder)
     threads: int | None = options.threads or (None if earlier is None else earlier.threads)

@@ -119,10 +119,6 @@ class CausalSession:
     def cache_bytes(self) -> int:
         return self.cache.nbytes
 
-    def report_numbers(self) -> None:
-        for check in self.number_checks:
-            check.report()
-
     @property
     def prefix_features(self) -> Tensor:
         """[R, prefix, dim], features of the condition slots; the last predicts position 0."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from varaccel.engine.options import check_choice, check_flag, check_integer, check_number, settle
 from varaccel.errors import InputError
 from varaccel.nn.devices import is_host
-from varaccel.nn.noise_schedule import DiffusionSchedule, NoiseSchedule
+from varaccel.nn.noise_schedule import TRAINING_STEPS, DiffusionSchedule, NoiseSchedule
 
 if TYPE_CHECKING:  # models import decoding
     from varaccel.models.diffusion_head import DiffusionHead
@@ -50,7 +50,7 @@ class HeadSampling:
 
     def __post_init__(self) -> None:
         temperature = check_number("temperature of a diffusion head", self.temperature, above=True)
-        steps = check_integer("head_steps", self.steps, most=1000)
+        steps = check_integer("head_steps", self.steps, most=TRAINING_STEPS)
         settle(
             self,
             steps=steps,

@@ -58,6 +58,7 @@ class MaskedSession:
         self.reads = 0  # forward passes of the network
         self.number_check = NumberCheck.of(network)
         self._head_check = NumberCheck.of(network.head)
+        self.number_checks = (self.number_check, self._head_check)
         with torch.inference_mode():
             null = network.embed_slots(network.null_condition().expand(-1, network.buffer, -1))
             null = null.expand(batch, -1, -1)
@@ -78,10 +79,6 @@ class MaskedSession:
     def cache_bytes(self) -> int:
         """Size of the caches: a masked network that reads everything needs none."""
         return 0
-
-    def report_numbers(self) -> None:
-        self.number_check.report()
-        self._head_check.report()
 
     def _see_tokens(self, tokens: Tensor) -> None:
         self._head_check.values(tokens, self.reads)

@@ -65,6 +65,7 @@ class ScaleSession:
         self.reads = 0  # forward passes of the network
         self.cache_bytes = 0  # size of the cache, also after it was freed
         self.number_check = NumberCheck.of(network)
+        self.number_checks = (self.number_check,)
         with torch.inference_mode():
             # once per call: built from numbers of the host, which a pass should not wait for
             self._scales = network.scale_of_tokens()
@@ -111,9 +112,6 @@ class ScaleSession:
         # guidance and the output layer are both linear: mixing features first halves the output layer
         conditional, unconditional = network.head_nm(x, modulation.head).float().split(self.batch)
         return network.logits((1 + strength) * conditional - strength * unconditional)
-
-    def report_numbers(self) -> None:
-        self.number_check.report()
 
     def close(self) -> None:
         """Free the cache; the session cannot be asked again."""
