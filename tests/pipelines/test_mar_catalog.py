@@ -121,7 +121,7 @@ def test_failed_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_families_are_those_of_pipelines_and_accelerators() -> None:
     families: set[str] = {pipeline.family for pipeline in PIPELINE_CLASSES}
-    assert {model.family for model in PUBLISHED.values()} == families
+    assert {model.family for model in PUBLISHED.values()} <= families
     jobs = [pipeline.job_type for pipeline in PIPELINE_CLASSES]
     for name, accelerator in ACCELERATORS.items():
         assert any(issubclass(job, accelerator.job_type) for job in jobs), f"no pipeline for {name}"

@@ -37,9 +37,10 @@ class NumberCheck:
 
     @classmethod
     def of(cls, network: HasWeights) -> NumberCheck:
-        """For the outputs of a network, where its weights are."""
+        """For the outputs of a network: where it says that it computes, or where its weights are."""
         weights = next(network.parameters())
-        return cls(type(network).__name__, weights.dtype, weights.device)
+        # weights that are offloaded lie elsewhere
+        return cls(type(network).__name__, weights.dtype, getattr(network, "device", weights.device))
 
     def logits(self, logits: Tensor, number: int) -> None:
         """See the logits [..., V] of pass `number`: each row must have a largest; -inf is what is impossible."""

@@ -6,11 +6,16 @@ import os
 from typing import Any
 
 # importing a family makes its pipeline known
-from varaccel.pipelines import llamagen, mar, var
+from varaccel.pipelines import janus, llamagen, mar, var
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.published import load_named
 
-PIPELINE_CLASSES = (llamagen.LlamaGenPipeline, var.VARPipeline, mar.MARPipeline)
+PIPELINE_CLASSES = (
+    llamagen.LlamaGenPipeline,
+    var.VARPipeline,
+    mar.MARPipeline,
+    janus.JanusPipeline,
+)
 """The library's own pipeline classes."""
 
 
@@ -26,7 +31,8 @@ class AutoPipeline:
 
         Args:
             name: a shipped model (`mini-llamagen`, `mini-var`), a published one (`llamagen-c2i-xl-384`,
-                `var-d30`, `mar-base`: downloaded from the hub), a folder, or a hub repository in diffusers' layout.
+                `var-d30`, `mar-base`: downloaded from the hub), a folder, or a hub repository in
+                diffusers' layout, or in transformers' for models with image tokens (`deepseek-community/Janus-Pro-7B`).
                 `varaccel models` lists the names. A bare name means the model of the list, also where there is a
                 folder of that name (a warning says so); `./NAME`, `NAME/` and path objects mean the folder.
             options: see `LoadablePipeline.from_pretrained`: `dtype=torch.bfloat16` or `dtype="bfloat16"`,

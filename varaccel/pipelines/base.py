@@ -172,6 +172,10 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         text = self._text(prompts, self._caption_length())
         return Condition(text.features, text.mask)
 
+    def _call_condition(self, call: Call, settings: SettingsT) -> Condition | None:
+        """The condition of each prompt of a call."""
+        return self._condition(call.prompts)
+
     def _caption_length(self) -> int:
         """Caption positions T."""
         return int(self.text_encoder.config.max_length)
@@ -264,7 +268,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
     ) -> ImageOutput | tuple[Any, Statistics]:
         device = self._execution_device
         clock = Stopwatch(device)
-        condition = self._condition(call.prompts)
+        condition = self._call_condition(call, settings)
         if condition is not None:
             condition = condition.repeat_interleave(call.num_images_per_prompt)
         clock.lap("text")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +20,11 @@ from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.sampling import Sampling
+from varaccel.nn.condition import Condition
 from varaccel.nn.devices import is_gpu
 from varaccel.nn.grid import Grid, line_ends
 from varaccel.nn.signature import Signature
-from varaccel.pipelines.base import Run, TokenPipeline
+from varaccel.pipelines.base import Call, Run, TokenPipeline
 from varaccel.pipelines.compiled import Compiled
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.published import load_network
@@ -33,10 +34,18 @@ from varaccel.tokenizers.neighbours import neighbour_table
 
 @dataclass(frozen=True)
 class CausalSettings:
-    """What a call says about the distributions of tokens."""
+    """What a call says about the distributions of tokens.
+
+    Attributes:
+        negative_prompts: what the unconditional branch of guidance reads instead of nothing: one for all prompts, or
+            one for each; None for nothing.
+        size: height and width of the images in pixels; None for the model's own.
+    """
 
     guidance: Guidance
     sampling: Sampling
+    negative_prompts: tuple[str | int, ...] | None = None
+    size: tuple[int, int] | None = None
 
 
 class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
@@ -51,7 +60,7 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
             `codebook` [V, C] if its tokens are vectors.
         text_encoder, tokenizer: for text-conditional models, see `varaccel.tokenizers.text`.
         class_names: for class-conditional models, names that can be used instead of labels.
-        guidance_scale, top_k, temperature: defaults of a call.
+        guidance_scale, top_k, temperature, top_p: defaults of a call.
         eagle_head, draft_transformer: drafters for speculative accelerators, trained for this transformer; see
             `varaccel train drafter`. A draft transformer is any network of the transformer's signature.
 
@@ -79,6 +88,7 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         temperature: float = 1.0,
         eagle_head: Any = None,
         draft_transformer: Any = None,
+        top_p: float = 1.0,
     ) -> None:
         super().__init__()
         signature = self._check_network(transformer, "causal")
@@ -106,7 +116,12 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
             guidance_scale=guidance_scale,
             top_k=top_k,
             temperature=temperature,
+            top_p=top_p,
         )
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a pipeline keeps from call to call; for constructors of one's own."""
         self._tables: dict[bool, Tensor] = {}
         self._compiled: Callable[..., Tensor] | None = None
 
@@ -171,6 +186,9 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         self,
         prompt: str | int | Sequence[str | int],
         *,
+        negative_prompt: str | int | Sequence[str | int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: int = -1,
         num_images_per_prompt: int = 1,
@@ -178,7 +196,7 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
-        top_p: float = 1.0,
+        top_p: float | None = None,
         accelerator: AnyAccelerator | str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -188,6 +206,9 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
 
         Args:
             prompt: one description or several; for class-conditional models a label or class name.
+            negative_prompt: what the images shall not look like, one for all prompts or one for each: guidance leads
+                away from it. Away from no prompt at all if None.
+            height, width: of the images in pixels, for models that draw several sizes; the model's own if None.
             guidance_scale: how strictly to follow the prompt; 1 switches guidance off and halves the work.
                 The model's own default if None.
             guidance_interval: see `Guidance`.
@@ -213,8 +234,10 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
             Sampling(
                 self.config.temperature if temperature is None else temperature,
                 self.config.top_k if top_k is None else top_k,
-                top_p,
+                self.config.top_p if top_p is None else top_p,
             ),
+            negative_prompts=None if negative_prompt is None else tuple(self._prompts(negative_prompt)),
+            size=self._size(height, width),
         )
         call = self._checked_call(
             prompt,
@@ -229,6 +252,32 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         return self._generate(call, settings)
 
     # -- what the base asks for ------------------------------------------------------------------------
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int] | None:
+        """The size of the images of a call as (height, width); None for that of the model.
+
+        Raises:
+            InputError: a size that the model cannot draw.
+        """
+        if height is None and width is None:
+            return None
+        own = self.image_size
+        if {height, width} - {None, own}:
+            raise InputError(f"this model draws images of {own} × {own} pixels; leave height and width out.")
+        return None
+
+    def _call_condition(self, call: Call, settings: CausalSettings) -> Condition | None:
+        condition = super()._call_condition(call, settings)
+        negative = settings.negative_prompts
+        if negative is None or condition is None or not settings.guidance.enabled:
+            return condition
+        if len(negative) not in (1, len(call.prompts)):
+            raise InputError(
+                f"there are {len(negative)} negative prompts for {len(call.prompts)} prompts; give one for all, or one "
+                "for each."
+            )
+        other = self._condition([*negative] * (len(call.prompts) // len(negative)))
+        return replace(condition, negative=other)
 
     def _caption_length(self) -> int:
         slots = self.transformer.signature().condition_slots

@@ -34,6 +34,18 @@ READING_OPTIONS = (
 )
 """Options with which diffusers reads a folder."""
 
+MODEL_OPTIONS = (
+    "attn_implementation",
+    "use_kernels",
+    "distributed_config",
+    "tp_plan",
+    "tp_size",
+    "offload_buffers",
+    "experts_implementation",
+    "gguf_file",
+)
+"""Further options with which transformers reads a model."""
+
 DtypeChoice = torch.dtype | dict[str, torch.dtype] | None
 
 
@@ -117,6 +129,12 @@ class LoadOptions:
                 cast(part, dtype)
         if self.device is not None:
             pipe.to(self.device)
+
+
+def is_placement(options: Mapping[str, Any]) -> bool:
+    """Whether `device_map` spreads a model over devices, and does not name one."""
+    placed = options.get("device_map")
+    return isinstance(placed, Mapping) or placed in ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def _chosen_dtype(options: dict[str, Any]) -> DtypeChoice:

@@ -22,7 +22,12 @@ from varaccel.errors import CheckpointError, InputError, unknown_name
 from varaccel.nn.checkpoints import load_strict, not_weights, stored_names, wrapped_weights
 from varaccel.nn.precision import as_dtype, cast, is_dtype_name
 from varaccel.pipelines.catalog import PUBLISHED
-from varaccel.pipelines.load_options import LoadOptions, constructor_parameters, number_type_option
+from varaccel.pipelines.load_options import (
+    HUB_OPTIONS,
+    LoadOptions,
+    constructor_parameters,
+    number_type_option,
+)
 from varaccel.shipped import shipped_models
 
 BORROWED = "borrowed.json"
@@ -30,6 +35,9 @@ BORROWED = "borrowed.json"
 
 PIPELINES: dict[str, type[LoadablePipeline]] = {}
 """Pipeline classes by the name that a model folder records."""
+
+MODEL_TYPES: dict[str, str] = {}
+"""Names of pipeline classes by the `model_type` of the models of transformers that they are for."""
 
 logger = logging.getLogger(__name__)
 
@@ -114,24 +122,44 @@ def _local(folder: Path, hub_options: Mapping[str, Any]) -> Path:
 
 
 def _checked(folder: Path) -> Path:
-    if not (folder / "model_index.json").is_file():
+    if not is_pipeline_folder(folder) and not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} holds no model_index.json, so it is no pipeline folder; "
-            "load a published single file with from_single_file."
+            f"{folder} holds no model_index.json, so it is no pipeline folder, and no config.json of a model of "
+            "transformers; load a published single file with from_single_file."
         )
     return folder
 
 
+def is_pipeline_folder(folder: Path) -> bool:
+    """Whether a folder is in diffusers' layout; otherwise it holds a single model."""
+    return (folder / "model_index.json").is_file()
+
+
 def pipeline_class_name(folder: Path) -> str:
-    """The `_class_name` in the folder's index.
+    """The `_class_name` in the folder's index, or the class for its `model_type` if it holds a model of transformers.
 
     Raises:
-        CheckpointError: the index is not readable.
+        CheckpointError: the index is not readable; a model that draws no images.
     """
+    if not is_pipeline_folder(folder):
+        return _class_for_model(folder / "config.json")
     try:
         return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / 'model_index.json'} is damaged; fetch the model again.") from error
+
+
+def _class_for_model(file: Path) -> str:
+    try:
+        model_type = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged; fetch the model again.") from error
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{file.parent} holds a model of type {model_type!r}, which draws no images token by token; models of "
+            f"transformers that do are {', '.join(sorted(MODEL_TYPES))}."
+        )
+    return MODEL_TYPES[model_type]
 
 
 def borrowed_components(folder: Path) -> dict[str, Path]:
@@ -426,10 +454,10 @@ def load_folder(name: str | os.PathLike[str], **options: Any) -> LoadablePipelin
     Raises:
         CheckpointError: nothing there, or nothing that this library can load.
     """
-    hub = LoadOptions.of(options).hub
+    hub = {option: value for option, value in options.items() if option in HUB_OPTIONS}
+    local = {option: value for option, value in options.items() if option not in hub}
     folder = resolve_model(name, **hub)
     class_name = pipeline_class_name(folder)
     if class_name not in PIPELINES:
         raise CheckpointError(str(unknown_name("pipeline class", class_name, PIPELINES)))
-    local = {option: value for option, value in options.items() if option not in hub}
     return PIPELINES[class_name].from_pretrained(folder, **local)

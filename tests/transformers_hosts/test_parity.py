@@ -1,0 +1,60 @@
+"""Hosts of transformers draw what the models' own code draws, one token per pass or several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import varaccel
+from tests.transformers_cases import CASES
+from varaccel.accelerators import AnyAccelerator
+
+EXACT: dict[str, AnyAccelerator] = {
+    "plain": varaccel.Plain(),
+    "jacobi": varaccel.Jacobi(4),
+    "jacobi, no coupling": varaccel.Jacobi(4, coupling="none"),
+    "jacobi, maximal coupling": varaccel.Jacobi(4, coupling="maximal"),
+    "layers": varaccel.Speculative("layers", 3),
+    "layers, dynamic tree": varaccel.Speculative("layers", "dynamic"),
+    "smaller model": varaccel.Speculative("small", 3),
+    "auto": varaccel.Auto(),
+}
+"""Greedy tokens of lossless methods are those of plain decoding."""
+
+GUIDED = [
+    (name, scaled) for name, case in CASES.items() for scaled in (True, False) if scaled <= bool(case.scale)
+]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(("host", "guided"), GUIDED)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_tokens_are_those_of_the_models_own_code(
+    host: str, guided: bool, batch: int, name: str
+) -> None:
+    case = CASES[host]
+    pipe = case.pipeline()
+    if EXACT[name] == EXACT["smaller model"] and "small" not in pipe.drafters:
+        pytest.skip("no smaller model of this kind")
+    prompts = list(case.prompts[:batch])
+    scale = (case.scale or 1.0) if guided else 1.0
+    drawn: list[Tensor] = []
+
+    def keep(pipe: object, step: int, decided: object, shown: dict[str, Any]) -> dict[str, Any]:
+        drawn.append(shown["canvas"].tokens)
+        return {}
+
+    pipe(
+        prompts,
+        negative_prompt=case.negative if guided else None,
+        guidance_scale=scale,
+        temperature=0,
+        accelerator=EXACT[name],
+        output_type="latent",
+        seed=0,
+        callback_on_step_end=keep,
+    )
+    assert torch.equal(drawn[-1], case.expected(pipe, prompts, scale))

@@ -1,0 +1,1 @@
+"""Image-token models of the transformers library as causal networks of this one, unmodified."""

@@ -1,0 +1,217 @@
+"""A decoder-only model of transformers with image tokens, as a causal network.
+
+Cache slots, masks and positions travel through three arguments that every such decoder has: a `Cache`, a 4-D
+attention mask and `position_ids`. So draft slots, staggered rows and trees work on code that was written to append one
+token after the other, and the model stays as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varaccel.errors import InputError
+from varaccel.models.transformers_host.layer_subset import with_layers
+from varaccel.models.transformers_host.slot_cache import SlotCache
+from varaccel.nn.attention_inputs import AttentionInputs
+from varaccel.nn.devices import HOST
+from varaccel.nn.grid import Grid
+from varaccel.nn.kv_cache import KVCache
+from varaccel.nn.prefix import PrefixConditioned
+from varaccel.nn.signature import Signature
+
+ATTENTION = ("sdpa", "eager")
+"""Attention implementations that take a mask of any shape."""
+
+
+class TransformersHost(PrefixConditioned):
+    """A view of a transformers model as a `CausalNetwork`; it owns no weights and changes nothing.
+
+    The condition is a prompt: token ids [B, T], padded on the left, in the text vocabulary of the model. Image tokens
+    have ids of their own, 0 to V - 1. A model's subclass says where its parts are.
+
+    Args:
+        model: in eval mode while it is called.
+
+    Raises:
+        InputError: an attention implementation that does not take masks of trees.
+    """
+
+    layers_name = "layers"
+    """Of the list of layers in the decoder."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        implementation = getattr(self.decoder.config, "_attn_implementation", "eager")
+        if implementation not in ATTENTION:
+            raise InputError(
+                f"attention implementation {implementation!r} takes no masks of draft tokens; load the model with "
+                "attn_implementation='sdpa', or 'eager'."
+            )
+        # renamed in transformers 5.24; the old name works until 5.40
+        takes = inspect.signature(type(self.decoder).forward).parameters
+        self._cache_argument = "cache" if "cache" in takes else "past_key_values"
+        self._parts: dict[tuple[int, ...], nn.Module] = {}
+
+    # -- what a model brings ---------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def decoder(self) -> Any:
+        """The stack of layers with its final norm: takes inputs_embeds, attention_mask, position_ids and a cache."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of image token ids V, ends of line included."""
+
+    @abstractmethod
+    def embed_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Inputs [B, P, D] for image token ids [B, P]."""
+
+    @abstractmethod
+    def head(self, features: Tensor) -> Tensor:
+        """Features [R, P, D] -> logits [R, P, V] over image token ids."""
+
+    @property
+    def layout(self) -> tuple[int, ...] | None:
+        """Sides of the grids; None if the call decides them."""
+        return None
+
+    def place_ids(self, grids: Sequence[Grid]) -> Tensor:
+        """[N, A] position ids of image tokens on A axes, counted from the end of the prompt."""
+        return torch.arange(sum(grid.num_positions for grid in grids), device=HOST).unsqueeze(1)
+
+    # -- CausalNetwork ---------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go; weights may lie elsewhere until they are needed."""
+        hooks = (getattr(part, "_hf_hook", None) for part in self.model.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((device for device in devices if device is not None), self.model.device))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.decoder.dtype
+        return dtype
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        parameters: Iterator[nn.Parameter] = self.decoder.parameters()
+        return parameters
+
+    def signature(self) -> Signature:
+        return Signature(
+            condition="prompt",
+            condition_size=self.prompt_embedding.num_embeddings,
+            vocab_size=self.vocab_size,
+            layout=self.layout,
+        )
+
+    @property
+    def layers(self) -> Any:
+        return getattr(self.decoder, self.layers_name)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def feature_size(self) -> int:
+        """Width D of inputs and features."""
+        return int(self.decoder.config.hidden_size)
+
+    @property
+    def prompt_embedding(self) -> Any:
+        """The table of text tokens."""
+        return self.model.get_input_embeddings()
+
+    def embed_condition(self, values: Tensor) -> Tensor:
+        embeddings: Tensor = self.prompt_embedding(values)
+        return embeddings
+
+    def positional(self, prefix: int, grids: Sequence[Grid], mask: Tensor | None) -> Tensor:
+        """[1 or R, prefix + N, A] position ids; those of a padded prompt count from its first token."""
+        image = self.place_ids(grids)
+        used = torch.ones(1, prefix, dtype=torch.int64, device=HOST) if mask is None else mask.long().cpu()
+        prompt = (used.cumsum(1) - 1).clamp(min=0)  # [R, T]
+        axes = image.shape[1]
+        return torch.cat(
+            [
+                prompt.unsqueeze(-1).expand(-1, -1, axes),
+                image + (prompt[:, -1:] + 1).unsqueeze(-1),
+            ],
+            dim=1,
+        )
+
+    def new_cache(self, rows: int, slots: int, layers: int | None = None) -> KVCache:
+        attention = self.decoder.config
+        heads = getattr(attention, "num_key_value_heads", None) or attention.num_attention_heads
+        width = getattr(attention, "head_dim", None) or attention.hidden_size // attention.num_attention_heads
+        return KVCache(
+            layers=self.num_layers if layers is None else layers,
+            batch=rows,
+            heads=heads,
+            slots=slots,
+            head_dim=width,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def transform(self, x: Tensor, attention: AttentionInputs, layers: Sequence[int] | None = None) -> Tensor:
+        """Run the decoder on embedded inputs [R, P, D] -> features [R, P, D].
+
+        Args:
+            layers: numbers of the layers to run, all if None; the i-th of them uses layer i of the cache.
+        """
+        chosen = tuple(range(self.num_layers) if layers is None else layers)
+        decoder = self.decoder if layers is None else self._part(chosen)
+        assert attention.positional is not None
+        # [1 or R, P, A] -> [R, P], or [A, R, P] with several axes
+        places = attention.positional.expand(x.shape[0], -1, -1).permute(2, 0, 1)
+        options: dict[str, Any] = {"use_cache": False}
+        if attention.cache is not None:
+            assert attention.slots is not None
+            ranks = {number: rank for rank, number in enumerate(chosen)}
+            options = {
+                self._cache_argument: SlotCache(attention.cache, attention.slots, attention.length, ranks),
+                "use_cache": True,
+            }
+        features: Tensor = decoder(
+            inputs_embeds=x,
+            attention_mask=self._mask(attention, x),
+            position_ids=places[0] if places.shape[0] == 1 else places,
+            **options,
+        ).last_hidden_state
+        return features
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.head(features).float()
+
+    def _mask(self, attention: AttentionInputs, x: Tensor) -> Tensor:
+        """The 4-D mask [R, 1, P, K] of a pass, additive for eager attention."""
+        rows, count, _ = x.shape
+        mask = attention.mask
+        if mask is None:
+            keys = count if attention.cache is None else attention.length or attention.cache.keys.shape[3]
+            mask = torch.ones(count, keys, dtype=torch.bool, device=x.device)
+            mask = (mask.tril() if attention.causal else mask)[None, None]
+        mask = mask.expand(rows, 1, -1, -1)
+        if self.decoder.config._attn_implementation != "eager":
+            return mask
+        # eager attention adds what it is given: True would be a score of 1
+        return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(
+            ~mask, torch.finfo(x.dtype).min
+        )
+
+    def _part(self, chosen: tuple[int, ...]) -> nn.Module:
+        if chosen not in self._parts:
+            self._parts[chosen] = with_layers(
+                self.decoder, self.layers_name, [self.layers[number] for number in chosen]
+            )
+        return self._parts[chosen]

@@ -1,0 +1,228 @@
+"""Images with the image-token models of transformers, and any accelerator for causal models."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from varaccel.engine.network import check_substitute
+from varaccel.errors import CheckpointError, InputError
+from varaccel.models.transformers_host.host import TransformersHost
+from varaccel.nn.condition import Condition
+from varaccel.pipelines.causal import CausalPipeline
+from varaccel.pipelines.load_options import MODEL_OPTIONS, LoadOptions, is_placement
+from varaccel.pipelines.loading import MODEL_TYPES, is_pipeline_folder, pipeline_class_name, resolve_model
+
+
+class TransformersPipeline(CausalPipeline, abstract=True):
+    """Text-conditional generation with a model of transformers that predicts image tokens.
+
+    A subclass names the model and its host and says what is around them: `_image_tokenizer`, and where they differ
+    from the defaults `_prompt_ids` and the hooks of `CausalPipeline`.
+
+    Args:
+        model: with its image tokenizer, as transformers loads it.
+        processor: of the model; it knows the prompt template and the special tokens.
+        guidance_scale, top_k, temperature, top_p: defaults of a call; those of the model's generation config if None,
+            or else the published ones.
+        eagle_head, draft_model: drafters for speculative accelerators; a draft model is a smaller one of the same
+            kind, with the same image tokens.
+
+    Raises:
+        InputError: components that do not fit each other.
+    """
+
+    model_type: ClassVar[str]
+    """Of the model's configuration."""
+    model_class: ClassVar[str]
+    """Name of the model's class in transformers."""
+    host_class: ClassVar[type[TransformersHost]]
+    """The view of the model as a causal network."""
+    sampling_defaults: ClassVar[dict[str, float]] = {
+        "guidance_scale": 5.0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
+    """Of the model's authors."""
+    model_cpu_offload_seq = "model"
+    _optional_components = ["eagle_head", "draft_model"]  # noqa: RUF012
+
+    model: Any
+    processor: Any
+    draft_model: Any
+
+    def __init_subclass__(cls, *, abstract: bool = False, **options: Any) -> None:
+        super().__init_subclass__(abstract=abstract, **options)
+        if not abstract:
+            MODEL_TYPES[cls.model_type] = cls.__name__
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        guidance_scale: float | None = None,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        eagle_head: Any = None,
+        draft_model: Any = None,
+    ) -> None:
+        super(CausalPipeline, self).__init__()
+        self.transformer = self._host_of(model, "model")
+        self.vq_model = self._image_tokenizer(model)
+        self._drafter = None if draft_model is None else self._host_of(draft_model, "draft_model")
+        if self._drafter is not None:
+            check_substitute(self._drafter, self.transformer, "drafter")
+        if eagle_head is not None:
+            eagle_head.check_fits(self.transformer)
+        self.register_modules(
+            model=model, processor=processor, eagle_head=eagle_head, draft_model=draft_model
+        )
+        given = {
+            "guidance_scale": guidance_scale,
+            "top_k": top_k,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
+        self.register_to_config(**self._sampling_settings(model, given))
+        self._begin()
+
+    @classmethod
+    def _host_of(cls, model: Any, role: str) -> TransformersHost:
+        wanted = getattr(transformers, cls.model_class)
+        if not isinstance(model, wanted):
+            raise InputError(
+                f"{role} of a {cls.__name__} is a {cls.model_class} of transformers, got {type(model).__name__}."
+            )
+        return cls.host_class(model)
+
+    @classmethod
+    def _sampling_settings(cls, model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+        """What was given, or else what the model's generation config says, or else the authors' settings."""
+        recorded = model.generation_config
+        settings = {}
+        for name, default in cls.sampling_defaults.items():
+            value = given[name] if given[name] is not None else getattr(recorded, name, None)
+            settings[name] = default if value is None else value
+        return settings
+
+    @classmethod
+    @abstractmethod
+    def _image_tokenizer(cls, model: Any) -> Any:
+        """See `vq_model` of `CausalPipeline`."""
+
+    @property
+    def drafters(self) -> dict[str, Any]:
+        found = {"eagle": self.eagle_head, "small": self._drafter}
+        return {name: drafter for name, drafter in found.items() if drafter is not None}
+
+    @property
+    def image_tokenizer(self) -> Any:
+        return self.vq_model
+
+    # -- prompts ---------------------------------------------------------------------------------------
+
+    def _condition(self, prompts: list[str | int]) -> Condition:
+        """Token ids [B, T] of prompts, padded on the left."""
+        wrong = next((p for p in prompts if not isinstance(p, str)), None)
+        if wrong is not None:
+            raise InputError(f"this model takes descriptions, not labels; got {wrong!r}.")
+        rows = [self._prompt_ids(str(prompt)) for prompt in prompts]
+        return left_padded(rows, self._pad_token(), self.transformer.device)
+
+    def _prompt_ids(self, prompt: str) -> Sequence[int]:
+        """Token ids of one prompt, up to the token that begins the image."""
+        raise NotImplementedError(f"{type(self).__name__} must say how prompts are written")
+
+    def _pad_token(self) -> int:
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        return int(tokenizer.pad_token_id or 0)
+
+    def _templated(self, prompt: str) -> str:
+        """A prompt in the chat template of the processor, if it has one."""
+        if getattr(self.processor, "chat_template", None) is None:
+            return prompt
+        message = {"role": "user", "content": [{"type": "text", "text": prompt}]}
+        return str(self.processor.apply_chat_template([message], add_generation_prompt=True))
+
+    def check_prompts(self, prompts: Any) -> None:
+        self._condition(list(prompts))
+
+    # -- loading ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:
+        """Load a repository of a model in transformers' layout, or a folder that a pipeline saved.
+
+        Args:
+            name: see `resolve_model`.
+            options: as of `LoadablePipeline.from_pretrained`. For transformers' layout also `device_map` over several
+                devices ("auto", ...), `attn_implementation`, `quantization_config`, `max_memory`, `offload_folder`,
+                `distributed_config` and others that `PreTrainedModel.from_pretrained` takes.
+
+        Raises:
+            CheckpointError: nothing there, a model of another kind, no processor, or a damaged file.
+            InputError: an unknown option, number type or device.
+        """
+        placement = {"device_map": options.pop("device_map")} if is_placement(options) else {}
+        own = {option: options.pop(option) for option in MODEL_OPTIONS if option in options}
+        chosen = LoadOptions.of(options)
+        chosen.check_parts(cls)
+        folder = resolve_model(name, **chosen.hub)
+        if is_pipeline_folder(folder):
+            return super().from_pretrained(folder, **options, **placement)
+        found = pipeline_class_name(folder)
+        if found != cls.__name__:
+            raise CheckpointError(
+                f"{folder} holds a model for {found}, not for {cls.__name__}; load it with AutoPipeline."
+            )
+        parts = dict(chosen.parts)
+        if "processor" not in parts:
+            parts["processor"] = cls._load_processor(folder)
+        if "model" not in parts:
+            dtype = chosen.dtype_of("model")
+            parts["model"] = cls._load_model(
+                folder, **{} if dtype is None else {"dtype": dtype}, **chosen.reading, **placement, **own
+            )
+        pipe = cls(**parts)
+        if chosen.device is not None:
+            pipe.to(chosen.device)
+        return pipe
+
+    @classmethod
+    def _load_model(cls, folder: Path, **options: Any) -> Any:
+        try:
+            return getattr(transformers, cls.model_class).from_pretrained(folder, **options).eval()
+        except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+
+    @classmethod
+    def _load_processor(cls, folder: Path) -> Any:
+        try:
+            return transformers.AutoProcessor.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(
+                f"{folder} has no processor that can be loaded ({reason}); pass processor=, or fetch the model again."
+            ) from error
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> Condition:
+    """Prompts of token ids as one table [B, T], the shorter ones padded on the left."""
+    length = max(len(row) for row in rows)
+    ids = [F.pad(torch.tensor(row), (length - len(row), 0), value=pad) for row in rows]
+    if all(len(row) == length for row in rows):
+        return Condition(torch.stack(ids).to(device))
+    used: list[Tensor] = [F.pad(torch.ones(len(row)), (length - len(row), 0)) for row in rows]
+    return Condition(torch.stack(ids).to(device), torch.stack(used).bool().to(device))
