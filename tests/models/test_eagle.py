@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.scripts import ROOT
-from tests.tiny import transformer
+from tests.tiny import GRID, transformer
 from varaccel.errors import CheckpointError, InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.models.eagle import EagleHead
@@ -63,8 +63,8 @@ def logits(index: int, features: Tensor) -> Tensor:
 
 def read_cached(head: EagleHead, tokens: Tensor, features: Tensor, extra: int) -> tuple[Tensor, Any]:
     """Features after a pass over all pairs but the last `extra` and one over these, and the cache."""
-    kv = head.new_cache(tokens.shape[0], spare=16)
-    table, length = head.rotary_table(), tokens.shape[1]
+    kv = head.new_cache(tokens.shape[0], tokens.shape[1] + 16)
+    table, length = head.rotary_table(tokens.shape[1]), tokens.shape[1]
     parts = []
     for span in (range(length - extra), range(length - extra, length)):
         slots = torch.tensor(span)
@@ -97,7 +97,7 @@ def test_cached_pass_and_tree_queries(index: int) -> None:
     torch.testing.assert_close(out[:, -extra:], data["inc.hidden_out_tail"], **CLOSE)
     length, queries = tokens.shape[1], data["tree.input_ids"].shape[1]
     attention = AttentionInputs(
-        head.rotary_table()[length].expand(queries, -1, -1),
+        head.rotary_table(length + 1)[length].expand(queries, -1, -1),
         mask=torch.cat([torch.ones(queries, length), data["tree.mask"][0, 0]], dim=1).bool(),
         cache=kv,
         slots=torch.arange(length, length + queries),
@@ -144,10 +144,12 @@ def test_guided_rows_of_static_drafting() -> None:
 
 def test_sizes() -> None:
     head = recorded(0)
-    assert head.prefix_pairs == 119
-    assert head.rotary_table().shape == (119 + 256, head.head_dim // 2, 2)
-    assert not head.rotary_table()[:119].any(), "prefix pairs turn to nothing"
-    assert head.new_cache(2, spare=5).keys.shape == (1, 2, 4, 119 + 256 + 5, 8)
+    assert head.rotary_table(119 + 256).shape == (119 + 256, head.head_dim // 2, 2)
+    assert not head.rotary_table(119).any(), "prefix pairs turn to nothing"
+    assert not head.masks_padding
+    assert head.new_cache(2, 380).keys.shape == (1, 2, 4, 380, 8)
+    with pytest.raises(InputError, match="knows 375 places"):
+        head.rotary_table(119 + 257)
     with pytest.raises(InputError, match="divisible by 4"):
         EagleHead(vocab_size=8, dim=12, ffn_dim=8, num_heads=2)
 
@@ -157,7 +159,8 @@ def test_for_target(model_type: str, tmp_path: Path) -> None:
     target = transformer(model_type)
     head = EagleHead.for_target(target)
     head.check_fits(target)
-    assert head.prefix_pairs == (0 if model_type == "c2i" else 7)
+    assert (head.config.positions, head.config.grid_size) == ("grid", GRID)
+    assert head.config.prefix_length == (1 if model_type == "c2i" else 8)
     assert torch.equal(head.embed_tokens.weight, target.tok_embeddings.weight)
     assert head.embed_tokens.weight.data_ptr() != target.tok_embeddings.weight.data_ptr()
     assert not head.embed_tokens.weight.requires_grad

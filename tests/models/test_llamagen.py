@@ -57,4 +57,4 @@ def test_published_behaviour_is_the_default_and_a_drafter_follows_its_target() -
     for identity in (False, True):
         head = EagleHead.for_target(model(prefix_identity=identity))
         assert head.config.prefix_identity == identity
-        assert bool(head.rotary_table()[: head.prefix_pairs].any()) == identity
+        assert bool(head.rotary_table(head.config.prefix_length - 1).any()) == identity

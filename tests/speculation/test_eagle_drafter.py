@@ -34,6 +34,8 @@ class RecordedTarget:
 
     static_shapes = False
     rows_per_pass = 2
+    prefix = 120
+    condition_mask = None
 
     def __init__(self, index: int, options: dict[str, Any], prefix_features: Tensor) -> None:
         self.index, self.prefix_features = index, prefix_features
@@ -231,8 +233,9 @@ def test_what_the_head_has_read(host: str, guidance: float, monkeypatch: pytest.
     if guidance > 1:
         condition, tokens = torch.cat([condition, model.unconditional(condition)]), tokens.repeat(2, 1)
         mask = None if mask is None else mask.repeat(2, 1)
-    pairs, count = head.prefix_pairs, head.prefix_pairs + model.num_tokens
-    cache = head.new_cache(len(tokens))
+    pairs = model.prefix_length - 1
+    count = pairs + model.num_tokens
+    cache = head.new_cache(len(tokens), count)
     with torch.inference_mode():
         features = teacher_features(model, condition, mask, tokens)
         torch.testing.assert_close(
@@ -240,7 +243,7 @@ def test_what_the_head_has_read(host: str, guidance: float, monkeypatch: pytest.
         )
         paired = torch.cat([tokens.new_zeros(len(tokens), pairs), tokens], dim=1)
         attention = AttentionInputs(
-            head.rotary_table(), causal=True, cache=cache, slots=torch.arange(count), length=count
+            head.rotary_table(count), causal=True, cache=cache, slots=torch.arange(count), length=count
         )
         head.transform(head.fuse(paired, features[:, :-1]), attention)
     base = reader.cache_slots.base

@@ -21,21 +21,20 @@ from varaccel.hosts.causal.guidance import Guidance
 from varaccel.models.eagle import EagleHead
 from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.nn.attention_inputs import AttentionInputs
+from varaccel.nn.condition import Condition
 from varaccel.scenes.cache import write_cache
 from varaccel.training import drafter as trainer
 from varaccel.training.drafter import (
     DrafterRecipe,
-    Pairs,
     acceptance,
     distribution_losses,
     drafter_losses,
-    make_pairs,
     predictions,
     train_drafter,
 )
+from varaccel.training.feature_pairs import Conditions, Pairs, grids_of, make_pairs
 from varaccel.training.run import Budget, TrainingRun
 from varaccel.training.token_ids import encode_cache
-from varaccel.training.tokens import Condition
 
 SAMPLES = 40
 N = GRID**2
@@ -44,7 +43,7 @@ EXACT = dataclasses.replace(RECIPE, precision="float32", warmup_steps=1, decay=1
 """In float32, with a learning rate that does not depend on the budget."""
 
 
-def data(model_type: str) -> tuple[Tensor, Condition]:
+def data(model_type: str) -> tuple[Tensor, Conditions]:
     """Images and conditions at random: a drafter learns about its target, not about images."""
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(VOCAB_SIZE, (SAMPLES, N), generator=generator)
@@ -77,7 +76,8 @@ def train(
 def some_pairs(target: LlamaGenTransformer, guided: bool, count: int = 3) -> Pairs:
     token_ids, condition = data(target.config.model_type)
     indices = torch.arange(count)
-    return make_pairs(target, target.transform, *condition(indices), token_ids[indices], guided)
+    given = Condition(*condition(indices))
+    return make_pairs(target, target.transform, given, token_ids[indices], guided, grids=grids_of(target))
 
 
 def same_weights(a: EagleHead, b: EagleHead) -> None:
@@ -113,9 +113,10 @@ def test_guesses_in_a_row_are_those_of_drafting(model_type: str) -> None:
     with torch.no_grad():
         drafts = predictions(head, head.transform, pairs, depth=3)
     tokens, features = pairs.tokens.flatten(0, 1), pairs.features.flatten(0, 1)
-    table, prefix = head.rotary_table(), head.prefix_pairs
+    prefix, length = pairs.prefix, tokens.shape[1]
+    table = head.rotary_table(length)
     for start in (0, 1, 6):  # the image token of the last true pair
-        cache, feature = head.new_cache(tokens.shape[0]), None
+        cache, feature = head.new_cache(tokens.shape[0], length), None
         for number in range(3):
             last = prefix + start + number
             slots = torch.arange(0 if feature is None else last, last + 1)

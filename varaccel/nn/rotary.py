@@ -1,4 +1,4 @@
-"""Two-dimensional rotary position embedding as in LlamaGen, section 3.1 (RoPE: arXiv 2104.09864)."""
+"""Rotary position embedding (RoPE: arXiv 2104.09864): along a line, and on a grid as in LlamaGen, section 3.1."""
 
 from __future__ import annotations
 
@@ -42,6 +42,23 @@ def rotary_table(
     if prefix_identity:
         slots[..., 0] = 1.0
     return torch.cat([slots, table]).to(device)
+
+
+def line_rotary_table(
+    length: int,
+    head_dim: int,
+    *,
+    base: float = 10000.0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Cosines and sines of places 0 to `length` - 1 in a row.
+
+    Returns:
+        [length, head_dim / 2, 2] float32: (cos, sin) of the angle of each channel pair.
+    """
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=HOST) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=HOST), frequencies)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).to(device)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:

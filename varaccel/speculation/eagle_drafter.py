@@ -9,9 +9,11 @@ from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
+from varaccel.errors import InputError
 from varaccel.hosts.causal.cache_slots import CacheSlots, lane_draft_slots, spread
 from varaccel.hosts.causal.lanes import Fronts
 from varaccel.hosts.causal.session import CausalSession
+from varaccel.nn.attention_inputs import prefix_mask
 from varaccel.nn.devices import HOST
 from varaccel.nn.number_check import NumberCheck
 from varaccel.speculation.loop import StepResult
@@ -38,18 +40,31 @@ class EagleReader:
         canvas: of the call.
         draft_slots: of every lane.
         lanes: lanes that are open at once at most.
+
+    Raises:
+        InputError: a call of another prefix or grid than the head has fixed.
     """
 
     def __init__(
         self, head: EagleHead, session: CausalSession, canvas: Canvas, draft_slots: int, lanes: int
     ) -> None:
         self.head, self.session, self.canvas, self.draft_slots = head, session, canvas, draft_slots
-        rows = session.rows_per_pass
+        if head.config.prefix_length not in (None, session.prefix):
+            raise InputError(
+                f"the drafter was made for {head.config.prefix_length} condition slots, but the call has "
+                f"{session.prefix}."
+            )
+        pairs, positions, spare = session.prefix - 1, canvas.num_positions, lanes * draft_slots
+        # pair t has a feature if slot t holds something
+        mask = session.condition_mask
+        self._mask = None if mask is None or not head.masks_padding else mask[:, :-1]
         self.cache_slots = CacheSlots(
-            head.new_cache(rows, spare=lanes * draft_slots + 1),
-            prefix=head.prefix_pairs,
-            positional=head.rotary_table(head.device).unsqueeze(0),
-            draft_slots=lanes * draft_slots,
+            head.new_cache(session.rows_per_pass, pairs + positions + spare + 1),
+            prefix=pairs,
+            positional=head.rotary_table(pairs + positions).unsqueeze(0),
+            draft_slots=spare,
+            mask=self._mask,
+            branches_differ=self._mask is not None and session.cache_slots.branches_differ,
         )
         self.passes = 0
         self.number_check = NumberCheck.of(head)
@@ -107,11 +122,13 @@ class EagleReader:
         )
 
     def _read_prefix(self) -> None:
-        features, pairs = self.session.prefix_features, self.head.prefix_pairs
+        features, pairs = self.session.prefix_features, self.cache_slots.prefix
         if pairs:
             tokens = torch.zeros(features.shape[0], pairs, dtype=torch.int64, device=features.device)
+            mask = None if self._mask is None else prefix_mask(self._mask, pairs)
             self.head.transform(
-                self.head.fuse(tokens, features[:, :-1]), self.cache_slots.prefill_inputs(None)
+                self.head.fuse(tokens, features[:, :-1].to(self.head.dtype)),
+                self.cache_slots.prefill_inputs(mask),
             )
         first = torch.zeros(self.canvas.batch, 1, dtype=torch.int64, device=features.device)
         self._pairs = (self.canvas.tokens[:, :1], first, features[:, -1:])
@@ -130,10 +147,10 @@ class EagleReader:
             positions, rows=rows, draft_slots=draft_slots, visible=visible, length=length
         )
         self.passes += 1
-        joined = self.head.fuse(tokens.repeat(rows // tokens.shape[0], 1), features)
+        joined = self.head.fuse(tokens.repeat(rows // tokens.shape[0], 1), features.to(self.head.dtype))
         predicted = self.head.transform(joined, attention)
         self.number_check.values(predicted, self.passes)
-        return predicted
+        return predicted.to(features.dtype)  # the target's own head reads them
 
     def _distribution(self, features: Tensor, positions: Tensor) -> Categorical:
         assert self._fronts is not None

@@ -1,4 +1,4 @@
-"""Training a one-layer EAGLE drafter for a frozen LlamaGen target (arXiv 2401.15077, 2410.03355).
+"""Training a one-layer EAGLE drafter for a frozen causal target (arXiv 2401.15077, 2410.03355).
 
 The target reads real images teacher-forced; the drafter learns to predict its features one slot ahead:
 smooth L1 on the features plus the cross-entropy between the target's distribution and the distribution that
@@ -9,25 +9,36 @@ verifies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
+from varaccel.hosts.causal.network import CausalNetwork
 from varaccel.models.eagle import EagleHead
-from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
+from varaccel.nn.condition import Condition
+from varaccel.nn.grid import Grid
 from varaccel.nn.kv_cache import KVCache
+from varaccel.training.feature_pairs import (
+    Conditions,
+    Pairs,
+    checked_token_ids,
+    grids_of,
+    make_pairs,
+    vocab_size_of,
+)
 from varaccel.training.precision import autocast
 from varaccel.training.run import Budget, Schedule, TrainingRun, model_settings
-from varaccel.training.tokens import Condition, CourseRecipe, Scheduled, frozen, train_tokens
+from varaccel.training.tokens import CourseRecipe, Scheduled, frozen, train_tokens
 
 MEASURED_DEPTH = 3
 """How many draft tokens in a row validation looks at."""
@@ -100,50 +111,6 @@ class DrafterRecipe(CourseRecipe):
         return Guidance(self.guidance_scale)
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """What a drafter reads and should say about some images; G branches, 2 with guidance, else 1.
-
-    Attributes:
-        tokens: [G, B, T + N - 2] int64, zeros at the T - 1 prefix pairs, then all image tokens but the last.
-        features: [G, B, T + N - 2, dim], the target's features of the slots before those tokens.
-        wanted: [G, B, N - 1, dim], its features at the image tokens.
-    """
-
-    tokens: Tensor
-    features: Tensor
-    wanted: Tensor
-
-
-@torch.no_grad()
-def make_pairs(
-    target: LlamaGenTransformer,
-    transform: Callable[[Tensor, AttentionInputs], Tensor],
-    condition: Tensor,
-    mask: Tensor | None,
-    token_ids: Tensor,
-    guided: bool,
-) -> Pairs:
-    """One teacher-forced pass of the target over tokens [B, N]; `transform` is its own or a compiled one."""
-    branches = 2 if guided else 1
-    if guided:
-        condition = torch.cat([condition, target.unconditional(condition)])
-        mask = None if mask is None else torch.cat([mask, mask])  # as in decoding, and as published
-    if condition.is_floating_point():
-        condition = condition.to(target.dtype)
-    read = token_ids[:, :-1]
-    prefix = target.embed_condition(condition)  # [G * B, T, dim]
-    x = torch.cat([prefix, target.embed_tokens(read.repeat(branches, 1))], dim=1)
-    rotary = target.rotary_table(x.device)[: x.shape[1]]
-    if mask is None:
-        attention = AttentionInputs(rotary, causal=True)
-    else:
-        attention = AttentionInputs(rotary, mask=prefix_mask(mask, x.shape[1]))
-    features = transform(x, attention).unflatten(0, (branches, -1))  # [G, B, T + N - 1, dim]
-    tokens = F.pad(read, (prefix.shape[1] - 1, 0)).expand(branches, -1, -1)
-    return Pairs(tokens, features[:, :, :-1], features[:, :, prefix.shape[1] :])
-
-
 class _Trail(KVCache):
     """Keys and values of passes one after another, kept apart so that gradients flow through them."""
 
@@ -192,34 +159,49 @@ def predictions(
     branches = pairs.tokens.shape[0]
     tokens = pairs.tokens.flatten(0, 1)
     features = pairs.features if noise is None else pairs.features + noise
-    prefix, length = head.prefix_pairs, tokens.shape[1]
+    prefix, length = pairs.prefix, tokens.shape[1]
     count = length - prefix + 1  # image tokens N
-    rotary = head.rotary_table(tokens.device)[:length]
+    rotary = head.rotary_table(length, tokens.device)
     slots = torch.arange(length, device=tokens.device)
+    used = None if pairs.mask is None or not head.masks_padding else pairs.mask.flatten(0, 1).bool()
     trail = _Trail() if depth > 1 else None
-    first = AttentionInputs(rotary, causal=True, cache=trail, slots=slots)
+    first = AttentionInputs(
+        rotary,
+        mask=None if used is None else prefix_mask(used, length),
+        causal=used is None,
+        cache=trail,
+        slots=slots,
+    )
     draft_token = transform(head.fuse(tokens, features.flatten(0, 1)), first)[:, prefix:]
     drafts = [draft_token]
     for number in range(2, depth + 1):
         here = slice(prefix + number - 1, None)
-        attention = AttentionInputs(
-            rotary[here],
-            mask=chain_mask(prefix, count, number, tokens.device),
-            cache=trail,
-            slots=slots[here],
-        )
+        mask = chain_mask(prefix, count, number, tokens.device)
+        if used is not None:
+            mask = (mask & F.pad(used, (0, mask.shape[1] - prefix), value=True).unsqueeze(1)).unsqueeze(1)
+        attention = AttentionInputs(rotary[here], mask=mask, cache=trail, slots=slots[here])
         draft_token = transform(head.fuse(tokens[:, here], draft_token[:, :-1]), attention)
         drafts.append(draft_token)
     return [g.unflatten(0, (branches, -1)) for g in drafts]
 
 
-def distribution_logits(target: LlamaGenTransformer, features: Tensor, recipe: DrafterRecipe) -> Tensor:
-    """Features [G, ..., dim] -> logits [..., V] of the distribution that is verified: guided, over the temperature."""
+def distribution_logits(
+    target: CausalNetwork, features: Tensor, recipe: DrafterRecipe, possible: Tensor | None = None
+) -> Tensor:
+    """Features [G, ..., P, dim] -> logits [..., P, V] of the distribution that is verified: guided and tempered.
+
+    Args:
+        possible: [N, V] bool, which tokens may stand at the last N >= P positions of an image; None if all may.
+    """
     # Guidance and a low temperature multiply the rounding of logits, so bfloat16 would blur the distributions.
     with torch.autocast(features.device.type, enabled=False):
-        logits = target.logits(features.to(target.dtype))
+        logits = target.logits(features.to(target.dtype).flatten(0, -3)).unflatten(0, features.shape[:-2])
     combined = recipe.guidance.combine(*logits) if len(logits) == 2 else logits[0]
-    return combined / recipe.temperature
+    combined = combined / recipe.temperature
+    if possible is None:
+        return combined
+    # finite, for 0 times the logarithm of an impossible token to be 0
+    return combined.masked_fill(~possible[-combined.shape[-2] :], torch.finfo(combined.dtype).min)
 
 
 def _by_images(
@@ -237,29 +219,38 @@ def _by_images(
 
 
 def distribution_losses(
-    target: LlamaGenTransformer, wanted: Tensor, drafts: list[Tensor], recipe: DrafterRecipe
+    target: CausalNetwork,
+    wanted: Tensor,
+    drafts: list[Tensor],
+    recipe: DrafterRecipe,
+    possible: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the target's distribution against that of each draft token, mean over positions: [depth]."""
 
     def summed(wanted: Tensor, *drafts: Tensor) -> Tensor:
         with torch.no_grad():
-            distribution = distribution_logits(target, wanted, recipe).softmax(-1)
+            distribution = distribution_logits(target, wanted, recipe, possible).softmax(-1)
         return torch.stack(
             [
                 -(
-                    distribution[:, -g.shape[2] :] * distribution_logits(target, g, recipe).log_softmax(-1)
+                    distribution[:, -g.shape[2] :]
+                    * distribution_logits(target, g, recipe, possible).log_softmax(-1)
                 ).sum()
                 for g in drafts
             ]
         )
 
     counts = torch.tensor([g.shape[1] * g.shape[2] for g in drafts], device=wanted.device)
-    return _by_images(summed, target.config.vocab_size, wanted, drafts) / counts
+    return _by_images(summed, vocab_size_of(target), wanted, drafts) / counts
 
 
 @torch.no_grad()
 def acceptance(
-    target: LlamaGenTransformer, wanted: Tensor, drafts: list[Tensor], recipe: DrafterRecipe
+    target: CausalNetwork,
+    wanted: Tensor,
+    drafts: list[Tensor],
+    recipe: DrafterRecipe,
+    possible: Tensor | None = None,
 ) -> Tensor:
     """Chance that a token drawn from each draft distribution is accepted, given that those before were: [depth].
 
@@ -268,29 +259,34 @@ def acceptance(
     """
 
     def summed(wanted: Tensor, *drafts: Tensor) -> Tensor:
-        distribution = distribution_logits(target, wanted, recipe).softmax(-1)
+        distribution = distribution_logits(target, wanted, recipe, possible).softmax(-1)
         return torch.stack(
             [
                 torch.minimum(
-                    distribution[:, -g.shape[2] :], distribution_logits(target, g, recipe).softmax(-1)
+                    distribution[:, -g.shape[2] :],
+                    distribution_logits(target, g, recipe, possible).softmax(-1),
                 ).sum()
                 for g in drafts
             ]
         )
 
     counts = torch.tensor([g.shape[1] * g.shape[2] for g in drafts], device=wanted.device)
-    return _by_images(summed, target.config.vocab_size, wanted, drafts) / counts
+    return _by_images(summed, vocab_size_of(target), wanted, drafts) / counts
 
 
 def drafter_losses(
-    target: LlamaGenTransformer, wanted: Tensor, drafts: list[Tensor], recipe: DrafterRecipe
+    target: CausalNetwork,
+    wanted: Tensor,
+    drafts: list[Tensor],
+    recipe: DrafterRecipe,
+    possible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Feature and distribution loss, each the mean over the draft tokens."""
     if recipe.mask_first_pair:
         wanted = wanted[:, :, 1:]
         drafts = [g[:, :, -wanted.shape[2] :] for g in drafts]  # later ones have no such pair
     feature = [F.smooth_l1_loss(g.float(), wanted[:, :, -g.shape[2] :].float()) for g in drafts]
-    return torch.stack(feature).mean(), distribution_losses(target, wanted, drafts, recipe).mean()
+    return torch.stack(feature).mean(), distribution_losses(target, wanted, drafts, recipe, possible).mean()
 
 
 class DrafterObjective:
@@ -303,17 +299,21 @@ class DrafterObjective:
     def __init__(
         self,
         head: EagleHead,
-        target: LlamaGenTransformer,
+        target: CausalNetwork,
         token_ids: Tensor,
-        condition: Condition,
+        condition: Conditions,
         recipe: DrafterRecipe,
         *,
+        grids: Sequence[Grid] | None = None,
         compile: bool = False,
     ) -> None:
         head.check_fits(target)
-        _check_token_ids(token_ids, target)
-        self.head, self.target = head, target
-        self.token_ids, self.condition, self.recipe = token_ids, condition, recipe
+        self.grids = grids_of(target) if grids is None else tuple(grids)
+        self.token_ids = checked_token_ids(token_ids, target, self.grids)
+        self.head, self.target, self.condition, self.recipe = head, target, condition, recipe
+        self._trained = [p for p in head.parameters() if p.requires_grad]
+        predicted = torch.arange(1, self.token_ids.shape[1], device=target.device)
+        self._possible = target.possible_tokens(predicted, self.grids)
         self._read_target = torch.compile(target.transform) if compile else target.transform
         self._read_pairs = torch.compile(head.transform) if compile else head.transform
 
@@ -323,16 +323,16 @@ class DrafterObjective:
 
     def backward(self, step: int, indices: Tensor, dropped: Tensor) -> dict[str, Tensor]:
         recipe, device = self.recipe, self.target.device
-        noise = self._noise(step)
         losses = torch.zeros(2, device=device)
         # The parts' losses are summed to that of the whole batch before the one step is taken.
         for part in torch.arange(recipe.batch_size).chunk(recipe.accumulate):
             with self._autocast():
                 pairs = self._pairs(indices[part], dropped[part])
-                part_noise = None if noise is None else noise[:, part.to(device)]
-                drafts = predictions(self.head, self._read_pairs, pairs, recipe.unroll, part_noise)
-                feature, distribution = drafter_losses(self.target, pairs.wanted, drafts, recipe)
-            (self._weighted(feature, distribution) / recipe.accumulate).backward()
+                noise = self._noise(step, part, pairs)
+                drafts = predictions(self.head, self._read_pairs, pairs, recipe.unroll, noise)
+                feature, distribution = self._losses(pairs, drafts)
+            loss = self._weighted(feature, distribution) / recipe.accumulate
+            loss.backward(inputs=self._trained)
             losses += torch.stack([feature, distribution]).detach() / recipe.accumulate
         feature, distribution = losses
         return {
@@ -349,8 +349,8 @@ class DrafterObjective:
             with self._autocast():
                 pairs = self._pairs(part)
                 drafts = predictions(self.head, self.head.transform, pairs, MEASURED_DEPTH)
-                losses = drafter_losses(self.target, pairs.wanted, drafts[:1], recipe)
-                chances = acceptance(self.target, pairs.wanted, drafts, recipe)
+                losses = self._losses(pairs, drafts[:1])
+                chances = acceptance(self.target, pairs.wanted, drafts, recipe, self._possible)
             sums += len(part) * torch.cat([self._weighted(*losses).view(1), chances]).double().cpu()
         loss, *chances_of_depths = sums / len(indices)
         measured = {f"acceptance_{depth}": mean for depth, mean in enumerate(chances_of_depths, start=1)}
@@ -362,24 +362,34 @@ class DrafterObjective:
     def _autocast(self) -> torch.autocast:
         return autocast(self.target.device, self.recipe.precision == "bfloat16")
 
-    def _pairs(self, indices: Tensor, dropped: Tensor | None = None) -> Pairs:
-        guided, device = self.recipe.guidance.enabled, self.target.device
-        features, mask = self.condition(indices)
-        if dropped is not None and not guided:
-            where = dropped.to(device).view(-1, *[1] * (features.dim() - 1))
-            features = torch.where(where, self.target.unconditional(features), features)
-        image = self.token_ids[indices].to(device, torch.int64)
-        return make_pairs(self.target, self._read_target, features, mask, image, guided)
+    def _losses(self, pairs: Pairs, drafts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return drafter_losses(self.target, pairs.wanted, drafts, self.recipe, self._possible)
 
-    def _noise(self, step: int) -> Tensor | None:
-        """[G, batch, pairs, dim], the same however the batch is split."""
-        recipe, head, device = self.recipe, self.head, self.target.device
+    def _pairs(self, indices: Tensor, dropped: Tensor | None = None) -> Pairs:
+        given = self.condition(indices)
+        return make_pairs(
+            self.target,
+            self._read_target,
+            given if isinstance(given, Condition) else Condition(*given),
+            self.token_ids[indices].to(self.target.device, torch.int64),
+            self.recipe.guidance.enabled,
+            grids=self.grids,
+            dropped=dropped,
+        )
+
+    def _noise(self, step: int, part: Tensor, pairs: Pairs) -> Tensor | None:
+        """Noise for the features of the samples `part` of a batch, the same however the batch is split."""
+        recipe, device = self.recipe, self.target.device
         if recipe.noise == 0:
             return None
-        length = head.prefix_pairs + head.num_tokens - 1
-        generator = torch.Generator(device).manual_seed(recipe.seed * 5_915_587 + step)
-        shape = (2 if recipe.guidance.enabled else 1, recipe.batch_size, length, head.config.dim)
-        return (2 * torch.rand(shape, device=device, generator=generator) - 1) * recipe.noise
+        branches, _, length, dim = pairs.features.shape
+        drawn = []
+        for row in part.tolist():
+            seed = (recipe.seed * 5_915_587 + step) * recipe.batch_size + row
+            generator = torch.Generator(device).manual_seed(seed)
+            # from the last pair to the first: the prefix is as long as the longest prompt of the part
+            drawn.append(torch.rand((length, branches, dim), device=device, generator=generator).flip(0))
+        return (2 * torch.stack(drawn).permute(2, 0, 1, 3) - 1) * recipe.noise
 
 
 def optimizers(head: EagleHead, recipe: DrafterRecipe) -> list[Scheduled]:
@@ -399,13 +409,14 @@ def optimizers(head: EagleHead, recipe: DrafterRecipe) -> list[Scheduled]:
 
 def train_drafter(
     head: EagleHead,
-    target: LlamaGenTransformer,
+    target: CausalNetwork,
     token_ids: Tensor,
-    condition: Condition,
+    condition: Conditions,
     folder: Path,
     *,
     budget: Budget,
     recipe: DrafterRecipe | None = None,
+    grids: Sequence[Grid] | None = None,
     validation: int = 256,
     compile: bool = False,
     settings: Mapping[str, Any] | None = None,
@@ -417,22 +428,26 @@ def train_drafter(
 
     Args:
         head: moved to the target's device; ends with the averaged weights. Its embedding is not trained.
-        target: what it drafts for; not changed.
-        token_ids: [M, N] integers, the tokens of M images in raster order, on the CPU; the last `validation` of them
-            are not trained on.
+        target: what it drafts for, any causal network; not changed. One that is no `nn.Module` must be in eval mode.
+        token_ids: [M, N] integers, the tokens of M images in the order of decoding, with or without ends of line, on
+            the CPU; the last `validation` of them are not trained on.
         condition: gives the condition of samples, on the target's device.
+        grids: that the tokens stand in; None where the target's signature tells.
         compile: compile the passes of both networks (worth minutes of compilation on long runs).
         settings: further facts that must not change between resumes, such as the tokenizer's fingerprint.
 
     Raises:
-        InputError: too few samples, token ids of another grid or codebook, or a drafter of another target.
+        InputError: too few samples, token ids of another grid or codebook, a drafter of another target, or `grids` left
+            out where the call decides them.
         CheckpointError: `folder` holds a different run.
     """
     recipe = recipe or DrafterRecipe()
-    objective = DrafterObjective(head, target, token_ids, condition, recipe, compile=compile)
+    objective = DrafterObjective(head, target, token_ids, condition, recipe, grids=grids, compile=compile)
     head.to(target.device)
-    facts = {"drafter": model_settings(head.config), "target": model_settings(target.config)}
-    with frozen(target):
+    config = getattr(target, "config", None)
+    theirs = model_settings(config) if isinstance(config, Mapping) else asdict(target.signature())
+    facts = {"drafter": model_settings(head.config), "target": theirs}
+    with frozen(target) if isinstance(target, nn.Module) else nullcontext():
         return train_tokens(
             head,
             objective,
@@ -444,17 +459,4 @@ def train_drafter(
             validation=validation,
             title="training a drafter",
             validate_every=VALIDATE_EVERY,
-        )
-
-
-def _check_token_ids(token_ids: Tensor, target: LlamaGenTransformer) -> None:
-    if token_ids.dim() != 2 or token_ids.shape[1] != target.num_tokens:
-        raise InputError(
-            f"the token ids have the shape {list(token_ids.shape)}, but the target makes images of "
-            f"{target.num_tokens} tokens; encode images of its size."
-        )
-    if int(token_ids.max()) >= target.config.vocab_size:
-        raise InputError(
-            f"the token ids go up to {int(token_ids.max())}, but the target has {target.config.vocab_size}; "
-            "encode the images with its own image tokenizer."
         )

@@ -116,6 +116,11 @@ class CausalSession:
         return self.cache_slots.rows
 
     @property
+    def condition_mask(self) -> Tensor | None:
+        """[R, prefix], nonzero at condition slots that are used; None if all are."""
+        return self._mask
+
+    @property
     def cache_bytes(self) -> int:
         return self.cache.nbytes
 
