@@ -30,8 +30,10 @@ __all__ = [
     "FeatureCache",
     "FewerSteps",
     "Guidance",
+    "ImageGeneration",
     "InputError",
     "Jacobi",
+    "JanusPipeline",
     "Lantern",
     "LayerSkip",
     "LlamaGenPipeline",
@@ -51,6 +53,7 @@ __all__ = [
     "VaraccelError",
     "ZipAR",
     "__version__",
+    "accelerate",
     "make_accelerator",
 ]
 
@@ -74,7 +77,9 @@ if TYPE_CHECKING:
     from varaccel.models.llamagen import LlamaGenTransformer
     from varaccel.models.mar import MARTransformer
     from varaccel.models.var import VARTransformer
+    from varaccel.pipelines.accelerated_generate import ImageGeneration, accelerate
     from varaccel.pipelines.auto import AutoPipeline
+    from varaccel.pipelines.janus import JanusPipeline
     from varaccel.pipelines.llamagen import LlamaGenPipeline
     from varaccel.pipelines.mar import MARPipeline
     from varaccel.pipelines.var import VARPipeline

@@ -294,13 +294,7 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         return (Grid(layout[0], layout[-1]),)
 
     def _new_canvas(self, run: Run[CausalSettings, CausalJob]) -> Canvas:
-        """An empty canvas; ends of line are given, so that rows side by side can read them ahead."""
-        grids, images = self._grids(run), run.call.images
-        if all(grid.end_of_line is None for grid in grids):
-            positions = sum(grid.num_positions for grid in grids)
-            return Canvas.empty(images, positions, device=run.device)
-        ends = line_ends(grids, torch.device(run.device)).expand(images, -1)
-        return Canvas.given(ends.clamp(min=0), ends >= 0)
+        return new_canvas(self._grids(run), run.call.images, run.device)
 
     def _job(self, run: Run[CausalSettings, CausalJob], on_step: OnStep) -> CausalJob:
         assert run.condition is not None
@@ -334,3 +328,11 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         """The last grid of the image without ends of line, [B, N] -> [B, h, w]."""
         grid = self._grids(run)[-1]
         return values[:, -grid.num_positions :].unflatten(1, (grid.height, grid.pitch))[..., : grid.width]
+
+
+def new_canvas(grids: tuple[Grid, ...], images: int, device: torch.device) -> Canvas:
+    """An empty canvas; ends of line are given, so that rows side by side can read them ahead."""
+    if all(grid.end_of_line is None for grid in grids):
+        return Canvas.empty(images, sum(grid.num_positions for grid in grids), device=device)
+    ends = line_ends(grids, torch.device(device)).expand(images, -1)
+    return Canvas.given(ends.clamp(min=0), ends >= 0)

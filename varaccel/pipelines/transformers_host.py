@@ -19,6 +19,7 @@ from varaccel.errors import CheckpointError, InputError
 from varaccel.models.transformers_host.host import TransformersHost
 from varaccel.nn.condition import Condition
 from varaccel.pipelines.causal import CausalPipeline
+from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
 from varaccel.pipelines.load_options import MODEL_OPTIONS, LoadOptions, is_placement
 from varaccel.pipelines.loading import MODEL_TYPES, is_pipeline_folder, pipeline_class_name, resolve_model
 
@@ -157,6 +158,22 @@ class TransformersPipeline(CausalPipeline, abstract=True):
 
     def check_prompts(self, prompts: Any) -> None:
         self._condition(list(prompts))
+
+    # -- inside generate() -----------------------------------------------------------------------------
+
+    @classmethod
+    def generate_options(cls, model: Any, options: dict[str, Any]) -> dict[str, Any] | None:
+        """Options of a `model.generate` call for `GenerationMixin.generate`; None if the call is not for an image."""
+        return options
+
+    @classmethod
+    def read_generate(cls, host: Any, arguments: GenerateArguments) -> ImageCall:
+        """What a `model.generate` call says.
+
+        Raises:
+            InputError: a call that is not for an image, or a model whose `generate` draws none.
+        """
+        raise InputError(f"{cls.model_class}.generate() draws no images; use varaccel's {cls.__name__}.")
 
     # -- loading ---------------------------------------------------------------------------------------
 
