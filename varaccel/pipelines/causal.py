@@ -72,6 +72,9 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
     model_cpu_offload_seq = "text_encoder->transformer->vq_model"
     _optional_components = ["text_encoder", "tokenizer", "eagle_head", "draft_transformer"]  # noqa: RUF012
 
+    default_negative_prompt: ClassVar[str | None] = None
+    """What guidance leads away from if a call does not say; None for the network's own null condition."""
+
     vq_model: Any
     eagle_head: Any
     draft_transformer: Any
@@ -189,6 +192,7 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         negative_prompt: str | int | Sequence[str | int] | None = None,
         height: int | None = None,
         width: int | None = None,
+        ratio: str | None = None,
         guidance_scale: float | None = None,
         guidance_interval: int = -1,
         num_images_per_prompt: int = 1,
@@ -207,8 +211,9 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         Args:
             prompt: one description or several; for class-conditional models a label or class name.
             negative_prompt: what the images shall not look like, one for all prompts or one for each: guidance leads
-                away from it. Away from no prompt at all if None.
+                away from it. If None, away from the model's default negative prompt, or else from no prompt at all.
             height, width: of the images in pixels, for models that draw several sizes; the model's own if None.
+            ratio: instead of them: width to height, such as "16:9", at about as many pixels as the model's own size.
             guidance_scale: how strictly to follow the prompt; 1 switches guidance off and halves the work.
                 The model's own default if None.
             guidance_interval: see `Guidance`.
@@ -237,7 +242,7 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
                 self.config.top_p if top_p is None else top_p,
             ),
             negative_prompts=None if negative_prompt is None else tuple(self._prompts(negative_prompt)),
-            size=self._size(height, width),
+            size=self._call_size(height, width, ratio),
         )
         call = self._checked_call(
             prompt,
@@ -266,9 +271,30 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
             raise InputError(f"this model draws images of {own} × {own} pixels; leave height and width out.")
         return None
 
+    def _call_size(self, height: int | None, width: int | None, ratio: str | None) -> tuple[int, int] | None:
+        if ratio is None:
+            return self._size(height, width)
+        if height is not None or width is not None:
+            raise InputError("ratio takes the place of height and width; give one or the other.")
+        return self._ratio_size(ratio)
+
+    def _ratio_size(self, ratio: str) -> tuple[int, int]:
+        """The size of images (height, width) in pixels of a ratio of width to height.
+
+        Raises:
+            InputError: no ratio, or one that the model cannot draw.
+        """
+        raise InputError("this model draws images of one size; leave ratio out.")
+
+    def _condition_of(self, prompts: list[str | int], settings: CausalSettings) -> Condition | None:
+        """The condition of each prompt; overridden where prompts say more than the text, such as the size."""
+        return self._condition(prompts)
+
     def _call_condition(self, call: Call, settings: CausalSettings) -> Condition | None:
-        condition = super()._call_condition(call, settings)
+        condition = self._condition_of(call.prompts, settings)
         negative = settings.negative_prompts
+        if negative is None and self.default_negative_prompt is not None:
+            negative = (self.default_negative_prompt,)
         if negative is None or condition is None or not settings.guidance.enabled:
             return condition
         if len(negative) not in (1, len(call.prompts)):
@@ -276,7 +302,7 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
                 f"there are {len(negative)} negative prompts for {len(call.prompts)} prompts; give one for all, or one "
                 "for each."
             )
-        other = self._condition([*negative] * (len(call.prompts) // len(negative)))
+        other = self._condition_of([*negative] * (len(call.prompts) // len(negative)), settings)
         return replace(condition, negative=other)
 
     def _caption_length(self) -> int:

@@ -24,10 +24,10 @@ class JanusPipeline(TransformersPipeline):
     host_class: ClassVar[type[TransformersHost]] = JanusHost
 
     @classmethod
-    def _image_tokenizer(cls, model: Any) -> JanusImageTokenizer:
+    def _image_tokenizer(cls, model: Any, processor: Any) -> JanusImageTokenizer:
         return JanusImageTokenizer(model.model.vqmodel)
 
-    def _prompt_ids(self, prompt: str) -> Sequence[int]:
+    def _prompt_ids(self, prompt: str, size: tuple[int, int] | None) -> Sequence[int]:
         inputs = self.processor(text=[self._templated(prompt)], generation_mode="image")
         return list(inputs["input_ids"][0])
 

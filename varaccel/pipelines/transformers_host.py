@@ -18,7 +18,7 @@ from varaccel.engine.network import check_substitute
 from varaccel.errors import CheckpointError, InputError
 from varaccel.models.transformers_host.host import TransformersHost
 from varaccel.nn.condition import Condition
-from varaccel.pipelines.causal import CausalPipeline
+from varaccel.pipelines.causal import CausalPipeline, CausalSettings
 from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
 from varaccel.pipelines.load_options import MODEL_OPTIONS, LoadOptions, is_placement
 from varaccel.pipelines.loading import MODEL_TYPES, is_pipeline_folder, pipeline_class_name, resolve_model
@@ -80,7 +80,7 @@ class TransformersPipeline(CausalPipeline, abstract=True):
     ) -> None:
         super(CausalPipeline, self).__init__()
         self.transformer = self._host_of(model, "model")
-        self.vq_model = self._image_tokenizer(model)
+        self.vq_model = self._image_tokenizer(model, processor)
         self._drafter = None if draft_model is None else self._host_of(draft_model, "draft_model")
         if self._drafter is not None:
             check_substitute(self._drafter, self.transformer, "drafter")
@@ -119,7 +119,7 @@ class TransformersPipeline(CausalPipeline, abstract=True):
 
     @classmethod
     @abstractmethod
-    def _image_tokenizer(cls, model: Any) -> Any:
+    def _image_tokenizer(cls, model: Any, processor: Any) -> Any:
         """See `vq_model` of `CausalPipeline`."""
 
     @property
@@ -134,15 +134,25 @@ class TransformersPipeline(CausalPipeline, abstract=True):
     # -- prompts ---------------------------------------------------------------------------------------
 
     def _condition(self, prompts: list[str | int]) -> Condition:
+        return self._tokenized(prompts, None)
+
+    def _condition_of(self, prompts: list[str | int], settings: CausalSettings) -> Condition:
+        return self._tokenized(prompts, settings.size)
+
+    def _tokenized(self, prompts: list[str | int], size: tuple[int, int] | None) -> Condition:
         """Token ids [B, T] of prompts, padded on the left."""
         wrong = next((p for p in prompts if not isinstance(p, str)), None)
         if wrong is not None:
             raise InputError(f"this model takes descriptions, not labels; got {wrong!r}.")
-        rows = [self._prompt_ids(str(prompt)) for prompt in prompts]
+        rows = [self._prompt_ids(str(prompt), size) for prompt in prompts]
         return left_padded(rows, self._pad_token(), self.transformer.device)
 
-    def _prompt_ids(self, prompt: str) -> Sequence[int]:
-        """Token ids of one prompt, up to the token that begins the image."""
+    def _prompt_ids(self, prompt: str, size: tuple[int, int] | None) -> Sequence[int]:
+        """Token ids of one prompt, up to the token that begins the image.
+
+        Args:
+            size: of the image, height and width in pixels; None for the model's own.
+        """
         raise NotImplementedError(f"{type(self).__name__} must say how prompts are written")
 
     def _pad_token(self) -> int:
