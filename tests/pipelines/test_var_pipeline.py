@@ -36,7 +36,7 @@ from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.next_scale.job import ScaleJob
 from varaccel.image_inputs import rgb_image
 from varaccel.nn.scale_schedule import SCALES_256, ScaleSchedule
-from varaccel.pipelines.inpainting import image_tensor, kept_tokens, mask_tensor, placed
+from varaccel.pipelines.inpainting import checked_mask, image_tensor, kept_tokens, mask_tensor, placed
 
 HOSTS = ("var-class", "var-caption")
 SCHEDULE = ScaleSchedule(SCALES)
@@ -543,7 +543,7 @@ KEPT = torch.tensor([True] + [True, False] * 2 + [True, False, False] * 3)
 
 def source_token_ids(host: str, image: Image.Image) -> Tensor:
     with torch.no_grad():
-        return pipeline(host).vq_model.encode(image_tensor(image, SIZE)).indices
+        return pipeline(host).vq_model.encode(image_tensor(image, (SIZE, SIZE))).indices
 
 
 def test_kept_tokens_are_judged_by_the_middle_of_their_cell() -> None:
@@ -684,8 +684,8 @@ def test_a_mask_of_any_kind_is_cropped_as_its_image_is(kind: str, shape: tuple[i
     image[marked] = (255, 0, 0)
     for given in (Image.fromarray(image), image, torch.from_numpy(image).permute(2, 0, 1)):
         assert rgb_image(given).size == (width, height)
-        red = image_tensor(given, 64)[0, 1] < 0
-        painted = mask_tensor(AS_KINDS[kind](marked), 64, (width, height)) > 0
+        red = image_tensor(given, (64, 64))[0, 1] < 0
+        painted = mask_tensor(checked_mask(AS_KINDS[kind](marked), (width, height)), (64, 64)) > 0
         assert red.sum() > 20
         assert painted[red].all()
         # one pixel on either side is touched where the edges fall within a pixel
@@ -700,7 +700,7 @@ def test_thin_strokes_are_painted(side: int, stroke: int) -> None:
     expected = torch.zeros(128, 128)
     expected[side // 3 * 128 // side : -(-(side // 3 + stroke) * 128 // side)] = 1
     for given in (mask, Image.fromarray(mask)):
-        assert torch.equal(mask_tensor(given, 128), expected)
+        assert torch.equal(mask_tensor(given, (128, 128)), expected)
 
 
 def test_masks_are_enlarged_without_spreading() -> None:
@@ -708,7 +708,7 @@ def test_masks_are_enlarged_without_spreading() -> None:
     mask[1, 2] = True
     expected = torch.zeros(12, 12)
     expected[3:6, 6:9] = 1
-    assert torch.equal(mask_tensor(mask, 12), expected)
+    assert torch.equal(mask_tensor(mask, (12, 12)), expected)
 
 
 @pytest.mark.parametrize(
@@ -725,7 +725,7 @@ def test_masks_of_another_aspect_are_refused(mask: tuple[int, int], image: tuple
 
 def test_scaled_masks_may_be_rounded() -> None:
     for mask, image in (((500, 333), (1000, 667)), ((333, 500), (667, 1000)), ((6, 4), (3000, 2001))):
-        assert mask_tensor(Image.new("1", mask, 1), SIZE, image).all()
+        assert checked_mask(Image.new("1", mask, 1), image).all()
 
 
 def test_what_is_cut_off_cannot_be_painted() -> None:
@@ -733,7 +733,7 @@ def test_what_is_cut_off_cannot_be_painted() -> None:
     left[:, :40] = True
     for given in (left, Image.fromarray(left), torch.from_numpy(left)):
         with refused("cut off"):
-            mask_tensor(given, 128)
+            mask_tensor(given, (128, 128))
 
 
 def test_a_photo_is_painted_upright() -> None:
@@ -754,7 +754,7 @@ def test_outpainting(host: str, accelerator: str | None) -> None:
     pipe, box = pipeline(host), (0, 0, 4, 4)
     options = {"seed": 1, "accelerator": accelerator}
     assert pipe.outpaint(source_image(), box, **options).images[0].size == (SIZE, SIZE)
-    larger, mask = placed(source_image(), box, SIZE)
+    larger, mask = placed(source_image(), box, (SIZE, SIZE))
     assert mask.sum() == SIZE * SIZE - 16
     assert not mask[:4, :4].any()
     inner = np.asarray(source_image().resize((4, 4), Image.Resampling.LANCZOS))
@@ -799,7 +799,7 @@ def test_images_that_cannot_be_edited(image: Any, message: str) -> None:
 )
 def test_bad_masks(mask: Any, message: str) -> None:
     with refused(message):
-        mask_tensor(mask, SIZE)
+        mask_tensor(mask, (SIZE, SIZE))
     with refused(message):
         pipeline("var-class").inpaint(source_image(), mask)
 
@@ -823,11 +823,11 @@ def test_bad_boxes(box: Any, message: str) -> None:
 
 def test_outpainting_takes_images_of_all_kinds() -> None:
     image, box = source_image(), (0, 0, 4, 4)
-    larger, _ = placed(image, box, SIZE)
+    larger, _ = placed(image, box, (SIZE, SIZE))
     stored = image.transpose(Image.Transpose.ROTATE_90)
     stored.getexif()[0x0112] = 6
     for given in (stored, np.asarray(image), torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255):
-        assert placed(given, box, SIZE)[0].tobytes() == larger.tobytes()
+        assert placed(given, box, (SIZE, SIZE))[0].tobytes() == larger.tobytes()
     with refused("the image must be"):
         pipeline("var-class").outpaint("cat.png", box)
 

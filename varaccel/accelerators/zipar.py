@@ -11,6 +11,7 @@ from varaccel.engine.options import check_choice, positive_integer, settle
 from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.schedule import StaggeredRows
+from varaccel.nn.grid import line_ends
 
 Mode = Literal["masked", "published"]
 
@@ -56,6 +57,6 @@ class ZipAR(Accelerator[CausalJob]):
         if ends:  # known ahead: read where they stand, never decided
             if job.canvas.fixed is None:
                 raise InputError("ZipAR reads ends of line ahead; give them as fixed tokens of the canvas.")
-            job.canvas.show_fixed()
+            job.canvas.show_fixed(line_ends(job.grids, job.device) >= 0)
         session = job.open_session(visibility="causal" if published else "encoded")
         return decode(session, job.canvas, schedule, job.randomness, job.on_step)

@@ -26,7 +26,7 @@ def inpaint(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Paint a part of an image anew (next-scale models)."""
+    """Paint a part of an image anew (next-scale models, and those that draw token by token)."""
     from varaccel.cli.sheets import check_sheet, write_sheet
     from varaccel.image_files import check_image_path, read_image
     from varaccel.pipelines.placement import open_pipeline
@@ -35,7 +35,9 @@ def inpaint(
     opened = [read_image(path) for path in (image, mask)]
     pipe: Any = open_pipeline(model, quiet=quiet)
     if not hasattr(pipe, "inpaint"):
-        raise InputError(f"{model} cannot paint into an image; choose a next-scale model such as mini-var.")
+        raise InputError(
+            f"{model} cannot paint into an image; choose a model such as mini-var or mini-llamagen."
+        )
     check_sheet(out, count, pipe)
     output = pipe.inpaint(*opened, prompt, seed=seed, num_images=count, guidance_scale=guidance_scale)
     write_sheet(output.images, out)

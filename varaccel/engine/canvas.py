@@ -71,10 +71,10 @@ class Canvas:
         """Whether every position of every image is decided. Synchronises with the device."""
         return bool((self.written > 0).all())
 
-    def show_fixed(self) -> None:
-        """Count fixed positions as decided in the first pass, for schedules that only read them."""
+    def show_fixed(self, positions: Tensor) -> None:
+        """Count some fixed positions, [N] bool, as decided in the first pass, for schedules that only read them."""
         if self.fixed is not None:
-            self.written.masked_fill_(self.fixed & (self.written == 0), 1)
+            self.written.masked_fill_(self.fixed & positions & (self.written == 0), 1)
 
     def write(self, positions: Tensor, values: Tensor, step: int) -> None:
         """Decide positions in pass `step`.

@@ -40,7 +40,8 @@ class Statistics:
             advance at their own pace it is the number that the slowest needed.
         rows: network rows per pass, 2 per image while guided.
         cache_bytes: size of the key-value cache.
-        seconds: wall-clock time by phase: text, tokens (prefill and steps), decode (tokens to pixels).
+        seconds: wall-clock time by phase: text (and the image that is painted into, to tokens), tokens (prefill and
+            steps), decode (tokens to pixels).
         first_pass_seconds: the part of seconds["tokens"] until the first pass has decided its tokens: the prefill of a
             raster model, the first scale of a next-scale one, the first iteration of a masked one. 0 if the call was
             stopped before.

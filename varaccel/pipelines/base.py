@@ -42,6 +42,10 @@ from varaccel.tokenizers.text import TextFeatures, encode_prompts, prompt_text
 logger = logging.getLogger(__name__)
 
 
+NO_PROMPT = "\0no prompt"
+"""What stands for "no prompt" among prompts; recognised by identity, so that nobody can write it."""
+
+
 class Interrupted(Exception):
     """Raised inside the decoding loop when the call is stopped."""
 
@@ -51,7 +55,7 @@ class Call:
     """Checked arguments that calls of all pipelines have.
 
     Attributes:
-        prompts: descriptions, or labels and names of classes.
+        prompts: descriptions, or labels and names of classes; `NO_PROMPT` alone for none.
         num_images_per_prompt: images of each.
         generators: one per image.
         accelerator: as it was asked for, before it is resolved.
@@ -174,7 +178,13 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
 
     def _call_condition(self, call: Call, settings: SettingsT) -> Condition | None:
         """The condition of each prompt of a call."""
-        return self._condition(call.prompts)
+        return (
+            self._without_prompt(settings) if call.prompts[0] is NO_PROMPT else self._condition(call.prompts)
+        )
+
+    def _without_prompt(self, settings: SettingsT) -> Condition | None:
+        """What the networks are told of one image without a prompt; None for networks that need no condition."""
+        return None
 
     def _caption_length(self) -> int:
         """Caption positions T."""
@@ -271,11 +281,11 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         condition = self._call_condition(call, settings)
         if condition is not None:
             condition = condition.repeat_interleave(call.num_images_per_prompt)
+        run: Run[SettingsT, JobT] = Run(call, settings, condition, device)
+        run.canvas = self._new_canvas(run)
         clock.lap("text")
 
-        run: Run[SettingsT, JobT] = Run(call, settings, condition, device)
         first = Stopwatch(device)
-        run.canvas = self._new_canvas(run)
         accelerator, passes, counts = self._decode(run, first, control)
         clock.lap("tokens")
 

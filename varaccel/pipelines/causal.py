@@ -14,6 +14,7 @@ from varaccel.engine.canvas import Canvas
 from varaccel.engine.job import Job
 from varaccel.engine.loop import OnStep
 from varaccel.engine.network import check_substitute
+from varaccel.engine.options import positive_integer
 from varaccel.engine.randomness import Randomness
 from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
@@ -24,9 +25,11 @@ from varaccel.nn.condition import Condition
 from varaccel.nn.devices import is_gpu
 from varaccel.nn.grid import Grid, line_ends
 from varaccel.nn.signature import Signature
-from varaccel.pipelines.base import Call, Run, TokenPipeline
+from varaccel.pipelines.base import NO_PROMPT, Call, Run
 from varaccel.pipelines.compiled import Compiled
+from varaccel.pipelines.inpainting import Source, kept_cells
 from varaccel.pipelines.output import ImageOutput
+from varaccel.pipelines.painting import PaintingPipeline
 from varaccel.pipelines.published import load_network
 from varaccel.pipelines.step_callback import StepCallback
 from varaccel.tokenizers.neighbours import neighbour_table
@@ -40,24 +43,26 @@ class CausalSettings:
         negative_prompts: what the unconditional branch of guidance reads instead of nothing: one for all prompts, or
             one for each; None for nothing.
         size: height and width of the images in pixels; None for the model's own.
+        source: an image that is edited; None for images from nothing.
     """
 
     guidance: Guidance
     sampling: Sampling
     negative_prompts: tuple[str | int, ...] | None = None
     size: tuple[int, int] | None = None
+    source: Source | None = None
 
 
-class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
+class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True):
     """Text- or class-conditional generation with a causal network and any accelerator for it.
 
-    A family of its own is a subclass with a `family` and, where they differ, `_condition`, `_grids` and
-    `_check_vocabulary`.
+    A family of its own is a subclass with a `family` and, where they differ, `_condition`, `_without_prompt`, `_grids`,
+    `_encode` and `_check_vocabulary`.
 
     Args:
         transformer: the autoregressive model, a `CausalNetwork`.
-        vq_model: the image tokenizer whose token ids it predicts: `decode_tokens` and `downsample_factor`, and
-            `codebook` [V, C] if its tokens are vectors.
+        vq_model: the image tokenizer whose token ids it predicts: `decode_tokens` and `downsample_factor`,
+            `encode_tokens` to paint into images, and `codebook` [V, C] if its tokens are vectors.
         text_encoder, tokenizer: for text-conditional models, see `varaccel.tokenizers.text`.
         class_names: for class-conditional models, names that can be used instead of labels.
         guidance_scale, top_k, temperature, top_p: defaults of a call.
@@ -233,15 +238,9 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
             OutOfMemory: the device is too small for the call.
         """
         settings = CausalSettings(
-            Guidance(
-                self.config.guidance_scale if guidance_scale is None else guidance_scale, guidance_interval
-            ),
-            Sampling(
-                self.config.temperature if temperature is None else temperature,
-                self.config.top_k if top_k is None else top_k,
-                self.config.top_p if top_p is None else top_p,
-            ),
-            negative_prompts=None if negative_prompt is None else tuple(self._prompts(negative_prompt)),
+            self._guidance(guidance_scale, guidance_interval),
+            self._sampling(temperature, top_k, top_p),
+            negative_prompts=self._negative_prompts(negative_prompt),
             size=self._call_size(height, width, ratio),
         )
         call = self._checked_call(
@@ -255,6 +254,87 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
             callback=callback_on_step_end,
         )
         return self._generate(call, settings)
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        image: Any,
+        mask: Any,
+        prompt: str | int | None = None,
+        *,
+        negative_prompt: str | int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        ratio: str | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: int = -1,
+        num_images: int = 1,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        accelerator: AnyAccelerator | str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> ImageOutput | tuple[Any, Statistics]:
+        """Paint a part of an image anew, without training for it.
+
+        Tokens in whose cell nothing is painted are those of the image. They went through the image tokenizer, so that
+        they come back close to what they were, not equal. A token is drawn knowing what is above it and to its left
+        only: what stays below and to the right has no say, so a seam may show there.
+
+        Args:
+            image: a PIL image, array or tensor of any size and kind, see `rgb_image`; a centred part of it of the
+                model's aspect is kept, scaled to the model's size.
+            mask: white where to paint, see `marked_pixels`; of the whole image, of its size or scaled evenly.
+            prompt: what to paint, or what the whole image should show: a description, or a class; None for whatever
+                fits.
+            num_images: versions to make; version i uses seed + i.
+            negative_prompt, height, width, ratio, guidance_scale, guidance_interval, seed, generator, temperature,
+                top_k, top_p, accelerator, output_type, return_dict, callback_on_step_end: as in a call. Without a
+                prompt there is nothing to guide to.
+
+        Raises:
+            InputError: any argument that cannot be used, an image tokenizer that cannot encode, or no prompt for a
+                model that needs one.
+            OutOfMemory: the device is too small for the call.
+        """
+        num_images = positive_integer("num_images", num_images)
+        settings = CausalSettings(
+            self._guidance(1.0 if prompt is None else guidance_scale, guidance_interval),
+            self._sampling(temperature, top_k, top_p),
+            negative_prompts=self._negative_prompts(negative_prompt),
+            size=self._call_size(height, width, ratio),
+            source=self._source(image, mask),
+        )
+        call = self._checked_call(
+            NO_PROMPT if prompt is None else prompt,
+            num_images_per_prompt=num_images,
+            seed=seed,
+            generator=generator,
+            accelerator=accelerator,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback=callback_on_step_end,
+        )
+        return self._generate(call, settings)
+
+    def _guidance(self, scale: float | None, interval: int) -> Guidance:
+        return Guidance(self.config.guidance_scale if scale is None else scale, interval)
+
+    def _sampling(self, temperature: float | None, top_k: int | None, top_p: float | None) -> Sampling:
+        return Sampling(
+            self.config.temperature if temperature is None else temperature,
+            self.config.top_k if top_k is None else top_k,
+            self.config.top_p if top_p is None else top_p,
+        )
+
+    def _negative_prompts(
+        self, given: str | int | Sequence[str | int] | None
+    ) -> tuple[str | int, ...] | None:
+        return None if given is None else tuple(self._prompts(given))
 
     # -- what the base asks for ------------------------------------------------------------------------
 
@@ -291,6 +371,8 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         return self._condition(prompts)
 
     def _call_condition(self, call: Call, settings: CausalSettings) -> Condition | None:
+        if call.prompts[0] is NO_PROMPT:
+            return self._without_prompt(settings)
         condition = self._condition_of(call.prompts, settings)
         negative = settings.negative_prompts
         if negative is None and self.default_negative_prompt is not None:
@@ -309,6 +391,22 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         slots = self.transformer.signature().condition_slots
         return super()._caption_length() if slots is None else int(slots)
 
+    def _without_prompt(self, settings: CausalSettings) -> Condition:
+        """What the unconditional branch of guidance reads: the network's own word for "none".
+
+        Raises:
+            InputError: a network that has none for this kind of condition; overridden for those with negative prompts.
+        """
+        signature, network = self.transformer.signature(), self.transformer
+        if signature.condition == "class":
+            values = torch.zeros(1, dtype=torch.int64, device=self._execution_device)
+        elif signature.condition == "caption" and signature.condition_size is not None:
+            shape = (1, self._caption_length(), signature.condition_size)
+            values = torch.zeros(shape, dtype=network.dtype, device=self._execution_device)
+        else:
+            raise InputError("this model draws nothing without a prompt; say what to paint.")
+        return Condition(network.unconditional(values))
+
     def _grids(self, run: Run[CausalSettings, CausalJob]) -> tuple[Grid, ...]:
         """The grids of an image, one after the other."""
         layout = self.transformer.signature().layout
@@ -320,7 +418,18 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         return (Grid(layout[0], layout[-1]),)
 
     def _new_canvas(self, run: Run[CausalSettings, CausalJob]) -> Canvas:
-        return new_canvas(self._grids(run), run.call.images, run.device)
+        source, grids = run.settings.source, self._grids(run)
+        given = None if source is None else self._given_tokens(source, grids[-1])
+        return new_canvas(grids, run.call.images, run.device, given)
+
+    def _given_tokens(self, source: Source, grid: Grid) -> Tensor:
+        """[h, w] token ids of what stays of an image, -1 where it is painted anew."""
+        pixels_per_token = self.vq_model.downsample_factor
+        pixels, painted = source.fitted((grid.height * pixels_per_token, grid.width * pixels_per_token))
+        device = self._execution_device
+        token_ids = self._encode(pixels.to(device))[0]
+        kept = kept_cells(painted, grid.height, grid.width)
+        return torch.where(kept.to(device), token_ids, -1)
 
     def _job(self, run: Run[CausalSettings, CausalJob], on_step: OnStep) -> CausalJob:
         assert run.condition is not None
@@ -356,9 +465,19 @@ class CausalPipeline(TokenPipeline[CausalSettings, CausalJob], abstract=True):
         return values[:, -grid.num_positions :].unflatten(1, (grid.height, grid.pitch))[..., : grid.width]
 
 
-def new_canvas(grids: tuple[Grid, ...], images: int, device: torch.device) -> Canvas:
-    """An empty canvas; ends of line are given, so that rows side by side can read them ahead."""
-    if all(grid.end_of_line is None for grid in grids):
+def new_canvas(
+    grids: tuple[Grid, ...], images: int, device: torch.device, given: Tensor | None = None
+) -> Canvas:
+    """An empty canvas but for what is given: ends of line, so that rows side by side can read them ahead, and tokens.
+
+    Args:
+        given: [h, w] token ids that stand in the last grid of every image, -1 where none is given.
+    """
+    if given is None and all(grid.end_of_line is None for grid in grids):
         return Canvas.empty(images, sum(grid.num_positions for grid in grids), device=device)
-    ends = line_ends(grids, torch.device(device)).expand(images, -1)
-    return Canvas.given(ends.clamp(min=0), ends >= 0)
+    tokens = line_ends(grids, torch.device(device)).clone()  # [N], -1 where nothing is given
+    if given is not None:
+        last = grids[-1]
+        tokens[-last.num_positions :].view(last.height, last.pitch)[:, : last.width] = given
+    fixed = tokens.expand(images, -1)
+    return Canvas.given(fixed.clamp(min=0), fixed >= 0)

@@ -147,6 +147,13 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         rows = [self._prompt_ids(str(prompt), size) for prompt in prompts]
         return left_padded(rows, self._pad_token(), self.transformer.device)
 
+    def _without_prompt(self, settings: CausalSettings) -> Condition:
+        """What the unconditional branch of guidance reads: the default negative prompt, or an empty one."""
+        if self.default_negative_prompt is not None:
+            return self._condition_of([self.default_negative_prompt], settings)
+        empty = self._condition_of([""], settings)
+        return Condition(self.transformer.unconditional(empty.values), empty.mask)
+
     def _prompt_ids(self, prompt: str, size: tuple[int, int] | None) -> Sequence[int]:
         """Token ids of one prompt, up to the token that begins the image.
 

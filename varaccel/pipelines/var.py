@@ -24,22 +24,17 @@ from varaccel.hosts.next_scale.job import ScaleJob
 from varaccel.hosts.next_scale.published_rng import PublishedDraws
 from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
 from varaccel.hosts.next_scale.schedule import Scales
-from varaccel.image_inputs import rgb_image
 from varaccel.models.var import VARTransformer
 from varaccel.nn.attention_inputs import AttentionInputs
-from varaccel.nn.condition import Condition
 from varaccel.nn.devices import is_gpu
-from varaccel.nn.eval_mode import eval_mode
-from varaccel.pipelines.base import Run, TokenPipeline
+from varaccel.pipelines.base import NO_PROMPT, Run
 from varaccel.pipelines.compiled import Compiled
-from varaccel.pipelines.inpainting import image_tensor, kept_tokens, mask_tensor, placed
+from varaccel.pipelines.inpainting import Source, kept_tokens
 from varaccel.pipelines.output import ImageOutput
+from varaccel.pipelines.painting import PaintingPipeline
 from varaccel.pipelines.published import load_network
 from varaccel.pipelines.step_callback import StepCallback
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
-
-NO_CONDITION = "\0no condition"
-"""What stands for "no prompt" among prompts; recognised by identity, so that nobody can write it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class VARSettings:
         smooth: soften code vectors, see `FeatureMap`.
         published_seed: seed of the published random stream; None for numbers of each image's own.
         cache_dtype: number type of stored keys and values.
-        source: token ids [1, L] and kept tokens [L] of an image that is edited.
+        source: an image that is edited.
     """
 
     guidance: ScaleGuidance
@@ -59,10 +54,10 @@ class VARSettings:
     smooth: bool = False
     published_seed: int | None = None
     cache_dtype: torch.dtype | None = None
-    source: tuple[Tensor, Tensor] | None = None
+    source: Source | None = None
 
 
-class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
+class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
     """Class- or text-conditional generation with a VAR transformer and any accelerator for it.
 
     Args:
@@ -282,20 +277,14 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
             OutOfMemory: the device is too small for the call.
         """
         num_images = positive_integer("num_images", num_images)
-        given = rgb_image(image)
-        painted = mask_tensor(mask, self.image_size, given.size)
-        pixels = image_tensor(given, self.image_size).to(self._execution_device, self.vq_model.dtype)
-        kept = kept_tokens(painted, self.transformer.schedule)
-        with eval_mode([self.vq_model]):
-            token_ids = self.vq_model.encode(pixels).indices
         settings = VARSettings(
             self._guidance(1.0 if prompt is None else guidance_scale),
             self._sampling(temperature, top_k, top_p),
             smooth,
-            source=(token_ids, kept.to(pixels.device)),
+            source=self._source(image, mask),
         )
         call = self._checked_call(
-            NO_CONDITION if prompt is None else prompt,
+            NO_PROMPT if prompt is None else prompt,
             num_images_per_prompt=num_images,
             seed=seed,
             generator=generator,
@@ -305,26 +294,6 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
             callback=callback_on_step_end,
         )
         return self._generate(call, settings)
-
-    def outpaint(
-        self,
-        image: Any,
-        box: tuple[int, int, int, int],
-        prompt: str | int | None = None,
-        **options: Any,
-    ) -> ImageOutput | tuple[Any, Statistics]:
-        """Paint what is around an image.
-
-        Args:
-            image: see `inpaint`; scaled to the box.
-            box: where it stands in the result, (left, top, right, bottom) in pixels.
-            prompt, options: as in `inpaint`.
-
-        Raises:
-            InputError: any argument that cannot be used.
-        """
-        larger, mask = placed(image, box, self.image_size)
-        return self.inpaint(larger, mask, prompt, **options)
 
     def _guidance(self, scale: float | None) -> ScaleGuidance:
         return ScaleGuidance(self.config.guidance_scale if scale is None else scale)
@@ -340,14 +309,13 @@ class VARPipeline(TokenPipeline[VARSettings, ScaleJob]):
 
     # -- what the base asks for ------------------------------------------------------------------------
 
-    def _condition(self, prompts: list[str | int]) -> Condition | None:
-        return None if prompts[0] is NO_CONDITION else super()._condition(prompts)
-
     def _new_canvas(self, run: Run[VARSettings, ScaleJob]) -> Canvas:
         source = run.settings.source
         if source is None:
             return super()._new_canvas(run)
-        token_ids, kept = source
+        pixels, painted = source.fitted((self.image_size, self.image_size))
+        kept = kept_tokens(painted, self.transformer.schedule)
+        token_ids = self._encode(pixels.to(run.device))
         return Canvas.given(token_ids.expand(run.call.images, -1), kept.expand(run.call.images, -1))
 
     def _randomness(self, run: Run[VARSettings, ScaleJob]) -> Randomness | PublishedDraws:

@@ -306,6 +306,10 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
             indices, _, maps = self.quantize.encode(latents.float())
         return MultiScaleEncoding(latents, maps[-1], indices)
 
+    def encode_tokens(self, images: Tensor) -> Tensor:
+        """The token ids [B, L] that `decode_tokens` takes, of `images`; see `encode`."""
+        return self.encode(images).indices
+
     def decode(self, quantized: Tensor) -> Tensor:
         """Images [B, C, H, W], not clamped, from a feature map [B, D, n, n]; of any scale, for a preview.
 

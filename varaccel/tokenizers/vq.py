@@ -238,6 +238,10 @@ class VQModel(ModelMixin, ConfigMixin):
             indices = indices.view(batch, h, w)
             return VQEncoding(latents, self.lookup(indices).to(latents.dtype), indices)
 
+    def encode_tokens(self, images: Tensor) -> Tensor:
+        """The token ids [B, h, w] that `decode_tokens` takes, of `images`; see `encode`."""
+        return self.encode(images).indices
+
     def lookup(self, indices: Tensor) -> Tensor:
         """Normalised codebook rows of `indices` [B, h, w]: [B, D, h, w] in the codebook's dtype."""
         rows = F.embedding(indices, self.quantize.codebook())  # [B, h, w, D]
