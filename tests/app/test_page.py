@@ -25,7 +25,7 @@ from tests.scripts import load_script
 from tests.tiny import GRID, pipeline
 from varaccel.__main__ import main
 from varaccel.accelerators import ACCELERATORS
-from varaccel.app.inpaint_tab import image_and_mask
+from varaccel.app.inpaint_tab import image_and_mask, painting_models
 from varaccel.app.models import ModelShelf, pipeline_type_of
 from varaccel.app.notices import shown_on_page
 from varaccel.app.option_controls import chosen_options, options_of
@@ -33,6 +33,7 @@ from varaccel.app.page import PageSettings, build, calls_in_memory, new_studio, 
 from varaccel.app.studio import Studio, checked_count, checked_guidance, checked_seed
 from varaccel.engine.accelerator import fitting
 from varaccel.errors import CheckpointError, InputError
+from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.next_scale.job import ScaleJob
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.mar import MARPipeline
@@ -426,6 +427,31 @@ def test_painting_as_the_pipeline_paints_within_the_time_limit() -> None:
     with pytest.warns(UserWarning, match="time limit"):
         _, told = paint("scales", board, "hen", 3, 2, "code", request)
     assert told == ""
+
+
+def test_all_models_that_can_paint_are_offered_with_what_fits_them() -> None:
+    studio = new(*HOSTS)
+    assert painting_models(studio) == ["scales", "raster"], "masked models cannot"
+    page = build(studio)
+    choose = next(event.fn for event in page.fns.values() if event.api_name == "changed_painter")
+    for model, job_type in (("raster", CausalJob), ("scales", ScaleJob)):
+        names = fitting(job_type)
+        assert (choose(model)["choices"], choose(model)["value"]) == (names, names[0])
+    paint = next(event.fn for event in page.fns.values() if event.api_name == "painted")
+    size = pipeline("t2i").image_size
+    layer = Image.new("RGBA", (size, size))
+    layer.paste((255, 255, 255, 255), (0, 0, size // 2, size))
+    board = {"background": Image.new("RGB", (size, size), "red"), "layers": [layer], "composite": None}
+    shown, told = paint("raster", board, "a red sphere", 3, 1, "jacobi", gradio.Request(session_hash="a"))
+    out = pipeline("t2i").inpaint(
+        board["background"],
+        Image.fromarray(np.asarray(layer)[..., 3]),
+        "a red sphere",
+        seed=3,
+        accelerator="jacobi",
+    )
+    assert shown[0][0].tobytes() == out.images[0].tobytes()
+    assert "jacobi(" in told
 
 
 # -- how it is started ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,13 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from varaccel.accelerators import ACCELERATORS
-from varaccel.app.events import device_event
+from varaccel.app.events import PRIVATE, device_event
 from varaccel.app.notices import notice, shown_on_page
 from varaccel.app.studio import MAX_IMAGES, MAX_SEED, Studio, checked_count, checked_seed
 from varaccel.app.turns import Stopped
 from varaccel.engine.accelerator import fitting
 from varaccel.errors import InputError
+from varaccel.hosts.causal.job import CausalJob
 from varaccel.image_inputs import rgb_image
 
 IMAGE_PROMPT = "a red cube"
@@ -27,6 +28,13 @@ CANVAS = 512
 def paints(studio: Studio, model: str) -> bool:
     """Whether a model can paint into images."""
     return hasattr(studio.shelf.pipeline_type(model), "inpaint")
+
+
+def painting_models(studio: Studio) -> list[str]:
+    """The models that can paint into images; first those that see what is below and to the right, too."""
+    shelf = studio.shelf
+    models = [name for name in shelf.names if paints(studio, name)]
+    return sorted(models, key=lambda name: issubclass(shelf.job_type(name), CausalJob))
 
 
 @dataclass(frozen=True)
@@ -48,22 +56,21 @@ class _Controls:
 
 def inpaint_tab(studio: Studio) -> None:
     """The content of the tab, inside an open `gr.Blocks`."""
-    models = [name for name in studio.shelf.names if paints(studio, name)]
+    models = painting_models(studio)
     if not models:
         gr.Markdown(
-            "None of the models of this page can paint into images; next-scale models such as mini-var do."
+            "None of the models of this page can paint into images; models such as mini-var and mini-llamagen do."
         )
         return
-    job_types = {studio.shelf.job_type(name) for name in models}
-    accelerators = [name for name in ACCELERATORS if all(name in fitting(kind) for kind in job_types)]
     gr.Markdown(
         "Draw an image or upload one, paint over what should change, and say what should be there. The model was not "
-        "trained for this: tokens outside of the mask are given, the others are drawn as always."
+        "trained for this: tokens outside of the mask are given, the others are drawn as always. Models that draw "
+        "token by token know only what is above and to the left of what they paint."
     )
-    _events(studio, _controls(models, accelerators))
+    _events(studio, _controls(models, fitting(studio.shelf.job_type(models[0]))))
 
 
-def _controls(models: list[str], accelerators: list[str]) -> _Controls:
+def _controls(models: list[str], accelerators: Sequence[str]) -> _Controls:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             model = gr.Dropdown(models, value=models[0], label="model")
@@ -151,6 +158,11 @@ def _events(studio: Studio, form: _Controls) -> None:
         captions = [f"{wanted or 'whatever fits'}, seed {first + i}" for i in range(len(out.images))]
         return list(zip(out.images, captions, strict=True)), f"`{out.stats}`"
 
+    def changed_painter(name: str) -> Any:
+        accelerators = fitting(studio.shelf.job_type(name))
+        return gr.update(choices=accelerators, value=accelerators[0])
+
+    form.model.change(changed_painter, form.model, form.accelerator, **PRIVATE)
     shared = device_event(studio)
     form.draw.click(start, [form.model, form.first_prompt, form.seed], form.board, **shared)
     gr.on(
