@@ -8,6 +8,7 @@ token after the other, and the model stays as it is.
 from __future__ import annotations
 
 import inspect
+import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from varaccel.errors import InputError
-from varaccel.models.transformers_host.layer_subset import with_layers
+from varaccel.models.transformers_host.decoder_view import is_hooked, with_attention, with_layers
+from varaccel.models.transformers_host.grouped_attention import GROUPED, has_groups
 from varaccel.models.transformers_host.slot_cache import SlotCache
 from varaccel.nn.attention_inputs import AttentionInputs
+from varaccel.nn.condition import Condition
 from varaccel.nn.devices import HOST
 from varaccel.nn.grid import Grid
 from varaccel.nn.kv_cache import KVCache
-from varaccel.nn.prefix import PrefixConditioned
+from varaccel.nn.prefix import Prefix, PrefixConditioned
 from varaccel.nn.signature import Signature
 
 ATTENTION = ("sdpa", "eager")
@@ -56,7 +59,8 @@ class TransformersHost(PrefixConditioned):
         # renamed in transformers 5.24; the old name works until 5.40
         takes = inspect.signature(type(self.decoder).forward).parameters
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
-        self._parts: dict[tuple[int, ...], nn.Module] = {}
+        self._views: dict[tuple[int, ...], nn.Module] = {}
+        self._state: list[tuple[int, bool]] = []
 
     # -- what a model brings ---------------------------------------------------------------------------
 
@@ -131,6 +135,10 @@ class TransformersHost(PrefixConditioned):
         """The table of text tokens."""
         return self.model.get_input_embeddings()
 
+    def encode_condition(self, condition: Condition, grids: Sequence[Grid], *, guided: bool) -> Prefix:
+        self._refresh_views()
+        return super().encode_condition(condition, grids, guided=guided)
+
     def embed_condition(self, values: Tensor) -> Tensor:
         embeddings: Tensor = self.prompt_embedding(values)
         return embeddings
@@ -170,7 +178,7 @@ class TransformersHost(PrefixConditioned):
             layers: numbers of the layers to run, all if None; the i-th of them uses layer i of the cache.
         """
         chosen = tuple(range(self.num_layers) if layers is None else layers)
-        decoder = self.decoder if layers is None else self._part(chosen)
+        decoder = self._view(chosen)
         assert attention.positional is not None
         # [1 or R, P, A] -> [R, P], or [A, R, P] with several axes
         places = attention.positional.expand(x.shape[0], -1, -1).permute(2, 0, 1)
@@ -209,9 +217,20 @@ class TransformersHost(PrefixConditioned):
             ~mask, torch.finfo(x.dtype).min
         )
 
-    def _part(self, chosen: tuple[int, ...]) -> nn.Module:
-        if chosen not in self._parts:
-            self._parts[chosen] = with_layers(
-                self.decoder, self.layers_name, [self.layers[number] for number in chosen]
-            )
-        return self._parts[chosen]
+    def _view(self, chosen: tuple[int, ...]) -> nn.Module:
+        """The decoder as it is run: with these layers, and without copies of keys and values where heads share them."""
+        view = self._views.get(chosen)
+        if view is None:
+            layers = [self.layers[number] for number in chosen]
+            if not is_hooked(self.decoder):  # hooks belong to the layers that they were made for
+                layers = [with_attention(x, GROUPED) if has_groups(x) else x for x in layers]
+            same = len(chosen) == self.num_layers and all(map(operator.is_, layers, self.layers))
+            view = self.decoder if same else with_layers(self.decoder, self.layers_name, layers)
+            self._views[chosen] = view
+        return view
+
+    def _refresh_views(self) -> None:
+        """Forget views of modules that were exchanged or got hooks since the last call."""
+        state = [(id(part), hasattr(part, "_hf_hook")) for part in self.decoder.modules()]
+        if state != self._state:
+            self._views, self._state = {}, state

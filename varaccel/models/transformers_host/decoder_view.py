@@ -1,0 +1,44 @@
+"""A decoder with some of its layers, or with another attention function, on the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+_OFFLOADING = ("forward", "_old_forward", "_hf_hook")
+"""What offloading leaves on a module; it would run the module that it was made for."""
+
+
+def with_layers(decoder: nn.Module, name: str, layers: Sequence[nn.Module]) -> nn.Module:
+    """A second decoder that runs `layers` in the place of its own; it shares every weight with the first.
+
+    Args:
+        name: of the list of layers in the decoder.
+    """
+    return _with_parts(decoder, {name: nn.ModuleList(layers)})
+
+
+def with_attention(layer: nn.Module, implementation: str) -> nn.Module:
+    """A second layer whose attention looks up another function in transformers' table."""
+    attention: Any = layer.self_attn
+    second: Any = _with_parts(attention, {})
+    second.config = copy.copy(attention.config)
+    # the public setter also writes to the configurations of parts, which the copy shares
+    second.config._attn_implementation_internal = implementation
+    return _with_parts(layer, {"self_attn": second})
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks move the weights of a module or its parts while it runs, as for offloading."""
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
+
+
+def _with_parts(module: nn.Module, parts: dict[str, nn.Module]) -> nn.Module:
+    """A module with the same entries as another, and some submodules of its own."""
+    second: Any = object.__new__(type(module))
+    vars(second).update({key: value for key, value in vars(module).items() if key not in _OFFLOADING})
+    vars(second)["_modules"] = {**module._modules, **parts} if parts else module._modules
+    return second
