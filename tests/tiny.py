@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from varaccel.models.eagle import EagleHead
+from varaccel.models.eagle import EagleHead, Target
 from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.models.mar import MARTransformer
 from varaccel.models.var import VARTransformer
@@ -92,7 +92,7 @@ def new_pipeline(model_type: str) -> TokenPipeline:
     return pipe
 
 
-def eagle_head(target: LlamaGenTransformer, seed: int = 0) -> EagleHead:
+def eagle_head(target: Target, seed: int = 0) -> EagleHead:
     """An untrained drafter: it knows nothing, but fits."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.tiny import redraw, vq_model
+from tests.tiny import eagle_head, redraw, vq_model
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
 from varaccel.nn.condition import Condition
@@ -241,7 +241,8 @@ def host(name: str, seed: int = 0, layers: int = 2) -> Host:
 
 @cache
 def toy_pipeline(name: str) -> CausalPipeline:
-    """A pipeline with a smaller drafter, a disturbed copy so that some of its tokens hold; shared by tests."""
+    """A pipeline with an untrained EAGLE head, and a smaller drafter, a disturbed copy so that some of its tokens hold;
+    shared by tests."""
     network, small = host(name), host(name, seed=1, layers=1)
     theirs = dict(network.named_parameters())
     with torch.no_grad():
@@ -251,6 +252,7 @@ def toy_pipeline(name: str) -> CausalPipeline:
         network,
         vq_model(codebook_size=network.config.vocab_size),
         guidance_scale=2.0,
+        eagle_head=eagle_head(network),
         draft_transformer=small,
     )
     pipe.set_progress_bar_config(disable=True)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.scripts import ROOT
-from tests.tiny import GRID, transformer
+from tests.tiny import GRID, eagle_head, transformer, var_transformer
+from tests.toys import HOSTS, WIDTH, host
 from varaccel.errors import CheckpointError, InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.models.eagle import EagleHead
@@ -172,6 +173,58 @@ def test_for_target(model_type: str, tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[name], value)
 
 
+@pytest.mark.parametrize("name", HOSTS)
+def test_for_any_causal_network(name: str, tmp_path: Path) -> None:
+    """Positions along the line, so that prefix and grid are the call's; the embedding is the network's own."""
+    target = host(name)
+    head = EagleHead.for_target(target)
+    head.check_fits(target)
+    config = head.config
+    assert (config.vocab_size, config.dim) == (target.config.vocab_size, WIDTH)
+    assert (config.positions, config.grid_size, config.prefix_length) == ("line", None, None)
+    tokens = torch.arange(config.vocab_size)[None]
+    assert torch.equal(head.embed_tokens.weight, target.embed_tokens(tokens, torch.zeros_like(tokens))[0])
+    assert not head.embed_tokens.weight.requires_grad
+    head.save_pretrained(tmp_path)
+    again = EagleHead.from_pretrained(tmp_path)
+    assert (again.config.positions, again.config.grid_size, again.config.prefix_length) == (
+        "line",
+        None,
+        None,
+    )
+    for key, value in head.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+
+
+def test_places_along_the_line() -> None:
+    """What a pair sees depends on distances only: the same pairs further back give the same features."""
+    head = eagle_head(host("prompted"))
+    generator = torch.Generator().manual_seed(0)
+    tokens, features = (
+        torch.randint(3, (1, 6), generator=generator),
+        torch.randn(1, 6, WIDTH, generator=generator),
+    )
+    x, table = head.fuse(tokens, features), head.rotary_table(20)
+    expected = head(tokens, features)
+    shifted = head.transform(x, AttentionInputs(table[9:15], causal=True))
+    torch.testing.assert_close(shifted, expected, atol=1e-5, rtol=1e-4)
+    scrambled = head.transform(x, AttentionInputs(table[[0, 2, 1, 4, 3, 5]], causal=True))
+    assert not torch.allclose(scrambled, expected, atol=1e-3), "distances do matter"
+
+
+def test_scale_of_features() -> None:
+    """A new head hears embeddings as loudly as features: those given, or as a norm without weight leaves them."""
+
+    def weight(features: Tensor | None) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return EagleHead.for_target(host("prompted"), features=features).fc.weight
+
+    plain, given = weight(None), weight(torch.full((2, 3, WIDTH), -5.0))
+    torch.testing.assert_close(given[:, :WIDTH], 5 * plain[:, :WIDTH])
+    assert torch.equal(given[:, WIDTH:], plain[:, WIDTH:])
+
+
 def published_target(**changes: object) -> LlamaGenTransformer:
     config = case(0)["config"]
     sizes: dict[str, object] = {
@@ -235,3 +288,14 @@ def test_other_targets_are_refused() -> None:
         head.check_fits(transformer("t2i", grid_size=5))
     with pytest.raises(InputError, match="8 instead of 1 condition slots"):
         head.check_fits(transformer("c2i"))
+    with pytest.raises(InputError, match="not for a VARTransformer"):
+        head.check_fits(var_transformer("class"))
+    with pytest.raises(InputError, match="not for a int"):
+        head.check_fits(7)
+    line = eagle_head(host("prompted"))
+    with pytest.raises(InputError, match="3 instead of 4 token ids"):
+        line.check_fits(host("lined"))
+    with pytest.raises(InputError, match="kind of positions"):
+        EagleHead(positions="circle")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="need a grid_size"):
+        EagleHead(grid_size=None)

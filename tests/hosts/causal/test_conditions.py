@@ -36,6 +36,8 @@ LOSSLESS: dict[str, AnyAccelerator] = {
     "matching": Speculative("small", tree=DYNAMIC),
     "gumbel": Speculative("layers", tree=4, verification="gumbel", adaptive=True),
     "lantern": Lantern(k=0, drafter="small", tree=BUSHY),
+    "eagle": Speculative("eagle", tree=BUSHY),
+    "eagle dynamic": Speculative("eagle", tree=DYNAMIC, verification="recursive"),
 }
 APPROXIMATE: dict[str, AnyAccelerator] = {
     "zipar": ZipAR(1),
@@ -43,6 +45,7 @@ APPROXIMATE: dict[str, AnyAccelerator] = {
     "jacobi in rows": Jacobi(3, row_window=1),
     "speculative in rows": Speculative("small", tree=BUSHY, row_window=1),
     "lantern": Lantern(k=1, delta=0.3, drafter="small", tree=BUSHY),
+    "eagle in rows": Speculative("eagle", tree=BUSHY, row_window=1),
     "lantern in rows": Lantern(k=1, delta=0.3, drafter="layers", tree=DYNAMIC, row_window=1),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -71,7 +74,10 @@ def draw(name: str, accelerator: AnyAccelerator | str, prompts: Any, **options: 
     return toy_pipeline(name)(prompts, accelerator=accelerator, output_type="latent", **options)
 
 
-@pytest.mark.parametrize("method", LOSSLESS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "eagle dynamic" else name for name in LOSSLESS],
+)
 @pytest.mark.parametrize("name", HOSTS)
 @pytest.mark.parametrize(
     "setting", ["guided", *(pytest.param(name, marks=pytest.mark.slow) for name in ("free", "filtered"))]
@@ -169,11 +175,12 @@ def test_several_grids_in_one_image() -> None:
             guidance=Guidance(2.0),
             sampling=Sampling(0.0),
             randomness=Randomness.draw(image_generators(2, seed=1), 8),
+            drafters=toy_pipeline("modulated").drafters,
         )
 
     plain = Canvas.empty(2, 8)
     assert Plain().run(job(plain)) == 8
-    for accelerator in (Jacobi(4, fill="above"), Speculative("layers", tree=3)):
+    for accelerator in (Jacobi(4, fill="above"), Speculative("layers", tree=3), Speculative("eagle", tree=3)):
         canvas = Canvas.empty(2, 8)
         accelerator.run(job(canvas))
         assert torch.equal(canvas.tokens, plain.tokens)
