@@ -29,6 +29,7 @@ from varaccel.nn.grid import Grid
 from varaccel.nn.signature import Signature
 from varaccel.scenes.cache import write_cache
 from varaccel.training import drafter as trainer
+from varaccel.training.conditions import prompt_condition
 from varaccel.training.drafter import (
     DrafterRecipe,
     acceptance,
@@ -353,6 +354,17 @@ def test_drafts_in_a_row_are_those_of_the_reader(name: str) -> None:
     for row in range(3):
         for ours, alone in zip(together, drafted(torch.tensor([row])), strict=True):
             torch.testing.assert_close(ours[:, row : row + 1], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_that_the_network_reads_itself() -> None:
+    """Their condition is the pipeline's own, padded to the longest of the batch, the negative one included."""
+    pipe = toy_pipeline("prompted")
+    found = prompt_condition(["3", "1412", "22"], pipe, "cpu")(torch.tensor([2, 0]))
+    expected = pipe._condition(["22", "3"])
+    assert expected is not None and expected.negative is not None and found.negative is not None  # noqa: PT018
+    for ours, theirs in ((found, expected), (found.negative, expected.negative)):
+        assert torch.equal(ours.values, theirs.values)
+        assert torch.equal(ours.mask, theirs.mask)
 
 
 def test_noise_does_not_depend_on_the_longest_prompt(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from varaccel.models.eagle import EagleHead
-    from varaccel.training.llamagen import Condition
+    from varaccel.training.feature_pairs import Conditions
 
 train_app = typer.Typer(help="Train helpers of a finished pipeline.", no_args_is_help=True)
 
@@ -76,13 +76,13 @@ def drafter(
     compile: Annotated[bool, typer.Option("--compile", help="Compile both networks first.")] = False,
     install: InstallFolder = None,
 ) -> None:
-    """Train a drafter for speculative decoding of a LlamaGen pipeline. Run it again to resume."""
+    """Train an EAGLE drafter for speculative decoding of a causal pipeline. Run it again to resume."""
     import torch
 
     from varaccel.files import check_writable_folder
-    from varaccel.models.eagle import EagleHead
     from varaccel.pipelines.auto import AutoPipeline
     from varaccel.training.drafter import DrafterRecipe, train_drafter
+    from varaccel.training.feature_pairs import new_head
     from varaccel.training.run import Budget
 
     if batch_size < 1 or accumulate < 1 or validation < 0:
@@ -105,7 +105,7 @@ def drafter(
     pipe.transformer.to(device)
     tokens, condition = _conditions(pipe, tokens, scenes, labels, device)
     torch.manual_seed(seed)
-    head = EagleHead.for_target(pipe.transformer)
+    head = new_head(pipe.transformer, tokens, condition)
     run = train_drafter(
         head,
         pipe.transformer,
@@ -160,23 +160,24 @@ def _write_and_tell(run: Any, head: EagleHead, out: Path, install: Path | None) 
 
 def _conditions(
     pipe: Any, token_ids: Tensor, scenes: Path | None, labels: Path | None, device: str
-) -> tuple[Tensor, Condition]:
+) -> tuple[Tensor, Conditions]:
     """The token ids that have a condition, and their conditions."""
     import torch
 
     from varaccel.scenes.cache import CachedScenes
-    from varaccel.training.conditions import caption_condition, label_condition
+    from varaccel.training.conditions import caption_condition, label_condition, prompt_condition
 
-    model = pipe.transformer
-    if model.config.model_type == "t2i":
+    signature = pipe.transformer.signature()
+    if signature.condition != "class":
         if scenes is None:
             raise InputError("a text-conditional target needs the captions of the images: pass --scenes.")
         captions = CachedScenes(scenes, allow_partial=True).captions
         count = min(len(token_ids), len(captions))
+        if pipe.text_encoder is None:  # the network reads the words itself
+            return token_ids[:count], prompt_condition(captions[:count], pipe, device)
         pipe.text_encoder.to(device)
-        condition = caption_condition(
-            captions[:count], pipe.tokenizer, pipe.text_encoder, model.prefix_length, device
-        )
+        length = signature.condition_slots or pipe.text_encoder.config.max_length
+        condition = caption_condition(captions[:count], pipe.tokenizer, pipe.text_encoder, length, device)
         return token_ids[:count], condition
     if labels is None:
         raise InputError("a class-conditional target needs the labels of the images: pass --labels.")
@@ -185,7 +186,7 @@ def _conditions(
         raise InputError(
             f"{labels} holds {len(numbers)} labels for {len(token_ids)} images; one for each is needed."
         )
-    return token_ids, label_condition(numbers[: len(token_ids)], model.config.num_classes, device)
+    return token_ids, label_condition(numbers[: len(token_ids)], signature.condition_size, device)
 
 
 def _read_array(path: Path) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varaccel.errors import InputError
+from varaccel.nn.condition import Condition as EncodedCondition
 from varaccel.tokenizers.captions import clean_prompt
 from varaccel.tokenizers.text import TextFeatures
 from varaccel.training.precision import autocast
@@ -60,6 +61,27 @@ def caption_condition(
         return text.features, text.mask
 
     return condition
+
+
+def prompt_condition(
+    captions: Sequence[str], pipe: Any, device: torch.device | str
+) -> Callable[[Tensor], EncodedCondition]:
+    """Sample indices [B] -> the condition that a pipeline makes of their captions.
+
+    Args:
+        captions: of all images; entry i belongs to image i.
+        pipe: of a network that reads the words itself.
+        device: of the result.
+    """
+
+    def on_device(given: EncodedCondition) -> EncodedCondition:
+        return EncodedCondition(
+            given.values.to(device),
+            None if given.mask is None else given.mask.to(device),
+            None if given.negative is None else on_device(given.negative),
+        )
+
+    return lambda indices: on_device(pipe._condition([captions[i] for i in indices.tolist()]))
 
 
 def label_condition(labels: Tensor, num_classes: int, device: torch.device | str) -> Condition:
