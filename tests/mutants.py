@@ -24,6 +24,7 @@ LONG = "tests/accelerators/test_long_images.py"
 CHAIN = f"{LONG}::test_a_chain_on_a_grid"
 FILTERED = f"{LONG}::test_a_chain_on_a_grid_guided_and_filtered"
 CONDITIONS = "tests/hosts/causal/test_conditions.py"
+BRANCHES = "tests/hosts/causal/test_branches.py"
 
 
 @dataclass(frozen=True)
@@ -213,11 +214,25 @@ MUTANTS: dict[str, Mutant] = {
     "top-p-before-guidance": Mutant(
         "top-p is applied before guidance, to the conditional branch",
         "hosts/causal/session.py",
-        "            logits = self.guidance.combine(conditional, unconditional, positions)\n",
-        "            dropped = self.sampling.filter(conditional).isneginf()\n"
-        "            logits = self.guidance.combine(conditional, unconditional, positions)\n"
+        "            logits = self.guidance.combine(*logits.split(self.batch), positions=positions)\n",
+        "            dropped = self.sampling.filter(logits[: self.batch]).isneginf()\n"
+        "            logits = self.guidance.combine(*logits.split(self.batch), positions=positions)\n"
         "            logits = logits.masked_fill(dropped, -1e4)\n",
         (f"{FILTERED}[plain]", f"{FILTERED}[speculative]"),
+    ),
+    "guidance-scales-swapped": Mutant(
+        "scales of guidance with several branches are counted from the last branch",
+        "hosts/causal/guidance.py",
+        "zip(self.scales, pairwise(branches), strict=True)",
+        "zip(self.scales[::-1], pairwise(branches), strict=True)",
+        (f"{BRANCHES}::test_lossless[plain]", f"{BRANCHES}::test_lossless[chain]"),
+    ),
+    "branches-share-a-mask": Mutant(
+        "all branches of guidance see the condition slots of the first",
+        "hosts/causal/session.py",
+        "not torch.equal(of_each[1:], of_each[:-1])",
+        "False",
+        (f"{BRANCHES}::test_lossless[jacobi maximal]", f"{BRANCHES}::test_lossless[layers]"),
     ),
     "top-p-before-temperature": Mutant(
         "top-p measures the mass of tokens before temperature",

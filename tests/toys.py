@@ -1,14 +1,17 @@
-"""Three small causal hosts whose conditions are unlike LlamaGen's, each with all that accelerators need.
+"""Small causal hosts whose conditions are unlike LlamaGen's, each with all that accelerators need.
 
 - `ModulatedHost`: adaptive norms by class and place, as in RAR, and positions added to the inputs.
 - `PromptedHost`: prompts of token ids; the branches of guidance have prompts of different length, and position ids of
   two axes that count each row's own prompt.
 - `LinedHost`: an end of line after every row, and tokens that are impossible at a position.
+
+`BranchedPipeline` guides a `PromptedHost` with three branches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
@@ -19,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.tiny import eagle_head, redraw, vq_model
-from varaccel.hosts.causal.guidance import Guidance
 from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
 from varaccel.nn.condition import Condition
 from varaccel.nn.grid import Grid
@@ -194,18 +196,32 @@ class ModulatedPipeline(CausalPipeline):
     family: ClassVar[str] = "modulated"
 
 
+def padded(prompts: Sequence[str | int]) -> Condition:
+    """Digits as token ids, left-padded."""
+    ids = [[int(digit) for digit in str(prompt)] for prompt in prompts]
+    length = max(map(len, ids))
+    values = torch.tensor([[0] * (length - len(row)) + row for row in ids])
+    return Condition(values, torch.arange(length) >= length - torch.tensor([[len(row)] for row in ids]))
+
+
 class PromptedPipeline(CausalPipeline):
     """Prompts are digits; the negative prompt is two words long, whatever the prompt is."""
 
     family: ClassVar[str] = "prompted"
 
     def _condition(self, prompts: list[str | int]) -> Condition:
-        ids = [[int(digit) for digit in str(prompt)] for prompt in prompts]
-        length = max(map(len, ids))
-        values = torch.tensor([[0] * (length - len(row)) + row for row in ids])
-        mask = torch.arange(length) >= length - torch.tensor([[len(row)] for row in ids])
-        negative = torch.tensor([[5, 4]]).expand(len(ids), -1)
-        return Condition(values, mask, Condition(negative, torch.ones_like(negative, dtype=torch.bool)))
+        return replace(padded(prompts), negative=padded(["54"] * len(prompts)))
+
+
+class BranchedPipeline(CausalPipeline):
+    """Prompts are "words/picture": the branches read both, the picture alone, and two words of no meaning."""
+
+    family: ClassVar[str] = "branched"
+
+    def _condition(self, prompts: list[str | int]) -> Condition:
+        words, pictures = zip(*(str(prompt).split("/") for prompt in prompts), strict=True)
+        both = padded([picture + word for word, picture in zip(words, pictures, strict=True)])
+        return replace(both, negative=(padded(pictures), padded(["54"] * len(prompts))))
 
 
 class LinedPipeline(CausalPipeline):
@@ -224,17 +240,21 @@ HOSTS: dict[str, tuple[type[Host], type[CausalPipeline]]] = {
     "prompted": (PromptedHost, PromptedPipeline),
     "lined": (LinedHost, LinedPipeline),
 }
+WITH_BRANCHES = {**HOSTS, "branched": (PromptedHost, BranchedPipeline)}
+SCALES = (3.0, 1.5)
+"""Of the words and of the picture of a `BranchedPipeline`."""
 PROMPTS: dict[str, list[int | str]] = {
     "modulated": [1, 0, 2],
     "prompted": ["3", "1412", "22"],
     "lined": [2, 0, 1],
+    "branched": ["3/25", "1412/0", "2/301"],
 }
-"""Three prompts of each host; those of the prompted one have different lengths."""
+"""Three prompts of each host; those of the prompted one, and all branches, have different lengths."""
 
 
 def host(name: str, seed: int = 0, layers: int = 2) -> Host:
     """A random network whose distributions are neither flat nor certain."""
-    network = HOSTS[name][0](layers=layers)
+    network = WITH_BRANCHES[name][0](layers=layers)
     redraw(network, seed, std=0.6)
     return network.eval()
 
@@ -248,10 +268,10 @@ def toy_pipeline(name: str) -> CausalPipeline:
     with torch.no_grad():
         for key, parameter in small.named_parameters():
             parameter.mul_(0.2).add_(theirs[key])
-    pipe = HOSTS[name][1](
+    pipe = WITH_BRANCHES[name][1](
         network,
         vq_model(codebook_size=network.config.vocab_size),
-        guidance_scale=2.0,
+        guidance_scale=SCALES if name == "branched" else 2.0,
         eagle_head=eagle_head(network),
         draft_transformer=small,
     )
@@ -259,17 +279,22 @@ def toy_pipeline(name: str) -> CausalPipeline:
     return pipe
 
 
-def toy_logits(name: str, prompt: int | str, guidance: float) -> Callable[[Tensor], Tensor]:
+def toy_logits(
+    name: str, prompt: int | str, guidance: float | tuple[float, ...], interval: int = -1
+) -> Callable[[Tensor], Tensor]:
     """Teacher-forced guided logits of whole images [n, N] -> [n, N, V], from full passes without a cache.
 
-    Each branch is read alone and unpadded; the session reads both at once, padded to the longer.
+    Each branch is read alone and unpadded; the session reads all at once, padded to the longest. They are summed with
+    the weights that the scales of successive differences come to.
     """
     pipe = toy_pipeline(name)
     network = pipe.transformer
     condition = pipe._condition([prompt])
     assert condition is not None
     grids = pipe._grids(None)  # type: ignore[arg-type]
-    negative = condition.negative or Condition(network.unconditional(condition.values), condition.mask)
+    negatives = condition.negatives or (Condition(network.unconditional(condition.values), condition.mask),)
+    scales = guidance if isinstance(guidance, tuple) else (guidance,)
+    weights = [upper - lower for upper, lower in zip((*scales, 1.0), (0.0, *scales), strict=True)]
 
     def branch(given: Condition, tokens: Tensor) -> Tensor:
         prefix = network.encode_condition(Condition(given.values, given.mask), grids, guided=False)
@@ -282,9 +307,11 @@ def toy_logits(name: str, prompt: int | str, guidance: float) -> Callable[[Tenso
         return network.logits(network.transform(x, attention))[:, prefix.length - 1 :]
 
     def logits(tokens: Tensor) -> Tensor:
-        told = branch(condition, tokens)
-        if guidance > 1:
-            told = Guidance(guidance).combine(told, branch(negative, tokens))
+        parts = [branch(given, tokens) for given in (condition, *negatives)]
+        told = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        assert isinstance(told, Tensor)
+        if interval >= 0:
+            told[:, interval + 2 :] = parts[0][:, interval + 2 :]
         possible = network.possible_tokens(torch.arange(tokens.shape[1]), grids)
         return told if possible is None else told.masked_fill(~possible, -torch.inf)
 

@@ -41,7 +41,7 @@ class Auto(Accelerator[Job]):
 
     A pass over n rows takes about max(weights / bandwidth, 2 n weights / arithmetic rate), so a device reads
     n = rate / (2 bandwidth), bytes per weight included, in the time of one: its free tokens, measured once
-    per process. Divided by the rows of the call (images, times two if guided) they are the tokens f per
+    per process. Divided by the rows of the call (images, times the branches of guidance) they are the tokens f per
     image that cost nothing.
 
     "lossless": below 2 free tokens one token per pass; else, if the model came with a drafter of at most a

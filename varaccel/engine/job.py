@@ -31,7 +31,7 @@ class Job(ABC):
     Attributes:
         network: the host model.
         canvas: to be filled.
-        rows: rows that a pass reads per token: images, times two while guided.
+        rows: rows that a pass reads per token: images, times the branches of guidance (two, as a rule).
         on_step: observer of every pass.
         drafters: the further networks that came with the model, by name.
         load_network: for networks that are given by name; None if the call cannot load any.

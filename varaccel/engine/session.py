@@ -26,7 +26,7 @@ class OpenSession(Protocol):
 
     @property
     def rows_per_pass(self) -> int:
-        """Network rows of a pass; two per image while guided."""
+        """Network rows of a pass; one per image and branch of guidance, two as a rule while guided."""
         ...
 
     @property

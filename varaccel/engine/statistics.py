@@ -38,7 +38,7 @@ class Statistics:
         tokens: tokens per image; of an interrupted call, as many as every image has.
         passes: forward passes of the host model, prefill included; all images share them, so where they
             advance at their own pace it is the number that the slowest needed.
-        rows: network rows per pass, 2 per image while guided.
+        rows: network rows per pass, 2 per image while guided, or more if guidance has more branches.
         cache_bytes: size of the key-value cache.
         seconds: wall-clock time by phase: text (and the image that is painted into, to tokens), tokens (prefill and
             steps), decode (tokens to pixels).

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from varaccel.errors import InputError
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -15,12 +17,40 @@ class Condition:
         values: class labels [B], text features [B, T, C], or prompt token ids [B, T].
         mask: [B, T], nonzero at valid entries of left-padded values; None if all are.
         negative: what the unconditional branch of guidance reads instead, B rows of any length; None for the
-            network's own null condition, which has the shape and mask of `values`.
+            network's own null condition, which has the shape and mask of `values`. Several for guidance of several
+            scales (see `Guidance`), the least conditional one last.
+
+    Raises:
+        InputError: branches with different numbers of rows, or with further branches of their own.
     """
 
     values: Tensor
     mask: Tensor | None = None
-    negative: Condition | None = None
+    negative: Condition | tuple[Condition, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for branch in self.negatives:
+            if branch.batch != self.batch:
+                raise InputError(
+                    f"every branch of a condition must have a row for each image, {self.batch} of them; a negative one "
+                    f"has {branch.batch}."
+                )
+            if branch.negatives:
+                raise InputError(
+                    "a negative condition cannot have a negative one of its own; give all of them in one tuple."
+                )
+
+    @property
+    def negatives(self) -> tuple[Condition, ...]:
+        """What the branches of guidance after the first read; none for the network's own null condition."""
+        if self.negative is None:
+            return ()
+        return (self.negative,) if isinstance(self.negative, Condition) else tuple(self.negative)
+
+    @property
+    def branches(self) -> int:
+        """Number of branches of guidance, the conditional one included."""
+        return 1 + max(1, len(self.negatives))
 
     @property
     def batch(self) -> int:
@@ -34,5 +64,5 @@ class Condition:
             self,
             values=self.values.repeat_interleave(times, 0),
             mask=None if self.mask is None else self.mask.repeat_interleave(times, 0),
-            negative=None if self.negative is None else self.negative.repeat_interleave(times),
+            negative=tuple(branch.repeat_interleave(times) for branch in self.negatives) or None,
         )

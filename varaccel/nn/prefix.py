@@ -20,7 +20,8 @@ from varaccel.nn.signature import Signature
 class Prefix:
     """An encoded condition of R rows, T slots, for an image of N positions.
 
-    Rows of a guided call are [conditional; unconditional]; the branches may have prompts, and masks, of their own.
+    Rows of a guided call are the conditional ones, then those of each further branch (most often one, the
+    unconditional); the branches may have prompts, and masks, of their own.
 
     Attributes:
         embeddings: [R, T, D] inputs of the slots.
@@ -53,16 +54,14 @@ class Prefix:
         return self.embeddings.shape[1]
 
 
-def stack_branches(
-    conditional: tuple[Tensor, Tensor | None], unconditional: tuple[Tensor, Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
-    """Embeddings [B, T, D] and masks [B, T] of two branches as one, the shorter padded on the left.
+def stack_branches(branches: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Embeddings [B, T, D] and masks [B, T] of G branches as one, shorter ones padded on the left.
 
     Returns:
-        embeddings [2 B, T, D] and mask [2 B, T]; None as mask if every slot of both is used.
+        embeddings [G * B, T, D] and mask [G * B, T] for the longest T; None as mask if every slot of all is used.
     """
-    length = max(conditional[0].shape[1], unconditional[0].shape[1])
-    parts = [_left_padded(embeddings, mask, length) for embeddings, mask in (conditional, unconditional)]
+    length = max(embeddings.shape[1] for embeddings, _ in branches)
+    parts = [_left_padded(embeddings, mask, length) for embeddings, mask in branches]
     embeddings = torch.cat([part[0] for part in parts])
     if all(mask is None for _, mask in parts):
         return embeddings, None
@@ -114,17 +113,17 @@ class PrefixConditioned:
         return None
 
     def encode_condition(self, condition: Condition, grids: Sequence[Grid], *, guided: bool) -> Prefix:
-        """The condition of B images as R = B rows, or R = 2 B while guided: conditional rows, then unconditional ones.
+        """The condition of B images as R = B rows, or R = G * B while guided: those of branch after branch.
 
-        Without a negative condition the unconditional rows have the shape and the mask of the conditional ones.
+        Without a negative condition there are two, and the unconditional rows have the shape and the mask of the
+        conditional ones.
         """
-        values, mask, negative = condition.values, condition.mask, condition.negative
-        if guided and negative is not None:
-            embeddings, mask = stack_branches(
-                (self.embed_condition(values), mask), (self.embed_condition(negative.values), negative.mask)
-            )
+        values, mask = condition.values, condition.mask
+        if guided and condition.negatives:
+            branches = (condition, *condition.negatives)
+            embeddings, mask = stack_branches([(self.embed_condition(b.values), b.mask) for b in branches])
             length = embeddings.shape[1]
-            parts = [self.modulation(v, length, grids) for v in (values, negative.values)]
+            parts = [self.modulation(b.values, length, grids) for b in branches]
             modulation = None if parts[0] is None else torch.cat([part for part in parts if part is not None])
         else:
             if guided:

@@ -90,7 +90,7 @@ class ImageGeneration:
             job = CausalJob(
                 network=host,
                 canvas=canvas,
-                rows=batch * (2 if call.guidance.enabled else 1),
+                rows=batch * call.guidance.branches,
                 on_step=lambda step: None,
                 drafters=drafters,
                 load_network=load_network,

@@ -91,7 +91,7 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
         text_encoder: Any = None,
         tokenizer: Any = None,
         class_names: Sequence[str] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | Sequence[float] = 4.0,
         top_k: int = 0,
         temperature: float = 1.0,
         eagle_head: Any = None,
@@ -198,7 +198,7 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
         height: int | None = None,
         width: int | None = None,
         ratio: str | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         guidance_interval: int = -1,
         num_images_per_prompt: int = 1,
         seed: int | None = None,
@@ -217,10 +217,12 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
             prompt: one description or several; for class-conditional models a label or class name.
             negative_prompt: what the images shall not look like, one for all prompts or one for each: guidance leads
                 away from it. If None, away from the model's default negative prompt, or else from no prompt at all.
+                Of more than two branches it is the last.
             height, width: of the images in pixels, for models that draw several sizes; the model's own if None.
             ratio: instead of them: width to height, such as "16:9", at about as many pixels as the model's own size.
             guidance_scale: how strictly to follow the prompt; 1 switches guidance off and halves the work.
-                The model's own default if None.
+                The model's own default if None. Several numbers where the condition has more than two branches, see
+                `Guidance`.
             guidance_interval: see `Guidance`.
             num_images_per_prompt: images of each prompt, at least 1.
             seed: image i uses seed + i and can be made again alone with it.
@@ -266,7 +268,7 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
         height: int | None = None,
         width: int | None = None,
         ratio: str | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         guidance_interval: int = -1,
         num_images: int = 1,
         seed: int | None = None,
@@ -321,7 +323,7 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
         )
         return self._generate(call, settings)
 
-    def _guidance(self, scale: float | None, interval: int) -> Guidance:
+    def _guidance(self, scale: float | Sequence[float] | None, interval: int) -> Guidance:
         return Guidance(self.config.guidance_scale if scale is None else scale, interval)
 
     def _sampling(self, temperature: float | None, top_k: int | None, top_p: float | None) -> Sampling:
@@ -385,7 +387,9 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
                 "for each."
             )
         other = self._condition_of([*negative] * (len(call.prompts) // len(negative)), settings)
-        return replace(condition, negative=other)
+        assert other is not None
+        assert other is not None
+        return replace(condition, negative=(*condition.negatives[:-1], replace(other, negative=None)))
 
     def _caption_length(self) -> int:
         slots = self.transformer.signature().condition_slots
@@ -437,7 +441,7 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
         return CausalJob(
             network=self.transformer,
             canvas=run.canvas,
-            rows=run.canvas.batch * (2 if guidance.enabled else 1),
+            rows=run.canvas.batch * guidance.branches,
             on_step=on_step,
             drafters=self.drafters,
             load_network=load_network,

@@ -43,7 +43,7 @@ class StepResult:
         fronts: where the lanes stood before the pass.
         tree: the draft tokens.
         distribution: [M, T, V] the target distribution after each node.
-        features: [R, M / B, T, dim] target features at the nodes, R = 2 B while guided.
+        features: [R, M / B, T, dim] target features at the nodes, R = 2 B while guided, or more.
         path: [M, D + 1] nodes that were accepted, root first, -1 padded.
         committed: [M] tokens that were decided: accepted ones, then one drawn by the rule.
         tokens: [M, D + 1] these tokens; entries from `committed` on carry no meaning.

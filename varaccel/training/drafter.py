@@ -62,7 +62,7 @@ class DrafterRecipe(CourseRecipe):
             second helps the first draft token and harms those after it, whose input it lets drift.
         guidance_scale: 1 or less: one branch, whose condition is dropped for a share of the images. More:
             both branches of every image, and the cross-entropy of their guided distributions; the dropout of
-            conditions then has no meaning.
+            conditions then has no meaning. Several for conditions of more branches, see `Guidance`.
         temperature: of the distributions in the cross-entropy.
         noise: half-width of uniform noise on the features that the drafter reads, 0 for none. EAGLE's
             formula for a sequence of L slots is 0.1 * 512 / L.
@@ -84,7 +84,7 @@ class DrafterRecipe(CourseRecipe):
     weight_decay: float = 0.01
     feature_weight: float = 1.0
     distribution_weight: float = 0.1
-    guidance_scale: float = 1.0
+    guidance_scale: float | Sequence[float] = 1.0
     temperature: float = 1.0
     noise: float = 0.0
     unroll: int = 1
@@ -196,7 +196,7 @@ def distribution_logits(
     # Guidance and a low temperature multiply the rounding of logits, so bfloat16 would blur the distributions.
     with torch.autocast(features.device.type, enabled=False):
         logits = target.logits(features.to(target.dtype).flatten(0, -3)).unflatten(0, features.shape[:-2])
-    combined = recipe.guidance.combine(*logits) if len(logits) == 2 else logits[0]
+    combined = recipe.guidance.combine(*logits) if len(logits) > 1 else logits[0]
     combined = combined / recipe.temperature
     if possible is None:
         return combined
@@ -367,10 +367,12 @@ class DrafterObjective:
 
     def _pairs(self, indices: Tensor, dropped: Tensor | None = None) -> Pairs:
         given = self.condition(indices)
+        condition = given if isinstance(given, Condition) else Condition(*given)
+        self.recipe.guidance.check_branches(condition.branches)
         return make_pairs(
             self.target,
             self._read_target,
-            given if isinstance(given, Condition) else Condition(*given),
+            condition,
             self.token_ids[indices].to(self.target.device, torch.int64),
             self.recipe.guidance.enabled,
             grids=self.grids,

@@ -23,7 +23,7 @@ Conditions = Callable[[Tensor], Condition | tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a drafter reads and should say about some images; G branches, 2 with guidance, else 1.
+    """What a drafter reads and should say about some images; G branches, 2 or more with guidance, else 1.
 
     Attributes:
         tokens: [G, B, T + N - 2] int64, zeros at the T - 1 prefix pairs, then all image tokens but the last.
@@ -66,7 +66,8 @@ def make_pairs(
     prefix = target.encode_condition(condition, grids, guided=guided or without)
     if without and not guided:
         assert dropped is not None
-        prefix = _rows(prefix, torch.arange(len(dropped)) + dropped.cpu() * len(dropped))
+        last = len(prefix.embeddings) - len(dropped)  # where the rows of the last branch begin
+        prefix = _rows(prefix, torch.arange(len(dropped)) + dropped.cpu() * last)
     embeddings, device = prefix.embeddings, token_ids.device
     branches = len(embeddings) // len(token_ids)
     read = token_ids[:, :-1]
@@ -91,11 +92,11 @@ def make_pairs(
 
 def _floats_as(condition: Condition, dtype: torch.dtype) -> Condition:
     """A condition whose text features are of the network's number type."""
-    values, negative = condition.values, condition.negative
+    values = condition.values
     return replace(
         condition,
         values=values.to(dtype) if values.is_floating_point() else values,
-        negative=None if negative is None else _floats_as(negative, dtype),
+        negative=tuple(_floats_as(branch, dtype) for branch in condition.negatives) or None,
     )
 
 

@@ -26,8 +26,8 @@ class CacheSlots:
         positional, modulation: of prefix and positions, see `Prefix`; None where the network has none.
         draft_slots: number of draft slots.
         mask: [R, T], nonzero where a condition slot is used; None if all are.
-        branches_differ: whether the rows of the two branches of guidance have masks of their own. If not, masks are
-            made once and repeated.
+        branches_differ: whether the rows of the branches of guidance have masks of their own. If not, masks are made
+            once and repeated.
         visibility: see `CausalSession`.
     """
 
@@ -98,7 +98,7 @@ class CacheSlots:
         sees the encoded slots before its position, and those draft tokens that `visible` names.
 
         Args:
-            positions: [B, F], -1 for padding. B divides `rows`: both branches of a guided call read alike.
+            positions: [B, F], -1 for padding. B divides `rows`: all branches of a guided call read alike.
             rows: rows of the pass, at most those of the cache.
             draft_slots: [B, F] draft slot of each entry, -1 for the slot of its position; None for all -1.
             visible: [B, F, draft_slots] bool, which draft slots each entry sees.

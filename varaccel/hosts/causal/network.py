@@ -23,7 +23,8 @@ class CausalNetwork(Network, Protocol):
     """
 
     def encode_condition(self, condition: Condition, grids: Sequence[Grid], *, guided: bool) -> Prefix:
-        """The condition of B images as R = B rows, or R = 2 B while guided, for an image of these grids."""
+        """The condition of B images for an image of these grids, as R = B rows; while guided as R = G * B, of its G
+        branches one after the other (`Condition.branches`)."""
         ...
 
     def embed_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:

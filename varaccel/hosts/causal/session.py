@@ -47,8 +47,8 @@ Transform = Callable[[Tensor, AttentionInputs], Tensor]
 class CausalSession:
     """A causal token network, its cache and guidance for one call.
 
-    Rows of a guided call are [conditional; unconditional]; both get the same tokens. The unconditional rows
-    are dropped as soon as guidance ends.
+    Rows of a guided call are [conditional; unconditional], or those of more branches one after the other; all get
+    the same tokens. All but the conditional rows are dropped as soon as guidance ends.
 
     Args:
         network: the model, in eval mode; it is not changed.
@@ -61,6 +61,9 @@ class CausalSession:
         static_shapes: attend over all slots in every pass, so that shapes never change (for compiled
             networks); otherwise over the leading slots in use.
         transform: replaces `network.transform`, for a compiled version of it.
+
+    Raises:
+        InputError: a condition of another number of branches than guidance has scales for.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class CausalSession:
     ) -> None:
         self.network, self.grids = network, tuple(grids)
         self.guidance = guidance or Guidance()
+        self.guidance.check_branches(condition.branches)
         self.sampling = sampling or Sampling()
         self.static_shapes = static_shapes
         self._transform = transform or network.transform
@@ -97,7 +101,7 @@ class CausalSession:
             modulation=_on(prefix.modulation, network.device),
             draft_slots=draft_slots,
             mask=prefix.mask,
-            branches_differ=self.guidance.enabled and _differ(prefix.mask),
+            branches_differ=self.guidance.enabled and _differ(prefix.mask, self.guidance.branches),
             visibility=visibility,
         )
         self._frontier = 0  # positions before it are all encoded, in every row
@@ -152,12 +156,12 @@ class CausalSession:
 
         Args:
             starts: the next positions that are decided, -1 for none; beyond the guidance interval the
-                unconditional branch is left out. None if it is needed.
+                branches after the first are left out. None if they are needed.
             length: positions before it are all that is in use. If None and shapes are not static, the device
                 is synchronised with for the last position.
 
         Returns:
-            features [R, F, dim], R = 2 B while guided; those of position p predict position p + 1.
+            features [R, F, dim], R = G * B with G branches while guided; those of position p predict position p + 1.
         """
         _ = self.prefix_features  # the condition is encoded before anything else
         rows = self.rows_per_pass if self._still_guided(starts) else self.batch
@@ -182,11 +186,10 @@ class CausalSession:
         return self.guidance.active_at(int(starts[starts >= 0].min()))
 
     def distribution(self, features: Tensor, positions: Tensor) -> Categorical:
-        """The distribution of `positions` ([P] or [B, P]) that features [R, P, dim] predict; guided if R = 2 B."""
+        """The distribution of `positions` ([P] or [B, P]) that features [R, P, dim] predict; guided if R > B."""
         logits = self.network.logits(features)
         if features.shape[0] > self.batch:
-            conditional, unconditional = logits.split(self.batch)
-            logits = self.guidance.combine(conditional, unconditional, positions)
+            logits = self.guidance.combine(*logits.split(self.batch), positions=positions)
         self.number_check.logits(logits, self.reads)
         logits = self._possible(logits, positions)
         return Categorical(self.sampling.filter(logits), greedy=self.sampling.greedy)
@@ -222,7 +225,7 @@ class CausalSession:
         return self.network.transform(x, self.cache_slots.prefill_inputs(mask))
 
     def _features(self, canvas: Canvas, inputs: StepInputs) -> Tensor:
-        """Features [R, P, dim] that predict the positions, R = B or 2 B rows."""
+        """Features [R, P, dim] that predict the positions, of the conditional rows or of all."""
         rows = self.rows_per_pass if self._guided(inputs) else self.batch
         first = self.prefix_features[:rows, -1:]
         if inputs.host is not None and inputs.host.positions == (0,):
@@ -279,9 +282,12 @@ class CausalSession:
         return self.read(drafts, starts, length=inputs.host.last_slot + 1)
 
 
-def _differ(mask: Tensor | None) -> bool:
-    """Whether the halves of a mask [2 B, T] differ. Synchronises with the device, once per session."""
-    return mask is not None and not torch.equal(*mask.bool().chunk(2))
+def _differ(mask: Tensor | None, branches: int) -> bool:
+    """Whether the branches of a mask [G * B, T] differ. Synchronises with the device, once per session."""
+    if mask is None:
+        return False
+    of_each = mask.bool().unflatten(0, (branches, -1))
+    return not torch.equal(of_each[1:], of_each[:-1])
 
 
 def _on(table: Tensor | None, device: torch.device) -> Tensor | None:
