@@ -78,7 +78,7 @@ def prompt_condition(
         return EncodedCondition(
             given.values.to(device),
             None if given.mask is None else given.mask.to(device),
-            None if given.negative is None else on_device(given.negative),
+            tuple(on_device(branch) for branch in given.negatives) or None,
         )
 
     return lambda indices: on_device(pipe._condition([captions[i] for i in indices.tolist()]))
