@@ -25,16 +25,26 @@ def liven(model: Any, seed: int = 0, sharpness: float = 1.4) -> Any:
     return model.eval()
 
 
-def word_tokenizer(specials: dict[str, str], first: tuple[str, ...] = (), *, bos: bool = True) -> Any:
+def word_tokenizer(
+    specials: dict[str, str], first: tuple[str, ...] = (), *, bos: bool = True, digits: bool = False
+) -> Any:
     """A tokenizer of whole words: <pad> 0, <s> 1, </s> 2, then `first` and the special tokens, then words.
 
     Args:
         specials: attributes of the tokenizer, such as {"boi_token": "<begin>"}.
         first: further tokens before the words.
+        bos: begin every text with <s>.
+        digits: read numbers digit by digit.
     """
     names = ["<pad>", "<s>", "</s>", *dict.fromkeys((*first, *specials.values())), "<unk>", *WORDS]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
+        )
+        if digits
+        else pre_tokenizers.WhitespaceSplit()
+    )
     tokenizer.add_special_tokens([name for name in names if name.startswith("<")])
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from tests import tiny_transformers as tiny
+from tests.tiny_emu3 import emu3, emu3_processor
+from varaccel.pipelines.emu3 import Emu3Pipeline
 from varaccel.pipelines.janus import JanusPipeline
 from varaccel.pipelines.transformers_host import TransformersPipeline
 
@@ -26,6 +28,7 @@ class HostCase:
         prompts: of different length.
         negative: negative prompt of another length; None if the model has its own unconditional prompt.
         scale: guidance scale of guided calls; None for a model without guidance.
+        options: of every call.
     """
 
     pipeline: Callable[[], TransformersPipeline]
@@ -33,6 +36,7 @@ class HostCase:
     prompts: tuple[str, ...] = ("a red sphere", "a blue cube left of a red sphere", "cone")
     negative: str | None = None
     scale: float | None = 5.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def quiet(pipe: Any) -> Any:
@@ -68,10 +72,65 @@ def janus_expected(pipe: TransformersPipeline, prompts: list[str], scale: float)
     return torch.cat(rows)
 
 
+# -- Emu3 --------------------------------------------------------------------------------------------------
+
+
+@cache
+def emu3_pipeline(**sizes: Any) -> Emu3Pipeline:
+    model, draft = emu3(**sizes), emu3(**{**sizes, "layers": 2})
+    return quiet(Emu3Pipeline(model, emu3_processor(), height=16, width=24, draft_model=draft))
+
+
+def emu3_case(negative: str = "blue", height: int = 16, width: int = 24, **sizes: Any) -> HostCase:
+    rows, columns = height // 4, width // 4
+
+    def expected(pipe: TransformersPipeline, prompts: list[str], scale: float) -> Tensor:
+        mapping = pipe.model.vocabulary_mapping
+        # the processor counts 8 pixels per token, as published models do
+        size = {"ratio": f"{columns}:{rows}", "image_area": rows * columns * 64}
+        texts: Any = {"return_for_image_generation": True, "padding": True, "return_tensors": "pt", **size}
+        inputs = pipe.processor(text=prompts, **texts)
+        assert list(map(list, inputs.pop("image_sizes"))) == [[rows, columns]] * len(prompts)
+        guidance = {}
+        if scale > 1:
+            other = pipe.processor(text=[negative] * len(prompts), **texts)
+            guidance = {
+                "guidance_scale": scale,
+                "negative_prompt_ids": other.input_ids,
+                "negative_prompt_attention_mask": other.attention_mask,
+            }
+        length = inputs.input_ids.shape[1]
+
+        def allowed(_: int, ids: Tensor) -> list[int]:
+            ends = (len(ids) - length) % (columns + 1) == columns
+            return [mapping.eol_token_id] if ends else mapping.image_tokens
+
+        drawn = pipe.model.generate(
+            **inputs,
+            **guidance,
+            max_new_tokens=rows * (columns + 1),
+            do_sample=False,
+            prefix_allowed_tokens_fn=allowed,
+        )
+        numbers = {**mapping.bpe2img, mapping.eol_token_id: len(mapping.bpe2img)}
+        return torch.tensor([[numbers[number] for number in row] for row in drawn[:, length:].tolist()])
+
+    return HostCase(
+        lambda: emu3_pipeline(**sizes),
+        expected,
+        negative=negative,
+        scale=3.0,
+        options={"height": height, "width": width},
+    )
+
+
 CASES: dict[str, HostCase] = {
     "janus": HostCase(lambda: janus_pipeline(), janus_expected),
     "janus, one KV head": HostCase(lambda: janus_pipeline(grid=5, codes=40, kv_heads=1), janus_expected),
     "janus, eager": HostCase(
         lambda: janus_pipeline(grid=3, kv_heads=4, attn_implementation="eager"), janus_expected
     ),
+    "emu3": emu3_case("a blue cube left of a red sphere and a green cone"),
+    "emu3, one KV head": emu3_case(height=20, width=12, kv_heads=1),
+    "emu3, tokens in any order": emu3_case(height=12, width=8, scattered=True),
 }

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 # importing a family makes its pipeline known
-from varaccel.pipelines import janus, llamagen, mar, var
+from varaccel.pipelines import emu3, janus, llamagen, mar, var
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.published import load_named
 
@@ -15,6 +15,7 @@ PIPELINE_CLASSES = (
     var.VARPipeline,
     mar.MARPipeline,
     janus.JanusPipeline,
+    emu3.Emu3Pipeline,
 )
 """The library's own pipeline classes."""
 

@@ -79,6 +79,11 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         draft_model: Any = None,
     ) -> None:
         super(CausalPipeline, self).__init__()
+        if processor is None:
+            raise InputError(
+                f"a {type(self).__name__} needs the processor of its model, which writes prompts; pass "
+                "processor=AutoProcessor.from_pretrained(...)."
+            )
         self.transformer = self._host_of(model, "model")
         self.vq_model = self._image_tokenizer(model, processor)
         self._drafter = None if draft_model is None else self._host_of(draft_model, "draft_model")

@@ -1,0 +1,174 @@
+"""Images of any size from prompts with Emu3 (arXiv 2409.18869), through transformers."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from varaccel.engine.options import as_integer
+from varaccel.errors import InputError
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.models.transformers_host.emu3 import Emu3Host
+from varaccel.models.transformers_host.host import TransformersHost
+from varaccel.nn.grid import Grid
+from varaccel.pipelines.base import Run
+from varaccel.pipelines.causal import CausalSettings
+from varaccel.pipelines.transformers_host import TransformersPipeline
+from varaccel.tokenizers.emu3_vq import Emu3ImageTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Emu3Pipeline(TransformersPipeline):
+    """`Emu3ForConditionalGeneration`, such as `BAAI/Emu3-Gen-hf`; see `TransformersPipeline`.
+
+    The prompt says the size of the image, and every row of tokens ends with an end of line, which is given.
+
+    Args:
+        height, width: of the images in pixels, unless a call says otherwise.
+        model, processor, guidance_scale, top_k, temperature, top_p, eagle_head, draft_model: see
+            `TransformersPipeline`.
+    """
+
+    family: ClassVar[str] = "emu3"
+    model_type: ClassVar[str] = "emu3"
+    model_class: ClassVar[str] = "Emu3ForConditionalGeneration"
+    host_class: ClassVar[type[TransformersHost]] = Emu3Host
+    sampling_defaults: ClassVar[dict[str, float]] = {
+        "guidance_scale": 3.0,
+        "temperature": 1.0,
+        "top_k": 2048,
+        "top_p": 1.0,
+    }
+    default_negative_prompt: ClassVar[str | None] = (
+        "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst "
+        "quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+    )
+    """Of the model card."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        guidance_scale: float | None = None,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        height: int = 720,
+        width: int = 720,
+        eagle_head: Any = None,
+        draft_model: Any = None,
+    ) -> None:
+        super().__init__(
+            model,
+            processor,
+            guidance_scale,
+            top_k,
+            temperature,
+            top_p,
+            eagle_head=eagle_head,
+            draft_model=draft_model,
+        )
+        codes = self.transformer.vocab_size - 1
+        if codes != self.vq_model.codebook_size:
+            raise InputError(
+                f"the model predicts {codes} image tokens but its image tokenizer has {self.vq_model.codebook_size}; "
+                "load both from one repository."
+            )
+        self._check_size((height, width))
+        self.register_to_config(height=height, width=width)
+
+    @classmethod
+    def _image_tokenizer(cls, model: Any, processor: Any) -> Emu3ImageTokenizer:
+        images = getattr(processor, "image_processor", None)
+        if images is None or not images.do_normalize:
+            return Emu3ImageTokenizer(model.model.vqmodel)
+        return Emu3ImageTokenizer(model.model.vqmodel, images.image_mean, images.image_std)
+
+    # -- sizes and prompts -----------------------------------------------------------------------------
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels unless a call says otherwise.
+
+        Raises:
+            InputError: images that are not square.
+        """
+        if self.config.height != self.config.width:
+            raise InputError(
+                f"the images of this pipeline are no squares: {self.config.height} × {self.config.width}."
+            )
+        return int(self.config.height)
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        size = (
+            self.config.height if height is None else height,
+            self.config.width if width is None else width,
+        )
+        self._check_size(size)
+        rows, columns = self._tokens(size)
+        tokens, trained = rows * (columns + 1), self.transformer.decoder.config.max_position_embeddings
+        if tokens > trained:
+            logger.warning(
+                "an image of %d × %d pixels has %d tokens, the model was made for %d; it may fall apart.",
+                *size,
+                tokens,
+                trained,
+            )
+        return int(size[0]), int(size[1])
+
+    def _check_size(self, size: tuple[object, object]) -> None:
+        step = self.vq_model.downsample_factor
+        for name, side in zip(("height", "width"), size, strict=True):
+            pixels = as_integer(side)
+            if pixels is None or pixels < step or pixels % step:
+                raise InputError(f"{name} must be a multiple of {step} pixels, got {side!r}.")
+
+    def _ratio_size(self, ratio: str) -> tuple[int, int]:
+        parts = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", ratio) if isinstance(ratio, str) else None
+        if parts is None:
+            raise InputError(f"ratio is width to height in whole numbers, such as '16:9', got {ratio!r}.")
+        width, height = int(parts[1]), int(parts[2])
+        step = self.vq_model.downsample_factor
+        # as the model's processor does it: about as many pixels, each side rounded to whole tokens
+        scale = (self.config.height * self.config.width / (width * height)) ** 0.5 / step
+        rows, columns = round(height * scale), round(width * scale)
+        if min(rows, columns) < 1:
+            raise InputError(f"an image of ratio {ratio!r} would be thinner than a token; take a wider one.")
+        return self._size(rows * step, columns * step)
+
+    def _tokens(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Rows and columns of tokens of an image of (height, width) pixels."""
+        height, width = size or (self.config.height, self.config.width)
+        step = self.vq_model.downsample_factor
+        return height // step, width // step
+
+    def _prompt_ids(self, prompt: str, size: tuple[int, int] | None) -> Sequence[int]:
+        rows, columns = self._tokens(size)
+        step = self.processor.downsample_ratio
+        # the processor derives rows and columns from a ratio and an area
+        inputs = self.processor(
+            text=[prompt],
+            return_for_image_generation=True,
+            ratio=f"{columns}:{rows}",
+            image_area=rows * columns * step * step,
+        )
+        return list(inputs["input_ids"][0])
+
+    def _grids(self, run: Run[CausalSettings, CausalJob]) -> tuple[Grid, ...]:
+        return (Grid(*self._tokens(run.settings.size), end_of_line=self.transformer.end_of_line),)
+
+    # -- neighbours of tokens --------------------------------------------------------------------------
+
+    def _has_neighbours(self) -> bool:
+        return True
+
+    def _neighbours(self, k: int, normalise: bool) -> Tensor:
+        table = super()._neighbours(k, normalise)
+        # whatever an end of line lists is impossible where it stands
+        return torch.cat([table, table[:1]])
