@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from varaccel.errors import InputError
 from varaccel.hosts.causal.network import CausalNetwork
 from varaccel.models.eagle import EagleHead
-from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
+from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.condition import Condition
 from varaccel.nn.grid import Grid, line_ends
 from varaccel.nn.prefix import Prefix
+from varaccel.training.teacher_forcing import teacher_forced
 
 Conditions = Callable[[Tensor], Condition | tuple[Tensor, Tensor | None]]
 """Sample indices [B] -> their condition, or its values and mask."""
@@ -68,24 +69,10 @@ def make_pairs(
         assert dropped is not None
         last = len(prefix.embeddings) - len(dropped)  # where the rows of the last branch begin
         prefix = _rows(prefix, torch.arange(len(dropped)) + dropped.cpu() * last)
-    embeddings, device = prefix.embeddings, token_ids.device
-    branches = len(embeddings) // len(token_ids)
-    read = token_ids[:, :-1]
-    positions = torch.arange(read.shape[1], device=device).expand_as(read)
-    image = target.embed_tokens(read, positions)
-    x = torch.cat([embeddings, image.repeat(branches, 1, 1)], dim=1)  # [G * B, T + N - 1, dim]
-    length = x.shape[1]
-    positional, modulation = prefix.positional, prefix.modulation
-    if modulation is not None and modulation.shape[1] > 1:
-        modulation = modulation[:, :length]
-    attention = AttentionInputs(
-        None if positional is None else positional[:, :length].to(device),
-        modulation,
-        mask=None if prefix.mask is None else prefix_mask(prefix.mask, length),
-        causal=prefix.mask is None,
-    )
+    branches = len(prefix.embeddings) // len(token_ids)
+    x, attention = teacher_forced(target, prefix, token_ids)
     features = transform(x, attention).unflatten(0, (branches, -1))
-    tokens = F.pad(read, (prefix.length - 1, 0)).expand(branches, -1, -1)
+    tokens = F.pad(token_ids[:, :-1], (prefix.length - 1, 0)).expand(branches, -1, -1)
     mask = None if prefix.mask is None else prefix.mask[:, :-1].unflatten(0, (branches, -1))
     return Pairs(tokens, features[:, :, :-1], features[:, :, prefix.length :], mask)
 
