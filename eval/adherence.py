@@ -54,7 +54,7 @@ def render_scenes(seeds: Sequence[int], size: int) -> list[Image.Image]:
     """The true images of `seeds`."""
     return [
         Image.fromarray(render(sample_scene(seed), size).image)
-        for seed in tqdm(seeds, desc="rendering", unit="image")
+        for seed in tqdm(seeds, desc="rendering", unit="image", disable=None)
     ]
 
 
@@ -66,7 +66,7 @@ def reconstruct(
     pixels = as_batch(images, size)
     result: list[Image.Image] = []
     with torch.inference_mode():
-        for batch in tqdm(pixels.split(batch_size), desc="reconstructing", unit="batch"):
+        for batch in tqdm(pixels.split(batch_size), desc="reconstructing", unit="batch", disable=None):
             result += to_output(tokenizer.decode_tokens(tokenizer.encode(batch).indices), "pil")
     return result
 

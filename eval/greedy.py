@@ -60,7 +60,7 @@ def main() -> int:
         prompts = examples(pipe, [caption.text for caption in held_out_captions(options.count)])
         plain = draw(pipe, prompts, None, options.batch_size).flatten(1)
         counts = {}
-        for accelerator in tqdm(accelerators, unit="accelerator"):
+        for accelerator in tqdm(accelerators, unit="accelerator", disable=None):
             if not accelerator.lossless:
                 raise InputError(
                     f"{accelerator.name} with these options is approximate, so it need not agree."

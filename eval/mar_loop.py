@@ -105,7 +105,7 @@ def main() -> int:
         check_writable(options.out)
         runs = new_runs(options)
         taken: dict[str, list[Any]] = {name: [] for name in runs}
-        for repeat in tqdm(range(options.repeats + 1), desc="measuring"):
+        for repeat in tqdm(range(options.repeats + 1), desc="measuring", disable=None):
             for name, run in runs.items():
                 shares = run()
                 if repeat:  # the first round warms up

@@ -44,7 +44,9 @@ def validate(folder: Path, count: int) -> dict[str, dict[str, float]]:
     size = detector.config.image_size
     samples = [
         make_sample(HELD_OUT_SEED + index, size)
-        for index in tqdm(range(count), desc="rendering held-out scenes", unit="image", leave=False)
+        for index in tqdm(
+            range(count), desc="rendering held-out scenes", unit="image", leave=False, disable=None
+        )
     ]
     pixels = np.stack([sample.rendering.image for sample in samples])
     images = torch.stack([to_tensor(image) for image in pixels])

@@ -106,7 +106,7 @@ def main() -> int:
             return time.perf_counter() - start
 
         seconds: dict[str, list[float]] = {"ours": [], "published loop": []}
-        for repeat in tqdm(range(options.repeats + 1), desc="measuring"):
+        for repeat in tqdm(range(options.repeats + 1), desc="measuring", disable=None):
             for name, run in (("ours", ours), ("published loop", theirs)):
                 taken = run()
                 if repeat:  # the first round warms up

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +66,27 @@ def test_programs_print_on_any_console(command: list[str], encoding: str) -> Non
     assert "UnicodeEncodeError" not in text
     assert ended.returncode in (0, 2)
     assert text.strip()
+
+
+def test_no_bar_where_there_is_no_terminal(tmp_path: Path) -> None:
+    """A log of a long job is for reading: a bar would fill it with a line per step."""
+    command = [sys.executable, "-m", "varaccel.scenes.cache", "--out", str(tmp_path), "--count", "2"]
+    result = subprocess.run(
+        [*command, "--workers", "1"], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120
+    )
+    assert "%" not in result.stderr
+
+
+def test_every_bar_asks_whether_there_is_a_terminal() -> None:
+    """tqdm asks only if `disable` is None, so that every call must say it; None is also what `or` ends with."""
+    bars = [
+        (file, call)
+        for folder in ("varaccel", "eval", "pipelines", "tokenizers", "app")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "tqdm"
+    ]
+    assert bars
+    for file, call in bars:
+        disable = next((ast.unparse(k.value) for k in call.keywords if k.arg == "disable"), "missing")
+        assert disable.split(" or ")[-1] == "None", f"{file.relative_to(ROOT)}:{call.lineno}"

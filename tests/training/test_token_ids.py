@@ -95,6 +95,7 @@ def test_automatic_precision_is_kept_on_resume(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vq = tiny()
+    monkeypatch.setattr(token_ids_module, "quick_bfloat16", lambda device: True)
     monkeypatch.setattr(token_ids_module, "MIN_AGREEMENT", 1.01)
     encode(vq, scenes, tmp_path / "a", precision="auto")
     assert token_ids_module.read_manifest(tmp_path / "a").precision == "float32"
@@ -102,6 +103,11 @@ def test_automatic_precision_is_kept_on_resume(
     encode(vq, scenes, tmp_path / "a", precision="auto")
     encode(vq, scenes, tmp_path / "b", precision="auto")
     assert token_ids_module.read_manifest(tmp_path / "b").precision == "bfloat16"
+    monkeypatch.setattr(token_ids_module, "quick_bfloat16", lambda device: False)
+    encode(vq, scenes, tmp_path / "c", precision="auto")
+    assert token_ids_module.read_manifest(tmp_path / "c").precision == "float32", (
+        "emulated is ten times slower"
+    )
 
 
 def test_agreement_is_a_share(scenes: Path) -> None:

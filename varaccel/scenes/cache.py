@@ -193,7 +193,7 @@ def write_cache(
     missing = [shard for shard in range(manifest.shards) if not _finished(target, shard)]
     ready = count - sum(len(manifest.shard_range(shard)) for shard in missing)
     with (
-        tqdm(total=count, initial=ready, unit="image", disable=not progress) as bar,
+        tqdm(total=count, initial=ready, unit="image", disable=not progress or None) as bar,
         _renderers(workers) as run,
     ):
         for shard in missing:

@@ -174,7 +174,9 @@ class Truth:
     def of_cache(cls, scenes: CachedScenes) -> Truth:
         """The ground truth of every image of a cache."""
         truth = cls.empty(len(scenes))
-        for row in tqdm(range(len(scenes)), desc="reading ground truth", unit="image", leave=False):
+        for row in tqdm(
+            range(len(scenes)), desc="reading ground truth", unit="image", leave=False, disable=None
+        ):
             record = scenes.ground_truth(row)
             truth.floor[row] = FLOORS.index(record["floor"])
             truth.time_of_day[row] = TIMES.index(record["time_of_day"])
@@ -317,7 +319,13 @@ def train_detector(
     )
     per_epoch = len(scenes) // recipe.batch_size
     model.train()
-    bar = tqdm(total=100, desc="training detector", unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}")
+    bar = tqdm(
+        total=100,
+        desc="training detector",
+        unit="%",
+        bar_format="{l_bar}{bar}| {elapsed} {postfix}",
+        disable=None,
+    )
     for step in run.steps():
         epoch, place = divmod(step, per_epoch)
         order = np.random.default_rng((recipe.seed, 0, epoch)).permutation(len(scenes))

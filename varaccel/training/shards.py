@@ -89,7 +89,7 @@ def encode_shards(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")
     size = data.manifest.shard_size
-    with tqdm(total=len(data), unit="image", desc=description, disable=not progress) as bar:
+    with tqdm(total=len(data), unit="image", desc=description, disable=not progress or None) as bar:
         for shard, start in enumerate(range(0, len(data), size)):
             stop = min(start + size, len(data))
             path = shard_path(shard)

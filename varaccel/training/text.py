@@ -249,7 +249,9 @@ def reading_accuracy(
 def held_out_captions(count: int, looseness: Looseness | None = None) -> list[StatedCaption]:
     """The captions of the first `count` scenes reserved for evaluation, as they are or in looser words."""
     result = []
-    for seed in tqdm(range(HELD_OUT_SEED, HELD_OUT_SEED + count), desc="held-out captions", leave=False):
+    for seed in tqdm(
+        range(HELD_OUT_SEED, HELD_OUT_SEED + count), desc="held-out captions", leave=False, disable=None
+    ):
         parts = take_apart(caption(sample_scene(seed), seed))
         if looseness is None:
             result.append(parts.assemble())
@@ -302,7 +304,7 @@ def train_text_encoder(
     generator = torch.Generator(device)
     reader.train()
     with tqdm(
-        total=100, desc="text encoder", unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}"
+        total=100, desc="text encoder", unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}", disable=None
     ) as bar:
         for step in run.steps():
             for group in optimizer.param_groups:

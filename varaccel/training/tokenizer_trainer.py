@@ -157,7 +157,7 @@ class TokenizerTrainer(ABC, Generic[Model, Recipe, Batch]):
         first = self.run.step
         with (
             self._batches(first) as batches,
-            tqdm(unit="step", initial=first, total=self.run.budget.steps) as bar,
+            tqdm(unit="step", initial=first, total=self.run.budget.steps, disable=None) as bar,
         ):
             for step in self.run.steps():
                 terms = self._step(step, next(batches))

@@ -203,7 +203,7 @@ def train_tokens(
         run.log(**{f"{prefix}_{name}": value / validation for name, value in sums.items()})
 
     model.train()
-    bar = tqdm(total=100, desc=title, unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}")
+    bar = tqdm(total=100, desc=title, unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}", disable=None)
     smooth: float | None = None
     for step in run.steps():
         drop_seed = torch.Generator().manual_seed(recipe.seed * 7_368_787 + step)

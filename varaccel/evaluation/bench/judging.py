@@ -40,7 +40,7 @@ def reference_statistics(
     if key not in _REFERENCES:
         features = []
         with tqdm(
-            total=len(seeds), desc="true images", unit="image", leave=False, disable=not progress
+            total=len(seeds), desc="true images", unit="image", leave=False, disable=not progress or None
         ) as bar:
             for start in range(0, len(seeds), _REFERENCE_BATCH):
                 part = seeds[start : start + _REFERENCE_BATCH]

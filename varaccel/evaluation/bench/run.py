@@ -92,7 +92,7 @@ def run_bench(
     run = _BenchRun(pipe, accelerators, settings, finished, on_rows)
     untimed = run.untimed(batches)
     total = run.images_to_draw(untimed, captions)
-    with tqdm(total=total, unit="image", disable=not progress, leave=False) as bar:
+    with tqdm(total=total, unit="image", disable=not progress or None, leave=False) as bar:
         for batch, todo in untimed.items():
             bar.set_description(f"speed, batch {batch}")
             run.measure(prompts, todo, batch, lambda _, batch=batch: bar.update(batch))  # type: ignore[misc]

@@ -362,7 +362,7 @@ def draw_captions(
         InputError: the pipeline does not make one image per prompt.
     """
     images: list[Image.Image] = []
-    with tqdm(total=len(captions), desc="drawing", unit="image") as bar:
+    with tqdm(total=len(captions), desc="drawing", unit="image", disable=None) as bar:
         for start in range(0, len(captions), batch_size):
             if images and until is not None and time.time() > until:
                 break

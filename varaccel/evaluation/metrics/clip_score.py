@@ -77,7 +77,7 @@ def clip_figure(
     clip = clip.to(device)
     clip.reset()
     scores = []
-    for index in tqdm(range(len(images)), desc="CLIP score", unit="image", disable=not progress):
+    for index in tqdm(range(len(images)), desc="CLIP score", unit="image", disable=not progress or None):
         before = float(clip.score)
         # one at a time: the metric keeps a sum, and the standard error needs every image's own
         clip.update(images[index].to(device), prompts[index])

@@ -82,7 +82,7 @@ def extract_features(
     found: list[dict[str, Tensor]] = []
     total = hashlib.sha256()
     with tqdm(
-        total=len(images), desc=f"features of {images.name}", unit="image", disable=not progress
+        total=len(images), desc=f"features of {images.name}", unit="image", disable=not progress or None
     ) as bar:
         for chunk, read in reader.chunks():
             if chunk is not None:

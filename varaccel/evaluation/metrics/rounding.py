@@ -73,7 +73,7 @@ def compare_batch_sizes(
     if not prompts or min(batch_sizes) < 1:
         raise InputError("name at least one prompt, and batch sizes of at least 1.")
     drawn: list[Tensor] = []
-    with tqdm(total=2 * len(prompts), desc="drawing", unit="image", disable=not progress) as bar:
+    with tqdm(total=2 * len(prompts), desc="drawing", unit="image", disable=not progress or None) as bar:
         for size in batch_sizes:
             parts = []
             for start in range(0, len(prompts), size):

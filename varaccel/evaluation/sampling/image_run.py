@@ -201,7 +201,7 @@ class ImageRun:
         hidden = not progress or not state.is_main_process
         done = self.finished_images() if not hidden else 0
         with tqdm(
-            total=self.settings.count, initial=done, desc="drawing", unit="image", disable=hidden
+            total=self.settings.count, initial=done, desc="drawing", unit="image", disable=hidden or None
         ) as bar:
             for batch in mine:
                 try:
@@ -307,7 +307,9 @@ class ImageRun:
                     shape = (len(paths), *first.shape)
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(member, header)
-                    for one in tqdm(paths, desc=target.name, unit="image", leave=False, disable=not progress):
+                    for one in tqdm(
+                        paths, desc=target.name, unit="image", leave=False, disable=not progress or None
+                    ):
                         member.write(_pixels(one).tobytes())
                 labels = [prompt for prompt in self.prompts if isinstance(prompt, int)]
                 if len(labels) == len(paths):

@@ -137,7 +137,9 @@ def measure_speed(
     peaks: list[list[int | None]] = [[] for _ in candidates]
     device = pipe.transformer.device
     total = (repeats + warmups) * len(candidates)
-    with tqdm(total=total, desc="measuring", unit="call", leave=False, disable=on_call is not None) as bar:
+    with tqdm(
+        total=total, desc="measuring", unit="call", leave=False, disable=on_call is not None or None
+    ) as bar:
         for repeat in range(-warmups, repeats):
             start = max(0, repeat) % (len(prompts) // batch) * batch
             for own, peak, accelerator in zip(stats, peaks, candidates, strict=True):

@@ -85,7 +85,7 @@ def sweep(
     )
     run = _Sweep(pipe, accelerators, prompts, sorted(set(compiled)), started)
     sizes = list(dict.fromkeys(batches))
-    with tqdm(total=run.calls(sizes), unit="call", disable=not progress, leave=False) as bar:
+    with tqdm(total=run.calls(sizes), unit="call", disable=not progress or None, leave=False) as bar:
         for batch in sizes:
             run.add(batch, bar)
             if on_entries is not None:
