@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests import tiny_glm_image
 from tests import tiny_transformers as tiny
 from tests.tiny_emu3 import emu3, emu3_processor
 from varaccel.pipelines.emu3 import Emu3Pipeline
+from varaccel.pipelines.glm_image import GlmImagePipeline
 from varaccel.pipelines.janus import JanusPipeline
 from varaccel.pipelines.transformers_host import TransformersPipeline
 
@@ -124,6 +126,34 @@ def emu3_case(negative: str = "blue", height: int = 16, width: int = 24, **sizes
     )
 
 
+# -- GLM-Image ---------------------------------------------------------------------------------------------
+
+
+@cache
+def glm_image_pipeline(height: int = 96, width: int = 128, codes: int = 24, **sizes: Any) -> GlmImagePipeline:
+    """Its preview grid has a quarter of the published sides, or every test would draw 256 tokens before the image."""
+    model = tiny_glm_image.glm_image(codes, **sizes)
+    draft = tiny_glm_image.glm_image(codes, **{**sizes, "layers": 2})
+    processor = tiny_glm_image.processor(codes, preview=4)
+    return quiet(GlmImagePipeline(model, processor, height=height, width=width, draft_model=draft))
+
+
+def glm_image_expected(pipe: TransformersPipeline, prompts: list[str], scale: float) -> Tensor:
+    sizes = {"target_h": pipe.config.height, "target_w": pipe.config.width}
+    messages = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
+    texts = pipe.processor.apply_chat_template(messages, tokenize=False)
+    inputs = pipe.processor(text=texts, padding=True, return_tensors="pt", **sizes)
+    grids = inputs["image_grid_thw"][:2]
+    codes = pipe.model.config.vq_config.num_embeddings
+    drawn = pipe.model.generate(
+        **inputs,
+        max_new_tokens=int(grids.prod(-1).sum()),
+        do_sample=False,
+        suppress_tokens=list(range(codes, pipe.model.lm_head.out_features)),
+    )
+    return drawn[:, inputs["input_ids"].shape[1] :]
+
+
 CASES: dict[str, HostCase] = {
     "janus": HostCase(lambda: janus_pipeline(), janus_expected),
     "janus, one KV head": HostCase(lambda: janus_pipeline(grid=5, codes=40, kv_heads=1), janus_expected),
@@ -133,4 +163,13 @@ CASES: dict[str, HostCase] = {
     "emu3": emu3_case("a blue cube left of a red sphere and a green cone"),
     "emu3, one KV head": emu3_case(height=20, width=12, kv_heads=1),
     "emu3, tokens in any order": emu3_case(height=12, width=8, scattered=True),
+    "glm-image": HostCase(lambda: glm_image_pipeline(), glm_image_expected, scale=None),
+    "glm-image, one KV head": HostCase(
+        lambda: glm_image_pipeline(height=160, width=64, codes=40, kv_heads=1), glm_image_expected, scale=None
+    ),
+    "glm-image, eager": HostCase(
+        lambda: glm_image_pipeline(height=96, width=96, kv_heads=4, attn_implementation="eager"),
+        glm_image_expected,
+        scale=None,
+    ),
 }

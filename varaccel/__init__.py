@@ -29,6 +29,7 @@ __all__ = [
     "EagleHead",
     "FeatureCache",
     "FewerSteps",
+    "GlmImagePipeline",
     "Guidance",
     "ImageGeneration",
     "InputError",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from varaccel.models.var import VARTransformer
     from varaccel.pipelines.accelerated_generate import ImageGeneration, accelerate
     from varaccel.pipelines.auto import AutoPipeline
+    from varaccel.pipelines.glm_image import GlmImagePipeline
     from varaccel.pipelines.janus import JanusPipeline
     from varaccel.pipelines.llamagen import LlamaGenPipeline
     from varaccel.pipelines.mar import MARPipeline

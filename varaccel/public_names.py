@@ -26,6 +26,7 @@ PUBLIC_NAMES: Mapping[str, str] = {
     "ScaleGuidance": "varaccel.hosts.next_scale.sampling",
     "ScaleSampling": "varaccel.hosts.next_scale.sampling",
     "AutoPipeline": "varaccel.pipelines.auto",
+    "GlmImagePipeline": "varaccel.pipelines.glm_image",
     "ImageGeneration": "varaccel.pipelines.accelerated_generate",
     "accelerate": "varaccel.pipelines.accelerated_generate",
     "JanusPipeline": "varaccel.pipelines.janus",

@@ -60,6 +60,10 @@ class Randomness:
         seeds = [(seed + 2**61) % 2**62 for seed in self.noise_seeds]  # apart from the Gumbel noise
         return random_orders(_seeded(seeds), self.uniforms.shape[1], self.uniforms.device)
 
+    def generators(self) -> list[torch.Generator]:
+        """New generators, one per image, for what follows the tokens, such as the noise of a diffusion decoder."""
+        return _seeded([(seed + 2**60) % 2**62 for seed in self.noise_seeds])  # apart from noise and orders
+
     def stream(self, width: int) -> Stream:
         """Numbers for the passes to come, `width` per image and pass."""
         return Stream(_seeded(self.stream_seeds), width, self.uniforms.device)

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 # importing a family makes its pipeline known
-from varaccel.pipelines import emu3, janus, llamagen, mar, var
+from varaccel.pipelines import emu3, glm_image, janus, llamagen, mar, var
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.published import load_named
 
@@ -16,6 +16,7 @@ PIPELINE_CLASSES = (
     mar.MARPipeline,
     janus.JanusPipeline,
     emu3.Emu3Pipeline,
+    glm_image.GlmImagePipeline,
 )
 """The library's own pipeline classes."""
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from varaccel.engine.options import as_integer
 from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.models.transformers_host.emu3 import Emu3Host
@@ -18,6 +16,7 @@ from varaccel.models.transformers_host.host import TransformersHost
 from varaccel.nn.grid import Grid
 from varaccel.pipelines.base import Run
 from varaccel.pipelines.causal import CausalSettings
+from varaccel.pipelines.image_sizes import ratio_size, whole_tokens
 from varaccel.pipelines.transformers_host import TransformersPipeline
 from varaccel.tokenizers.emu3_vq import Emu3ImageTokenizer
 
@@ -80,7 +79,7 @@ class Emu3Pipeline(TransformersPipeline):
                 f"the model predicts {codes} image tokens but its image tokenizer has {self.vq_model.codebook_size}; "
                 "load both from one repository."
             )
-        self._check_size((height, width))
+        whole_tokens(height, width, self.vq_model.downsample_factor)
         self.register_to_config(height=height, width=width)
 
     @classmethod
@@ -106,11 +105,11 @@ class Emu3Pipeline(TransformersPipeline):
         return int(self.config.height)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        size = (
+        size = whole_tokens(
             self.config.height if height is None else height,
             self.config.width if width is None else width,
+            self.vq_model.downsample_factor,
         )
-        self._check_size(size)
         rows, columns = self._tokens(size)
         tokens, trained = rows * (columns + 1), self.transformer.decoder.config.max_position_embeddings
         if tokens > trained:
@@ -120,27 +119,12 @@ class Emu3Pipeline(TransformersPipeline):
                 tokens,
                 trained,
             )
-        return int(size[0]), int(size[1])
-
-    def _check_size(self, size: tuple[object, object]) -> None:
-        step = self.vq_model.downsample_factor
-        for name, side in zip(("height", "width"), size, strict=True):
-            pixels = as_integer(side)
-            if pixels is None or pixels < step or pixels % step:
-                raise InputError(f"{name} must be a multiple of {step} pixels, got {side!r}.")
+        return size
 
     def _ratio_size(self, ratio: str) -> tuple[int, int]:
-        parts = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", ratio) if isinstance(ratio, str) else None
-        if parts is None:
-            raise InputError(f"ratio is width to height in whole numbers, such as '16:9', got {ratio!r}.")
-        width, height = int(parts[1]), int(parts[2])
-        step = self.vq_model.downsample_factor
         # as the model's processor does it: about as many pixels, each side rounded to whole tokens
-        scale = (self.config.height * self.config.width / (width * height)) ** 0.5 / step
-        rows, columns = round(height * scale), round(width * scale)
-        if min(rows, columns) < 1:
-            raise InputError(f"an image of ratio {ratio!r} would be thinner than a token; take a wider one.")
-        return self._size(rows * step, columns * step)
+        pixels = self.config.height * self.config.width
+        return self._size(*ratio_size(ratio, pixels, self.vq_model.downsample_factor))
 
     def _tokens(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Rows and columns of tokens of an image of (height, width) pixels."""

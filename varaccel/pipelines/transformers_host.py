@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 import transformers
+from diffusers import PipelineQuantizationConfig
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -219,7 +220,8 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         chosen.check_parts(cls)
         folder = resolve_model(name, **chosen.hub)
         if is_pipeline_folder(folder):
-            return super().from_pretrained(folder, **options, **placement)
+            for_model = cls._model_options(options, placement)
+            return cls._from_pipeline_folder(folder, options, {**for_model, **own})
         found = pipeline_class_name(folder)
         if found != cls.__name__:
             raise CheckpointError(
@@ -237,6 +239,34 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         if chosen.device is not None:
             pipe.to(chosen.device)
         return pipe
+
+    @staticmethod
+    def _model_options(options: dict[str, Any], placement: Mapping[str, Any]) -> dict[str, Any]:
+        """Take options that concern the model alone out of those for a folder of several components."""
+        if placement.get("device_map") == "balanced":  # whole components: diffusers knows how
+            options.update(placement)
+            return {}
+        taken = dict(placement)
+        names = ["max_memory", "offload_folder", "offload_state_dict"] if placement else []
+        if not isinstance(options.get("quantization_config"), PipelineQuantizationConfig):
+            names.append("quantization_config")
+        return taken | {name: options.pop(name) for name in names if name in options}
+
+    @classmethod
+    def _from_pipeline_folder(
+        cls, folder: Path, options: dict[str, Any], model_options: Mapping[str, Any]
+    ) -> Self:
+        """A pipeline of a folder in diffusers' layout.
+
+        Args:
+            options: of `from_pretrained`.
+            model_options: further ones, with which transformers reads the model.
+        """
+        if model_options and "model" not in options:
+            dtype = LoadOptions.of(options).dtype_of("model")
+            number_type = {} if dtype is None else {"dtype": dtype}
+            options["model"] = cls._load_model(folder / "model", **number_type, **model_options)
+        return super().from_pretrained(folder, **options)
 
     @classmethod
     def _load_model(cls, folder: Path, **options: Any) -> Any:
