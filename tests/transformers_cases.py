@@ -12,7 +12,9 @@ from torch import Tensor
 
 from tests import tiny_glm_image
 from tests import tiny_transformers as tiny
+from tests.tiny_chameleon import chameleon, chameleon_processor
 from tests.tiny_emu3 import emu3, emu3_processor
+from varaccel.pipelines.chameleon import ChameleonPipeline
 from varaccel.pipelines.emu3 import Emu3Pipeline
 from varaccel.pipelines.glm_image import GlmImagePipeline
 from varaccel.pipelines.janus import JanusPipeline
@@ -154,12 +156,51 @@ def glm_image_expected(pipe: TransformersPipeline, prompts: list[str], scale: fl
     return drawn[:, inputs["input_ids"].shape[1] :]
 
 
+# -- Chameleon ---------------------------------------------------------------------------------------------
+
+
+@cache
+def chameleon_pipeline(**sizes: Any) -> ChameleonPipeline:
+    model, draft = chameleon(**sizes), chameleon(**{**sizes, "layers": 2})
+    return quiet(ChameleonPipeline(model, chameleon_processor(), draft_model=draft))
+
+
+def chameleon_case(negative: str = "", **sizes: Any) -> HostCase:
+    def expected(pipe: TransformersPipeline, prompts: list[str], scale: float) -> Tensor:
+        # its own forward pass forbids image tokens, so whole passes of its decoder and head
+        model, mapping = pipe.model, pipe.model.model.vocabulary_mapping
+        begin = torch.tensor([pipe.processor.image_start_token_id])
+        tokens = torch.tensor([mapping.img2bpe[code] for code in range(len(mapping.img2bpe))])
+
+        def ids(text: str) -> Tensor:
+            found = pipe.processor(text=[text]).input_ids[0] if text else [1]
+            return torch.cat([torch.as_tensor(found), begin])[None]
+
+        rows = []
+        for prompt in prompts:
+            branches = [ids(prompt), *([ids(negative)] if scale > 1 else [])]
+            for _ in range(pipe.transformer.layout[0] ** 2):
+                last = [model.model(input_ids=branch).last_hidden_state[:, -1] for branch in branches]
+                logits = [model.lm_head(features)[:, tokens] for features in last]
+                guided = logits[-1] + scale * (logits[0] - logits[-1]) if scale > 1 else logits[0]
+                new = tokens[guided.argmax(-1)][None]
+                branches = [torch.cat([branch, new], 1) for branch in branches]
+            drawn = branches[0][0, -(pipe.transformer.layout[0] ** 2) :]
+            rows.append([mapping.bpe2img[number] for number in drawn.tolist()])
+        return torch.tensor(rows)
+
+    return HostCase(lambda: chameleon_pipeline(**sizes), expected, negative=negative, scale=3.0)
+
+
 CASES: dict[str, HostCase] = {
     "janus": HostCase(lambda: janus_pipeline(), janus_expected),
     "janus, one KV head": HostCase(lambda: janus_pipeline(grid=5, codes=40, kv_heads=1), janus_expected),
     "janus, eager": HostCase(
         lambda: janus_pipeline(grid=3, kv_heads=4, attn_implementation="eager"), janus_expected
     ),
+    "chameleon": chameleon_case(),
+    "chameleon, tokens in any order": chameleon_case("a blue cube left of a cone", grid=3, scattered=True),
+    "chameleon, Swin norms": chameleon_case(grid=3, kv_heads=4, swin_norm=True),
     "emu3": emu3_case("a blue cube left of a red sphere and a green cone"),
     "emu3, one KV head": emu3_case(height=20, width=12, kv_heads=1),
     "emu3, tokens in any order": emu3_case(height=12, width=8, scattered=True),

@@ -143,6 +143,23 @@ def stored_names(folder: Path) -> set[str] | None:
     return names or None
 
 
+def weights_below(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Weights in a component's folder whose names begin with `prefix`, under the rest of their names.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                wanted = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
+                state |= {name.removeprefix(prefix): opened.get_tensor(name) for name in wanted}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(not_weights(file) or _unreadable(file)) from error
+    return state
+
+
 def _read(file: Path) -> Mapping[str, Any]:
     reason = not_weights(file)
     if reason is not None:

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 # importing a family makes its pipeline known
-from varaccel.pipelines import emu3, glm_image, janus, llamagen, mar, var
+from varaccel.pipelines import chameleon, emu3, glm_image, janus, llamagen, mar, var
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.published import load_named
 
@@ -17,6 +17,7 @@ PIPELINE_CLASSES = (
     janus.JanusPipeline,
     emu3.Emu3Pipeline,
     glm_image.GlmImagePipeline,
+    chameleon.ChameleonPipeline,
 )
 """The library's own pipeline classes."""
 

@@ -388,7 +388,6 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
             )
         other = self._condition_of([*negative] * (len(call.prompts) // len(negative)), settings)
         assert other is not None
-        assert other is not None
         return replace(condition, negative=(*condition.negatives[:-1], replace(other, negative=None)))
 
     def _caption_length(self) -> int:

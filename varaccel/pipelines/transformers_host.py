@@ -235,7 +235,7 @@ class TransformersPipeline(CausalPipeline, abstract=True):
             parts["model"] = cls._load_model(
                 folder, **{} if dtype is None else {"dtype": dtype}, **chosen.reading, **placement, **own
             )
-        pipe = cls(**parts)
+        pipe = cls(**{**cls._further_parts(folder, parts["model"], chosen), **parts})
         if chosen.device is not None:
             pipe.to(chosen.device)
         return pipe
@@ -267,6 +267,11 @@ class TransformersPipeline(CausalPipeline, abstract=True):
             number_type = {} if dtype is None else {"dtype": dtype}
             options["model"] = cls._load_model(folder / "model", **number_type, **model_options)
         return super().from_pretrained(folder, **options)
+
+    @classmethod
+    def _further_parts(cls, folder: Path, model: Any, chosen: LoadOptions) -> dict[str, Any]:
+        """Components that lie in a repository of transformers' layout beside model and processor."""
+        return {}
 
     @classmethod
     def _load_model(cls, folder: Path, **options: Any) -> Any:
