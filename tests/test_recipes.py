@@ -51,7 +51,7 @@ DRAWING: dict[str, tuple[tuple[str, ...], int]] = {
     "var_inpaint": (("before", "after", "sheet"), 1),
     "var_plain": (("0", "1"), 1),
 }
-TRAINING = ("train_mini_llamagen", "train_mini_mar", "train_mini_var", "train_all")
+TRAINING = ("train_mini_llamagen", "train_mini_mar", "train_mini_var", "train_small_janus", "train_all")
 TOOLS = ("add_drafters", "weights_manifest")
 
 STATISTICS = re.compile(r"^(\w+)\(.*\): \d+ images of \d+ tokens in \d+ passes", re.MULTILINE)
@@ -229,6 +229,36 @@ def test_training_mini_mar_and_a_drafter(
 
 
 # -- tools ---------------------------------------------------------------------------------------------
+
+
+def test_training_a_small_janus_and_measuring_it(
+    here: Path, commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads((RECIPES / "small_janus.json").read_text())
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    content["text"].update(hidden_size=24, intermediate_size=24, **heads)
+    content["recipe"]["batch_size"] = 4
+    small = here / "small.json"
+    small.write_text(json.dumps(content))
+    assert recipe(monkeypatch, "train_small_janus", "--config", small, *SMALL) == 0
+    folder, figures = here / "runs" / "small-janus", here / "janus.json"
+    janus_loop = load_script("eval/janus_loop.py")
+    wanted = ["-a", "plain", "-a", "jacobi:window=8", "--batch", "2", "--repeats", "1"]
+    shown = [
+        "--images",
+        str(here / "janus.png"),
+        "--vq-model",
+        str(ROOT / "weights" / "mini-llamagen" / "vq_model"),
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["janus_loop.py", "--model", str(folder), *wanted, *shown, "--out", str(figures)]
+    )
+    assert janus_loop.main() == 0
+    methods = json.loads(figures.read_text())["methods"]
+    assert methods["generate()"]["passes"] == [256]
+    assert methods["plain"]["equal_greedy"] == methods["jacobi:window=8"]["equal_greedy"] == 1
+    assert methods["jacobi:window=8"]["passes"][0] < 256
+    assert (here / "janus.png").is_file()
 
 
 def test_drafters_are_added(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
