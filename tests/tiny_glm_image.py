@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, GenerationConfig, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tests.tiny_transformers import WORDS, liven
 
@@ -112,7 +112,6 @@ def glm_image(
 def decoder(codes: int = 24, seed: int = 0) -> dict[str, Any]:
     """Text encoder, its tokenizer, diffusion transformer, VAE and scheduler."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImageTransformer2DModel
-    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
     tokenizer = ByT5Tokenizer()
     with torch.random.fork_rng():

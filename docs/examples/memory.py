@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from transformers import T5Config, T5EncoderModel
+from transformers import GlmImageConfig, GlmImageForConditionalGeneration, T5Config, T5EncoderModel
 
 from varaccel import LlamaGenTransformer, MARTransformer, MultiScaleVQModel, VARTransformer, VQModel
+from varaccel.models.transformers_host.glm_image import GlmImageHost
 from varaccel.tokenizers.kl import KL16
 
 # of google/flan-t5-xl
@@ -68,6 +69,19 @@ def mar() -> list[str]:
     return rows
 
 
+def glm_image() -> list[str]:
+    """Rows: the model's weights; then size, tokens and cache of an image whose prompt has 100 tokens."""
+    model = GlmImageForConditionalGeneration(GlmImageConfig())
+    host = GlmImageHost(model)
+    rows = [f"| GLM-Image, autoregressive model | {weights(model)} |"]
+    for side in (512, 1024, 2048):
+        tokens = 16**2 + (side // 32) ** 2
+        cache = host.new_cache(1, 100 + tokens + 1)
+        count = cache.nbytes * 4 // host.dtype.itemsize
+        rows.append(f"| {side} × {side} | 256 + {tokens - 256} | {caches(count)} |")
+    return rows
+
+
 def others() -> list[str]:
     """Rows: image tokenizers and the text encoder, and their weights."""
     networks = {
@@ -81,5 +95,5 @@ def others() -> list[str]:
 
 if __name__ == "__main__":
     with torch.device("meta"):
-        for table in (llamagen, var, mar, others):
+        for table in (llamagen, var, mar, glm_image, others):
             print("\n".join(table()), end="\n\n")

@@ -11,7 +11,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -25,12 +25,13 @@ import torch
 import typer
 from PIL import Image
 
-from tests import tiny
+from tests import tiny, tiny_glm_image
 from tests.scripts import ROOT, load_script
 from tests.test_layers import DOORS, LAYERS
 from varaccel import (
     AutoPipeline,
     EagleHead,
+    GlmImagePipeline,
     LlamaGenPipeline,
     MARPipeline,
     MARTransformer,
@@ -176,6 +177,24 @@ def stand_in(family: str, condition: str) -> TokenPipeline:
     return pipe
 
 
+@cache
+def glm_image() -> GlmImagePipeline:
+    pipe = GlmImagePipeline(
+        tiny_glm_image.glm_image(layers=1),
+        tiny_glm_image.processor(preview=8),
+        **tiny_glm_image.decoder(),
+        height=64,
+        width=64,
+        num_inference_steps=2,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+HUB_MODELS: dict[str, Callable[[], TokenPipeline]] = {"zai-org/GLM-Image": glm_image}
+"""Repositories whose models are not in the catalogue."""
+
+
 def fresh(pipe: TokenPipeline) -> TokenPipeline:
     """The same parts in a pipeline of its own, so that what a document does to it does not last.
 
@@ -206,6 +225,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             model = PUBLISHED[text]
             kind = "prompts" if model.text_encoder else "classes"
             return fresh(stand_in(model.family, kind))
+        if text in HUB_MODELS:
+            return HUB_MODELS[text]()
         if text.count("/") == 1 and not Path(text).is_dir():
             return fresh(stand_in("var", "classes"))  # a hub id
         if text not in shipped_models():

@@ -221,7 +221,13 @@ def test_the_model_survives_saving(pixels: CausalPipeline, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("page", "tables"),
-    [("llamagen", ("llamagen",)), ("var", ("var",)), ("mar", ("mar",)), ("index", ("others",))],
+    [
+        ("llamagen", ("llamagen",)),
+        ("var", ("var",)),
+        ("mar", ("mar",)),
+        ("glm-image", ("glm_image",)),
+        ("index", ("others",)),
+    ],
 )
 def test_pages_tell_the_memory_that_the_code_counts(page: str, tables: tuple[str, ...]) -> None:
     """Every row that `docs/examples/memory.py` prints stands on the page of its family, to the digit."""
