@@ -14,9 +14,11 @@ from tests import tiny_glm_image
 from tests import tiny_transformers as tiny
 from tests.tiny_chameleon import chameleon, chameleon_processor
 from tests.tiny_emu3 import emu3, emu3_processor
+from tests.tiny_imagegpt import imagegpt, imagegpt_processor
 from varaccel.pipelines.chameleon import ChameleonPipeline
 from varaccel.pipelines.emu3 import Emu3Pipeline
 from varaccel.pipelines.glm_image import GlmImagePipeline
+from varaccel.pipelines.imagegpt import ImageGPTPipeline
 from varaccel.pipelines.janus import JanusPipeline
 from varaccel.pipelines.transformers_host import TransformersPipeline
 
@@ -192,11 +194,33 @@ def chameleon_case(negative: str = "", **sizes: Any) -> HostCase:
     return HostCase(lambda: chameleon_pipeline(**sizes), expected, negative=negative, scale=3.0)
 
 
+# -- ImageGPT ----------------------------------------------------------------------------------------------
+
+
+@cache
+def imagegpt_pipeline(**sizes: Any) -> ImageGPTPipeline:
+    model, draft = imagegpt(**sizes), imagegpt(**{**sizes, "layers": 2})
+    return quiet(ImageGPTPipeline(model, imagegpt_processor(), draft_model=draft))
+
+
+def imagegpt_expected(pipe: TransformersPipeline, prompts: list[str], scale: float) -> Tensor:
+    begin = torch.full((len(prompts), 1), pipe.model.config.vocab_size - 1)
+    return pipe.model.generate(begin, max_new_tokens=pipe.model.config.n_positions, do_sample=False)[:, 1:]
+
+
+def imagegpt_case(**sizes: Any) -> HostCase:
+    return HostCase(lambda: imagegpt_pipeline(**sizes), imagegpt_expected, prompts=("", "", ""), scale=None)
+
+
 CASES: dict[str, HostCase] = {
     "janus": HostCase(lambda: janus_pipeline(), janus_expected),
     "janus, one KV head": HostCase(lambda: janus_pipeline(grid=5, codes=40, kv_heads=1), janus_expected),
     "janus, eager": HostCase(
         lambda: janus_pipeline(grid=3, kv_heads=4, attn_implementation="eager"), janus_expected
+    ),
+    "imagegpt": imagegpt_case(),
+    "imagegpt, scaled by layer": imagegpt_case(
+        side=5, scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True
     ),
     "chameleon": chameleon_case(),
     "chameleon, tokens in any order": chameleon_case("a blue cube left of a cone", grid=3, scattered=True),

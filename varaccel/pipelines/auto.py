@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 # importing a family makes its pipeline known
-from varaccel.pipelines import chameleon, emu3, glm_image, janus, llamagen, mar, var
+from varaccel.pipelines import chameleon, emu3, glm_image, imagegpt, janus, llamagen, mar, var
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.published import load_named
 
@@ -18,6 +18,7 @@ PIPELINE_CLASSES = (
     emu3.Emu3Pipeline,
     glm_image.GlmImagePipeline,
     chameleon.ChameleonPipeline,
+    imagegpt.ImageGPTPipeline,
 )
 """The library's own pipeline classes."""
 

@@ -1,4 +1,4 @@
-"""A decoder with some of its layers, or with another attention function, on the same weights."""
+"""A decoder with some of its layers, or with other attention, on the same weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 _OFFLOADING = ("forward", "_old_forward", "_hf_hook")
 """What offloading leaves on a module; it would run the module that it was made for."""
+
+_MOST_SLOTS = 2**20
+"""Of a cache."""
 
 
 def with_layers(decoder: nn.Module, name: str, layers: Sequence[nn.Module]) -> nn.Module:
@@ -29,6 +33,23 @@ def with_attention(layer: nn.Module, implementation: str) -> nn.Module:
     # the public setter also writes to the configurations of parts, which the copy shares
     second.config._attn_implementation_internal = implementation
     return _with_parts(layer, {"self_attn": second})
+
+
+def with_open_triangle(layer: nn.Module) -> nn.Module:
+    """A second layer of the GPT-2 kind, whose attention sees whatever its mask lets it see.
+
+    Its own lets a query see the slots before it only, from a triangle in a buffer; drafts do not stand in that order.
+    """
+    attention: Any = layer.attn
+    with torch.inference_mode(False):  # outlives the call, which may run in that mode
+        everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=attention.bias.device)
+    second = _with_parts(attention, {})
+    # of any size, without the memory of it
+    vars(second)["_buffers"] = {
+        **attention._buffers,
+        "bias": everything.expand(1, 1, _MOST_SLOTS, _MOST_SLOTS),
+    }
+    return _with_parts(layer, {"attn": second})
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -182,14 +182,10 @@ class TransformersHost(PrefixConditioned):
         assert attention.positional is not None
         # [1 or R, P, A] -> [R, P], or [A, R, P] with several axes
         places = attention.positional.expand(x.shape[0], -1, -1).permute(2, 0, 1)
-        options: dict[str, Any] = {"use_cache": False}
-        if attention.cache is not None:
-            assert attention.slots is not None
-            ranks = {number: rank for rank, number in enumerate(chosen)}
-            options = {
-                self._cache_argument: SlotCache(attention.cache, attention.slots, attention.length, ranks),
-                "use_cache": True,
-            }
+        cache = self._slot_cache(attention, chosen)
+        options: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            options[self._cache_argument] = cache
         features: Tensor = decoder(
             inputs_embeds=x,
             attention_mask=self._mask(attention, x),
@@ -200,6 +196,15 @@ class TransformersHost(PrefixConditioned):
 
     def logits(self, features: Tensor) -> Tensor:
         return self.head(features).float()
+
+    @staticmethod
+    def _slot_cache(attention: AttentionInputs, chosen: Sequence[int]) -> SlotCache | None:
+        """The cache of a pass as the layers of these numbers see it."""
+        if attention.cache is None:
+            return None
+        assert attention.slots is not None
+        ranks = {number: rank for rank, number in enumerate(chosen)}
+        return SlotCache(attention.cache, attention.slots, attention.length, ranks)
 
     def _mask(self, attention: AttentionInputs, x: Tensor) -> Tensor:
         """The 4-D mask [R, 1, P, K] of a pass, additive for eager attention."""
