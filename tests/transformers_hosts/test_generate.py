@@ -12,7 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import varaccel
 from tests import tiny_transformers as tiny
+from tests.tiny_emu3 import emu3, emu3_processor
 from varaccel.errors import InputError
+from varaccel.pipelines.emu3 import closing_tokens
 
 PROMPTS = ["a red sphere", "a blue cube left of a red sphere"]
 
@@ -72,9 +74,52 @@ def test_weights_stay_as_they_are() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def emu3_call(**options: Any) -> tuple[Any, dict[str, Any], Any]:
+    """A tiny Emu3, the inputs of a guided call of its `generate` for 3 × 4 tokens, and the rows that it may draw."""
+    model, processor = emu3(), emu3_processor()
+    texts: Any = {"return_for_image_generation": True, "ratio": "4:3", "image_area": 3 * 4 * 64}
+    texts |= {"padding": True, "return_tensors": "pt"}
+    inputs = processor(text=PROMPTS, **texts)
+    negative = processor(text=["blue"] * 2, **texts)
+    length, mapping = inputs.input_ids.shape[1], model.vocabulary_mapping
+    ends = closing_tokens(model)
+
+    def rows(_: int, ids: Tensor) -> list[int]:
+        place = len(ids) - length
+        if place >= 15:
+            return ends[place - 15 : place - 14]
+        return [mapping.eol_token_id] if place % 5 == 4 else mapping.image_tokens
+
+    guidance = {
+        "guidance_scale": 3.0,
+        "negative_prompt_ids": negative.input_ids,
+        "negative_prompt_attention_mask": negative.attention_mask,
+    }
+    call = {**inputs, **guidance, "max_new_tokens": 18, "do_sample": False, **options}
+    return model, call, rows
+
+
+@pytest.mark.parametrize("accelerator", ["plain", "jacobi", "speculative", varaccel.ZipAR(4)])
+def test_emu3_draws_with_a_custom_generate(accelerator: Any) -> None:
+    model, call, rows = emu3_call()
+    sizes = call.pop("image_sizes")
+    expected = model.generate(**call, prefix_allowed_tokens_fn=rows)
+    method = varaccel.ImageGeneration(accelerator)
+    drawn = model.generate(**call, image_sizes=sizes, prefix_allowed_tokens_fn=rows, custom_generate=method)
+    assert torch.equal(drawn, expected)
+    accelerated = varaccel.accelerate(model, accelerator)
+    assert torch.equal(accelerated.generate(**call, image_sizes=sizes), expected)
+    assert torch.equal(accelerated.generate(**call, prefix_allowed_tokens_fn=rows), expected), "as before"
+
+
 def text_only() -> Any:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     return LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+
+
+def emu3_generated(**options: Any) -> Tensor:
+    model, call, _ = emu3_call(**options)
+    return model.generate(**call, custom_generate=varaccel.ImageGeneration("plain"))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +131,9 @@ def text_only() -> Any:
         ),
         (lambda: varaccel.accelerate(tiny.janus(), "jacoby"), "unknown accelerator 'jacoby'"),
         (lambda: varaccel.accelerate(tiny.janus(), "code"), "code"),
+        (lambda: emu3_generated(image_sizes=None), "image_sizes"),
+        (lambda: emu3_generated(image_sizes=[[3, 4], [4, 3]]), "one size"),
+        (lambda: emu3_generated(max_new_tokens=9), "has 15 tokens, got max_new_tokens=9"),
         (
             lambda: varaccel.accelerate(
                 tiny.janus(), "speculative", draft_model=tiny.janus(codes=8)
@@ -102,7 +150,18 @@ def text_only() -> Any:
             "return_dict_in_generate",
         ),
     ],
-    ids=["text only", "unknown", "other hosts", "draft vocabulary", "penalty", "beams", "dictionary"],
+    ids=[
+        "text only",
+        "unknown",
+        "other hosts",
+        "no size",
+        "sizes",
+        "too few tokens",
+        "draft vocabulary",
+        "penalty",
+        "beams",
+        "dictionary",
+    ],
 )
 def test_what_cannot_be_is_one_sentence(build: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from varaccel.errors import InputError
+from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.models.transformers_host.emu3 import Emu3Host
 from varaccel.models.transformers_host.host import TransformersHost
+from varaccel.nn.condition import Condition
 from varaccel.nn.grid import Grid
 from varaccel.pipelines.base import Run
 from varaccel.pipelines.causal import CausalSettings
+from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
 from varaccel.pipelines.image_sizes import ratio_size, whole_tokens
 from varaccel.pipelines.transformers_host import TransformersPipeline
 from varaccel.tokenizers.emu3_vq import Emu3ImageTokenizer
@@ -147,6 +150,50 @@ class Emu3Pipeline(TransformersPipeline):
     def _grids(self, run: Run[CausalSettings, CausalJob]) -> tuple[Grid, ...]:
         return (Grid(*self._tokens(run.settings.size), end_of_line=self.transformer.end_of_line),)
 
+    # -- inside generate() -----------------------------------------------------------------------------
+
+    @classmethod
+    def generate_options(cls, model: Any, options: dict[str, Any]) -> dict[str, Any] | None:
+        return options if options.get("image_sizes") is not None else None
+
+    @classmethod
+    def read_generate(cls, host: Any, arguments: GenerateArguments) -> ImageCall:
+        """What a `model.generate` call says; `image_sizes` of the processor tells rows and columns of tokens."""
+        prompts, listed = arguments.input_ids, arguments.inputs.get("image_sizes")
+        if listed is None:
+            raise InputError(
+                "accelerated generate() of Emu3 needs the image_sizes that the processor makes with "
+                "return_for_image_generation=True; pass them on."
+            )
+        rows, *others = torch.as_tensor(listed).view(-1, 2).tolist()
+        if any(other != rows for other in others):
+            raise InputError("images of one accelerated generate() have one size; call it for each size.")
+        grid = Grid(rows[0], rows[1], end_of_line=host.end_of_line)
+        most = arguments.config.max_new_tokens
+        if most is not None and most < grid.num_positions:
+            raise InputError(
+                f"an image of this size has {grid.num_positions} tokens, got max_new_tokens={most}."
+            )
+        scale, negative = arguments.negative()
+        if scale != 1 and negative is None:  # as transformers does without a negative prompt
+            negative = Condition(prompts[:, -1:])
+        if negative is not None:
+            negative = negative.repeat_interleave(len(prompts) // negative.batch)
+        ends = closing_tokens(host.model)
+
+        def finish(drawn: Tensor) -> Tensor:
+            closing = drawn.new_tensor(ends).expand(len(drawn), -1)
+            whole = torch.cat([prompts, host.text_ids(drawn), closing], 1)
+            return whole if most is None else whole[:, : prompts.shape[1] + most]
+
+        return ImageCall(
+            Condition(prompts, arguments.mask, negative),
+            (grid,),
+            Guidance(scale),
+            arguments.sampling(),
+            finish,
+        )
+
     # -- neighbours of tokens --------------------------------------------------------------------------
 
     def _has_neighbours(self) -> bool:
@@ -156,3 +203,13 @@ class Emu3Pipeline(TransformersPipeline):
         table = super()._neighbours(k, normalise)
         # whatever an end of line lists is impossible where it stands
         return torch.cat([table, table[:1]])
+
+
+def closing_tokens(model: Any) -> list[int]:
+    """What follows the last row of an image: end of file, end of image, end of text."""
+    vocabulary, end = model.config.vocabulary_map, model.config.text_config.eos_token_id
+    return [
+        vocabulary["<|extra_201|>"],
+        vocabulary["<|image end|>"],
+        end[0] if isinstance(end, (list, tuple)) else end,
+    ]

@@ -46,11 +46,15 @@ class Emu3Host(TransformersHost):
         """Id of the token that ends a row."""
         return len(self._vocabulary) - 1
 
+    def text_ids(self, tokens: Tensor) -> Tensor:
+        """Image token ids as ids of the text vocabulary, in any shape."""
+        return self._vocabulary.text_ids(tokens)
+
     def unconditional(self, values: Tensor) -> Tensor:
         raise InputError("guidance of Emu3 leads away from a negative prompt; give the condition one.")
 
     def embed_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        embeddings: Tensor = self.prompt_embedding(self._vocabulary.text_ids(tokens))
+        embeddings: Tensor = self.prompt_embedding(self.text_ids(tokens))
         return embeddings
 
     def head(self, features: Tensor) -> Tensor:
