@@ -8,10 +8,22 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from transformers import GlmImageConfig, GlmImageForConditionalGeneration, T5Config, T5EncoderModel
+from transformers import (
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    Emu3Config,
+    Emu3ForConditionalGeneration,
+    GlmImageConfig,
+    GlmImageForConditionalGeneration,
+    ImageGPTConfig,
+    ImageGPTForCausalImageModeling,
+    T5Config,
+    T5EncoderModel,
+)
 
 from varaccel import LlamaGenTransformer, MARTransformer, MultiScaleVQModel, VARTransformer, VQModel
 from varaccel.models.transformers_host.glm_image import GlmImageHost
+from varaccel.tokenizers.chameleon_vq import ChameleonImageDecoder
 from varaccel.tokenizers.kl import KL16
 
 # of google/flan-t5-xl
@@ -82,6 +94,41 @@ def glm_image() -> list[str]:
     return rows
 
 
+def emu3() -> list[str]:
+    """Rows: the weights; then size, tokens and cache of a row whose prompt has 100 tokens."""
+    model = Emu3ForConditionalGeneration(Emu3Config(vocabulary_map={"<image>": 0}))
+    rows = [f"| Emu3, with its image tokenizer | {weights(model)} |"]
+    attention = model.config.text_config
+    width = attention.hidden_size // attention.num_attention_heads
+    for height, across in ((512, 512), (720, 720)):
+        tokens = height // 8 * (across // 8 + 1)
+        count = 2 * attention.num_hidden_layers * attention.num_key_value_heads * width * (100 + tokens)
+        rows.append(f"| {height} × {across} | {tokens} | {caches(count * 4)} |")
+    return rows
+
+
+def chameleon() -> list[str]:
+    """Rows: the weights; then the cache of a row whose prompt has 100 tokens."""
+    model = ChameleonForConditionalGeneration(ChameleonConfig(vocabulary_map={"<image>": 0}))
+    count = 2 * model.config.num_hidden_layers * model.config.hidden_size * (100 + 1024)
+    return [
+        f"| Chameleon, 7B | {weights(model)} |",
+        f"| its image decoder | {weights(ChameleonImageDecoder())} |",
+        f"| 512 × 512 | 1024 | {caches(count * 4)} |",
+    ]
+
+
+def imagegpt() -> list[str]:
+    """Rows: size, weights of each; then the cache of an image."""
+    sizes = {"small": (512, 24, 8), "medium": (1024, 36, 8), "large": (1536, 48, 16)}
+    rows = []
+    for name, (width, layers, heads) in sizes.items():
+        config = ImageGPTConfig(n_embd=width, n_layer=layers, n_head=heads)
+        rows.append(f"| ImageGPT {name} | {weights(ImageGPTForCausalImageModeling(config))} |")
+        rows.append(f"| {name} | 1024 | {caches(2 * layers * width * 1024 * 4)} |")
+    return rows
+
+
 def others() -> list[str]:
     """Rows: image tokenizers and the text encoder, and their weights."""
     networks = {
@@ -95,5 +142,5 @@ def others() -> list[str]:
 
 if __name__ == "__main__":
     with torch.device("meta"):
-        for table in (llamagen, var, mar, glm_image, others):
+        for table in (llamagen, var, mar, glm_image, emu3, chameleon, imagegpt, others):
             print("\n".join(table()), end="\n\n")

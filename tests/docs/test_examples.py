@@ -226,6 +226,9 @@ def test_the_model_survives_saving(pixels: CausalPipeline, tmp_path: Path) -> No
         ("var", ("var",)),
         ("mar", ("mar",)),
         ("glm-image", ("glm_image",)),
+        ("emu3", ("emu3",)),
+        ("chameleon", ("chameleon",)),
+        ("imagegpt", ("imagegpt",)),
         ("index", ("others",)),
     ],
 )
