@@ -108,8 +108,8 @@ class MarkovHost(Host):
     def logits(self, features: Tensor) -> Tensor:
         return features @ self.weights
 
-    def new_cache(self, rows: int, slots: int, layers: int | None = None) -> KVCache:
-        count = self.num_layers if layers is None else layers
+    def new_cache(self, rows: int, slots: int, layers: Sequence[int] | None = None) -> KVCache:
+        count = self.num_layers if layers is None else len(layers)
         sizes = {"layers": count, "batch": rows, "heads": 1, "slots": slots, "head_dim": BITS}
         return KVCache(**sizes, dtype=torch.float32, device=torch.device("cpu"))
 

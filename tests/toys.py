@@ -86,8 +86,8 @@ class Host(ModelMixin, ConfigMixin, PrefixConditioned):
     def logits(self, features: Tensor) -> Tensor:
         return self.head(features).float()
 
-    def new_cache(self, rows: int, slots: int, layers: int | None = None) -> KVCache:
-        count = self.num_layers if layers is None else layers
+    def new_cache(self, rows: int, slots: int, layers: Sequence[int] | None = None) -> KVCache:
+        count = self.num_layers if layers is None else len(layers)
         sizes = {"layers": count, "batch": rows, "heads": HEADS, "slots": slots, "head_dim": WIDTH // HEADS}
         return KVCache(**sizes, dtype=self.dtype, device=self.device)
 

@@ -475,6 +475,8 @@ def test_command_lines_parse(document: str, monkeypatch: pytest.MonkeyPatch) -> 
                     check_parser(import_module(words[1]), words[1], words[2:], monkeypatch)
                 elif program == "python" and words[:1] == ["-c"]:
                     compile(words[1], document, "exec")
+                elif program == "torchrun" and "varaccel" in words:  # torchrun ... -m varaccel generate ...
+                    check_varaccel(tuple(words[words.index("varaccel") + 1 :]))
                 else:
                     assert script is not None, "no script"
                     check_script(tuple(words[script:]), monkeypatch)

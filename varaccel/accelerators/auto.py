@@ -20,6 +20,7 @@ from varaccel.engine.network import Network
 from varaccel.engine.options import check_choice
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.masked.job import MaskedJob
+from varaccel.nn.processes import said_first
 
 Quality = Literal["lossless", "approximate"]
 
@@ -87,7 +88,9 @@ class Auto(Accelerator[Job]):
         return Plain().plan(job)
 
     def _causal(self, job: CausalJob) -> Accelerator[CausalJob]:
-        free = max(1, int(measure_balance(job.device, job.dtype).free_tokens / job.rows))
+        measured = measure_balance(job.device, job.dtype).free_tokens
+        # processes that hold one network together measure each for itself, and must choose alike
+        free = max(1, int(said_first(job.network, measured) / job.rows))
         if self.quality == "approximate":
             width = job.grid.width
             return ZipAR(window=max(width // 2, -(-width // free)))

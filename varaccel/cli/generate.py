@@ -15,6 +15,7 @@ from varaccel.cli.options import (
     HeadSteps,
     Model,
     NumIterations,
+    Processes,
     Quiet,
     Temperature,
     TopK,
@@ -47,6 +48,7 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what it cost as JSON, and no progress bars.")
     ] = False,
+    tp: Processes = None,
     quiet: Quiet = False,
 ) -> None:
     """Make images from prompts."""
@@ -55,15 +57,19 @@ def generate(
     from varaccel.engine.option_text import parse_options
     from varaccel.files import check_writable, numbered
     from varaccel.image_files import check_image_path
+    from varaccel.nn.processes import is_first_process, leave_processes
     from varaccel.pipelines.call_options import call_options
     from varaccel.pipelines.placement import open_pipeline
 
     chosen = make_accelerator(accelerator, parse_options(option or []))
-    check_image_path(out)
-    last = len(prompt) * count - 1
-    # the longest of the names, which may be too long where that of the sheet is not
-    check_writable(*(numbered(name, last) for name in further_names(out, separate, passes_map)))
-    pipe: Any = open_pipeline(model, quiet=quiet or as_json)
+    speaks = is_first_process()
+    if speaks:
+        check_image_path(out)
+        last = len(prompt) * count - 1
+        # the longest of the names, which may be too long where that of the sheet is not
+        check_writable(*(numbered(name, last) for name in further_names(out, separate, passes_map)))
+    split: dict[str, Any] = {} if tp is None else {"tp_size": tp}
+    pipe: Any = open_pipeline(model, quiet=quiet or as_json or not speaks, **split)
     check_sheet(out, len(prompt) * count, pipe)
     call = call_options(
         pipe,
@@ -76,6 +82,9 @@ def generate(
         head_steps=head_steps,
     )
     output = pipe(prompt, seed=seed, num_images_per_prompt=count, accelerator=chosen, **call)
+    leave_processes()
+    if not speaks:
+        return
     write_output(output, out, separate=separate, passes_map=passes_map)
     if as_json:
         typer.echo(json.dumps(output.stats.to_dict() | {"out": str(out), "seed": seed}))

@@ -15,6 +15,15 @@ Precision = Annotated[
     str, typer.Option(help="Precision of the networks that decide tokens: float32 or bfloat16.")
 ]
 FirstSeed = Annotated[int, typer.Option(help="Seed of the first image.")]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        min=1,
+        help="Processes that hold a part of every layer each (models of transformers, under `torchrun`).",
+        show_default="1",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 # -- arguments of a pipeline call ----------------------------------------------------------------------

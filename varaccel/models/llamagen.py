@@ -257,10 +257,10 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin, PrefixConditioned):
             layout=(config.grid_size,),
         )
 
-    def new_cache(self, rows: int, slots: int, layers: int | None = None) -> KVCache:
-        """An empty cache, for all layers or as many as are run."""
+    def new_cache(self, rows: int, slots: int, layers: Sequence[int] | None = None) -> KVCache:
+        """An empty cache for the layers with these numbers, all if None."""
         return KVCache(
-            layers=self.config.num_layers if layers is None else layers,
+            layers=self.config.num_layers if layers is None else len(layers),
             batch=rows,
             heads=self.config.num_kv_heads or self.config.num_heads,
             slots=slots,

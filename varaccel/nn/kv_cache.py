@@ -29,6 +29,21 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
+    def batch(self) -> int:
+        """Number of rows B."""
+        return self.keys.shape[1]
+
+    @property
+    def slots(self) -> int:
+        """Number of slots S."""
+        return self.keys.shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        """Where slots and masks are kept."""
+        return self.keys.device
+
+    @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 

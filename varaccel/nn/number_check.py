@@ -39,8 +39,12 @@ class NumberCheck:
     def of(cls, network: HasWeights) -> NumberCheck:
         """For the outputs of a network: where it says that it computes, or where its weights are."""
         weights = next(network.parameters())
-        # weights that are offloaded lie elsewhere
-        return cls(type(network).__name__, weights.dtype, getattr(network, "device", weights.device))
+        # offloaded weights lie elsewhere, and quantised ones have integer types
+        return cls(
+            type(network).__name__,
+            getattr(network, "dtype", weights.dtype),
+            getattr(network, "device", weights.device),
+        )
 
     def logits(self, logits: Tensor, number: int) -> None:
         """See the logits [..., V] of pass `number`: each row must have a largest; -inf is what is impossible."""

@@ -18,6 +18,7 @@ from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.models.transformers_host.host import TransformersHost
 from varaccel.nn.eval_mode import eval_mode
+from varaccel.nn.processes import said_first
 from varaccel.pipelines.auto import AutoPipeline  # noqa: F401  makes the pipelines known
 from varaccel.pipelines.causal import new_canvas
 from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
@@ -84,7 +85,7 @@ class ImageGeneration:
         if self.draft_model is not None:
             drafters["small"] = check_substitute(type(host)(self.draft_model), host, "drafter")
         networks = [host.model, *([] if self.draft_model is None else [self.draft_model])]
-        seed = int(torch.randint(MAX_SEED - batch, ()))
+        seed = said_first(host.model, int(torch.randint(MAX_SEED - batch, ())))
         canvas = new_canvas(call.grids, batch, host.device)
         with memory_errors(batch), eval_mode(networks), torch.inference_mode():
             job = CausalJob(

@@ -34,6 +34,7 @@ class ChameleonPipeline(TransformersPipeline):
     model_type: ClassVar[str] = "chameleon"
     model_class: ClassVar[str] = "ChameleonForConditionalGeneration"
     host_class: ClassVar[type[TransformersHost]] = ChameleonHost
+    split_rules: ClassVar[None] = None  # norms of every head, whose weights would have to be shared out too
     sampling_defaults: ClassVar[dict[str, float]] = {
         "guidance_scale": 1.0,
         "temperature": 1.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from varaccel.pipelines.base import Run
 from varaccel.pipelines.causal import CausalSettings
 from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
 from varaccel.pipelines.image_sizes import ratio_size, whole_tokens
+from varaccel.pipelines.tensor_parallel import LLAMA_RULES
 from varaccel.pipelines.transformers_host import TransformersPipeline
 from varaccel.tokenizers.emu3_vq import Emu3ImageTokenizer
 
@@ -41,6 +42,9 @@ class Emu3Pipeline(TransformersPipeline):
     model_type: ClassVar[str] = "emu3"
     model_class: ClassVar[str] = "Emu3ForConditionalGeneration"
     host_class: ClassVar[type[TransformersHost]] = Emu3Host
+    split_rules: ClassVar[Mapping[str, str]] = {
+        f"model.text_model.layers.*.{part}": rule for part, rule in LLAMA_RULES.items()
+    }
     sampling_defaults: ClassVar[dict[str, float]] = {
         "guidance_scale": 3.0,
         "temperature": 1.0,

@@ -26,6 +26,7 @@ class ImageGPTPipeline(TransformersPipeline):
     model_type: ClassVar[str] = "imagegpt"
     model_class: ClassVar[str] = "ImageGPTForCausalImageModeling"
     host_class: ClassVar[type[TransformersHost]] = ImageGPTHost
+    split_rules: ClassVar[None] = None
     sampling_defaults: ClassVar[dict[str, float]] = {
         "guidance_scale": 1.0,
         "temperature": 1.0,

@@ -94,6 +94,10 @@ class LoadOptions:
         """
         known = constructor_parameters(pipeline_class)
         for name in self.parts:
+            if name in MODEL_OPTIONS:
+                raise InputError(
+                    f"{name} is for models of transformers; leave it out for a {pipeline_class.__name__}."
+                )
             if name not in known:
                 raise unknown_name(
                     f"option of {pipeline_class.__name__}",

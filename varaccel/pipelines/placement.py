@@ -22,7 +22,12 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 def open_pipeline(
-    model: str, device: str | None = None, dtype: str | None = None, *, quiet: bool = False
+    model: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    quiet: bool = False,
+    **options: Any,
 ) -> LoadablePipeline:
     """Load a model by name and move it to a device and precision.
 
@@ -30,9 +35,10 @@ def open_pipeline(
         model: as `AutoPipeline.from_pretrained` takes it.
         device, dtype: see `move`; the pipeline stays as it was loaded if both are None.
         quiet: show no progress bars, neither while loading nor in calls of the pipeline.
+        options: further ones of `AutoPipeline.from_pretrained`.
 
     Raises:
-        InputError: an unknown device or precision; there is no GPU.
+        InputError: an unknown option, device or precision; there is no GPU.
         CheckpointError: the model cannot be loaded.
     """
     moved = device is not None or dtype is not None
@@ -40,9 +46,9 @@ def open_pipeline(
     check_place(device, dtype)
     if quiet:
         with quiet_loading():
-            pipe = AutoPipeline.from_pretrained(model)
+            pipe = AutoPipeline.from_pretrained(model, **options)
     else:
-        pipe = AutoPipeline.from_pretrained(model)
+        pipe = AutoPipeline.from_pretrained(model, **options)
     pipe.set_progress_bar_config(disable=quiet, leave=False)
     if moved:
         move(pipe, device, dtype)

@@ -16,13 +16,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from varaccel.engine.network import check_substitute
+from varaccel.engine.statistics import Statistics
 from varaccel.errors import CheckpointError, InputError
 from varaccel.models.transformers_host.host import TransformersHost
 from varaccel.nn.condition import Condition
+from varaccel.nn.processes import is_split, said_first
+from varaccel.pipelines.base import Call
 from varaccel.pipelines.causal import CausalPipeline, CausalSettings
 from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
 from varaccel.pipelines.load_options import MODEL_OPTIONS, LoadOptions, is_placement
 from varaccel.pipelines.loading import MODEL_TYPES, is_pipeline_folder, pipeline_class_name, resolve_model
+from varaccel.pipelines.output import ImageOutput
+from varaccel.pipelines.tensor_parallel import shared_out
 
 
 class TransformersPipeline(CausalPipeline, abstract=True):
@@ -49,6 +54,8 @@ class TransformersPipeline(CausalPipeline, abstract=True):
     """Name of the model's class in transformers."""
     host_class: ClassVar[type[TransformersHost]]
     """The view of the model as a causal network."""
+    split_rules: ClassVar[Mapping[str, str] | None] = {}
+    """How processes share out the layers, where transformers has no rules for it; None if they cannot."""
     sampling_defaults: ClassVar[dict[str, float]] = {
         "guidance_scale": 5.0,
         "temperature": 1.0,
@@ -182,6 +189,26 @@ class TransformersPipeline(CausalPipeline, abstract=True):
     def check_prompts(self, prompts: Any) -> None:
         self._condition(list(prompts))
 
+    # -- several processes -----------------------------------------------------------------------------
+
+    def _generate(self, call: Call, settings: CausalSettings) -> ImageOutput | tuple[Any, Statistics]:
+        if is_split(self.model):
+            self._agree(call)
+        return super()._generate(call, settings)
+
+    def _agree(self, call: Call) -> None:
+        """Have all processes that hold the model together draw alike: as the first of them.
+
+        Raises:
+            InputError: the processes were given different prompts.
+        """
+        states = [generator.get_state() for generator in call.generators]
+        prompts, states = said_first(self.model, (call.prompts, states))
+        if prompts != call.prompts or len(states) != call.images:
+            raise InputError("processes that hold one model together must be given the same prompts.")
+        for generator, state in zip(call.generators, states, strict=True):
+            generator.set_state(state)
+
     # -- inside generate() -----------------------------------------------------------------------------
 
     @classmethod
@@ -206,13 +233,14 @@ class TransformersPipeline(CausalPipeline, abstract=True):
 
         Args:
             name: see `resolve_model`.
-            options: as of `LoadablePipeline.from_pretrained`. For transformers' layout also `device_map` over several
-                devices ("auto", ...), `attn_implementation`, `quantization_config`, `max_memory`, `offload_folder`,
-                `distributed_config` and others that `PreTrainedModel.from_pretrained` takes.
+            options: as of `LoadablePipeline.from_pretrained`, and of the model `device_map` over several devices
+                ("auto", ...), `tp_size` for as many processes that hold a part of every layer each,
+                `attn_implementation`, `quantization_config`, `max_memory`, `offload_folder`, `distributed_config` and
+                others that `PreTrainedModel.from_pretrained` takes.
 
         Raises:
             CheckpointError: nothing there, a model of another kind, no processor, or a damaged file.
-            InputError: an unknown option, number type or device.
+            InputError: an unknown option, number type or device; a `tp_size` that does not divide the heads.
         """
         placement = {"device_map": options.pop("device_map")} if is_placement(options) else {}
         own = {option: options.pop(option) for option in MODEL_OPTIONS if option in options}
@@ -232,9 +260,9 @@ class TransformersPipeline(CausalPipeline, abstract=True):
             parts["processor"] = cls._load_processor(folder)
         if "model" not in parts:
             dtype = chosen.dtype_of("model")
-            parts["model"] = cls._load_model(
-                folder, **{} if dtype is None else {"dtype": dtype}, **chosen.reading, **placement, **own
-            )
+            number_type = {} if dtype is None else {"dtype": dtype}
+            placed = placement if chosen.device is None else {"device_map": chosen.device}
+            parts["model"] = cls._load_model(folder, **number_type, **chosen.reading, **placed, **own)
         pipe = cls(**{**cls._further_parts(folder, parts["model"], chosen), **parts})
         if chosen.device is not None:
             pipe.to(chosen.device)
@@ -275,6 +303,8 @@ class TransformersPipeline(CausalPipeline, abstract=True):
 
     @classmethod
     def _load_model(cls, folder: Path, **options: Any) -> Any:
+        """The model as transformers reads it."""
+        options = shared_out(folder, options, cls.split_rules)
         try:
             return getattr(transformers, cls.model_class).from_pretrained(folder, **options).eval()
         except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:

@@ -50,7 +50,7 @@ class LayerSubset:
         return self.network.transform(x, attention, self.layers)
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
-        return self.network.new_cache(rows, slots, len(self.layers))
+        return self.network.new_cache(rows, slots, self.layers)
 
 
 class NetworkReader:

@@ -50,8 +50,7 @@ class CacheSlots:
         # one row more, of zeros, for padding; whatever stands there is never used
         self._positional = _with_padding(positional)
         self._modulation = _with_padding(modulation)
-        rows, slots = cache.keys.shape[1], cache.keys.shape[3]
-        device = cache.keys.device
+        rows, slots, device = cache.batch, cache.slots, cache.device
         self.spare = slots - 1
         self.usable = torch.zeros(rows, slots, dtype=torch.bool, device=device)
         self.usable[:, :prefix] = True if mask is None else mask.bool()

@@ -59,6 +59,6 @@ class LayeredNetwork(CausalNetwork, Protocol):
         """Run the layers with these numbers; the i-th of them uses layer i of the cache."""
         ...
 
-    def new_cache(self, rows: int, slots: int, layers: int | None = None) -> KVCache:
-        """An empty cache for as many layers as are run."""
+    def new_cache(self, rows: int, slots: int, layers: Sequence[int] | None = None) -> KVCache:
+        """An empty cache for the layers with these numbers, all if None."""
         ...

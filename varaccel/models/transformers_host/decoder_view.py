@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_OFFLOADING = ("forward", "_old_forward", "_hf_hook")
-"""What offloading leaves on a module; it would run the module that it was made for."""
+from varaccel.models.transformers_host.offloading import HOOK_NAMES
 
 _MOST_SLOTS = 2**20
 """Of a cache."""
@@ -52,14 +51,9 @@ def with_open_triangle(layer: nn.Module) -> nn.Module:
     return _with_parts(layer, {"attn": second})
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks move the weights of a module or its parts while it runs, as for offloading."""
-    return any(hasattr(part, "_hf_hook") for part in module.modules())
-
-
 def _with_parts(module: nn.Module, parts: dict[str, nn.Module]) -> nn.Module:
     """A module with the same entries as another, and some submodules of its own."""
     second: Any = object.__new__(type(module))
-    vars(second).update({key: value for key, value in vars(module).items() if key not in _OFFLOADING})
+    vars(second).update({key: value for key, value in vars(module).items() if key not in HOOK_NAMES})
     vars(second)["_modules"] = {**module._modules, **parts} if parts else module._modules
     return second

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from varaccel.errors import InputError
-from varaccel.models.transformers_host.decoder_view import is_hooked, with_attention, with_layers
+from varaccel.models.transformers_host.decoder_view import with_attention, with_layers
 from varaccel.models.transformers_host.grouped_attention import GROUPED, has_groups
+from varaccel.models.transformers_host.offloading import execution_device, is_hooked, running_device
 from varaccel.models.transformers_host.slot_cache import SlotCache
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.condition import Condition
@@ -26,7 +27,9 @@ from varaccel.nn.devices import HOST
 from varaccel.nn.grid import Grid
 from varaccel.nn.kv_cache import KVCache
 from varaccel.nn.prefix import Prefix, PrefixConditioned
+from varaccel.nn.processes import num_parts
 from varaccel.nn.signature import Signature
+from varaccel.nn.spread_cache import SpreadCache
 
 ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a mask of any shape."""
@@ -96,9 +99,8 @@ class TransformersHost(PrefixConditioned):
     @property
     def device(self) -> torch.device:
         """Where the inputs go; weights may lie elsewhere until they are needed."""
-        hooks = (getattr(part, "_hf_hook", None) for part in self.model.modules())
-        devices = (getattr(hook, "execution_device", None) for hook in hooks)
-        return torch.device(next((device for device in devices if device is not None), self.model.device))
+        found = execution_device(self.model)
+        return torch.device(self.model.device) if found is None else found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,19 +159,32 @@ class TransformersHost(PrefixConditioned):
             dim=1,
         )
 
-    def new_cache(self, rows: int, slots: int, layers: int | None = None) -> KVCache:
+    def new_cache(self, rows: int, slots: int, layers: Sequence[int] | None = None) -> KVCache:
+        """An empty cache for the layers with these numbers, all if None; keys and values lie where their layer runs."""
         attention = self.decoder.config
         heads = getattr(attention, "num_key_value_heads", None) or attention.num_attention_heads
         width = getattr(attention, "head_dim", None) or attention.hidden_size // attention.num_attention_heads
-        return KVCache(
-            layers=self.num_layers if layers is None else layers,
-            batch=rows,
-            heads=heads,
-            slots=slots,
-            head_dim=width,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        home, chosen = self.device, self._chosen(layers)
+        sizes: dict[str, Any] = {
+            "batch": rows,
+            "heads": heads // self._num_processes(),
+            "slots": slots,
+            "head_dim": width,
+            "dtype": self.dtype,
+        }
+        devices = [running_device(layer, home) for layer in map(self.layers.__getitem__, chosen)]
+        if all(device == home for device in devices):
+            return KVCache(layers=len(chosen), device=home, **sizes)
+        return SpreadCache(devices=devices, home=home, **sizes)
+
+    def _chosen(self, layers: Sequence[int] | None) -> tuple[int, ...]:
+        return tuple(range(self.num_layers) if layers is None else layers)
+
+    def _num_processes(self) -> int:
+        """Among how many processes the heads are shared out."""
+        projection = getattr(getattr(self.layers[0], "self_attn", None), "k_proj", None)
+        weight = getattr(projection, "weight", None)
+        return 1 if weight is None else num_parts(weight)
 
     def transform(self, x: Tensor, attention: AttentionInputs, layers: Sequence[int] | None = None) -> Tensor:
         """Run the decoder on embedded inputs [R, P, D] -> features [R, P, D].
@@ -177,7 +192,7 @@ class TransformersHost(PrefixConditioned):
         Args:
             layers: numbers of the layers to run, all if None; the i-th of them uses layer i of the cache.
         """
-        chosen = tuple(range(self.num_layers) if layers is None else layers)
+        chosen = self._chosen(layers)
         decoder = self._view(chosen)
         assert attention.positional is not None
         # [1 or R, P, A] -> [R, P], or [A, R, P] with several axes
@@ -192,10 +207,10 @@ class TransformersHost(PrefixConditioned):
             position_ids=places[0] if places.shape[0] == 1 else places,
             **options,
         ).last_hidden_state
-        return features
+        return features.to(places.device)  # the last layer may run elsewhere
 
     def logits(self, features: Tensor) -> Tensor:
-        return self.head(features).float()
+        return self.head(features).float().to(features.device)
 
     @staticmethod
     def _slot_cache(attention: AttentionInputs, chosen: Sequence[int]) -> SlotCache | None:
@@ -211,14 +226,16 @@ class TransformersHost(PrefixConditioned):
         rows, count, _ = x.shape
         mask = attention.mask
         if mask is None:
-            keys = count if attention.cache is None else attention.length or attention.cache.keys.shape[3]
-            mask = torch.ones(count, keys, dtype=torch.bool, device=x.device)
+            assert attention.positional is not None
+            place = attention.positional.device
+            keys = count if attention.cache is None else attention.length or attention.cache.slots
+            mask = torch.ones(count, keys, dtype=torch.bool, device=place)
             mask = (mask.tril() if attention.causal else mask)[None, None]
         mask = mask.expand(rows, 1, -1, -1)
         if self.decoder.config._attn_implementation != "eager":
             return mask
         # eager attention adds what it is given: True would be a score of 1
-        return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(
+        return torch.zeros(mask.shape, dtype=x.dtype, device=mask.device).masked_fill(
             ~mask, torch.finfo(x.dtype).min
         )
 

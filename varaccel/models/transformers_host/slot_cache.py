@@ -26,10 +26,15 @@ class SlotCache(Cache):
 
     def __init__(self, cache: KVCache, slots: Tensor, length: int | None, ranks: Mapping[int, int]) -> None:
         super().__init__(layers=[])
-        self._cache, self._slots, self._length, self._ranks = cache, slots, length, ranks
+        self._cache, self._length, self._ranks = cache, length, ranks
+        self._slots = {slots.device: slots}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Store keys and values [R, H, P, D] of a layer; return those of the leading slots, [R, H, length, D]."""
-        return self._cache.update(self._ranks[layer_idx], self._slots, key_states, value_states, self._length)
+        slots = self._slots.get(key_states.device)
+        if slots is None:  # once per pass and device, and not in every layer
+            slots = next(iter(self._slots.values())).to(key_states.device)
+            self._slots[key_states.device] = slots
+        return self._cache.update(self._ranks[layer_idx], slots, key_states, value_states, self._length)
