@@ -24,6 +24,7 @@ from varaccel.pipelines.causal import new_canvas
 from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
 from varaccel.pipelines.loading import MODEL_TYPES, PIPELINES
 from varaccel.pipelines.memory import memory_errors
+from varaccel.pipelines.offloading import bring
 from varaccel.pipelines.published import load_network
 from varaccel.pipelines.transformers_host import TransformersPipeline
 
@@ -87,6 +88,7 @@ class ImageGeneration:
         networks = [host.model, *([] if self.draft_model is None else [self.draft_model])]
         seed = said_first(host.model, int(torch.randint(MAX_SEED - batch, ())))
         canvas = new_canvas(call.grids, batch, host.device)
+        bring(networks)
         with memory_errors(batch), eval_mode(networks), torch.inference_mode():
             job = CausalJob(
                 network=host,

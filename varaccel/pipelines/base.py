@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from varaccel.nn.signature import Paradigm, Signature
 from varaccel.pipelines.class_names import find_class
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.memory import check_images, memory_errors
+from varaccel.pipelines.offloading import bring
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.pixels import OUTPUT_TYPES, to_output
 from varaccel.pipelines.running_calls import RunningCall, calls_meant, running, turn_on_device
@@ -80,6 +81,9 @@ class Call:
 
 SettingsT = TypeVar("SettingsT")
 JobT = TypeVar("JobT", bound=Job)
+
+Work = Literal["text", "tokens", "pixels"]
+"""What a call has to do: prompts to conditions, the tokens of the canvas, pixels of tokens and back."""
 
 
 @dataclass
@@ -273,11 +277,26 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         """The components that are networks."""
         return [part for part in vars(self).values() if isinstance(part, nn.Module)]
 
+    def _parts(self, work: Work) -> list[Any]:
+        """The components that work of this kind runs, None for missing ones.
+
+        A pipeline with `enable_model_cpu_offload` has them on the device together, and no others.
+        """
+        if work == "text":
+            return [self.text_encoder]
+        return [self.transformer, *self.drafters.values()] if work == "tokens" else [self.image_tokenizer]
+
+    def _bring(self, work: Work, *further: nn.Module) -> None:
+        """Have what runs next on the device, see `bring`."""
+        bring([*self._parts(work), *further], self._networks())
+
     def _run(
         self, call: Call, settings: SettingsT, control: RunningCall
     ) -> ImageOutput | tuple[Any, Statistics]:
         device = self._execution_device
         clock = Stopwatch(device)
+        # without a prompt the network itself says what is read instead
+        self._bring("tokens" if call.prompts[0] is NO_PROMPT else "text")
         condition = self._call_condition(call, settings)
         if condition is not None:
             condition = condition.repeat_interleave(call.num_images_per_prompt)
@@ -324,6 +343,8 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         passes = 0
         counts: Counts | None = None
         mode = torch.is_inference_mode_enabled()
+        drafters = run.call.accelerator.networks()
+        self._bring("tokens", *drafters)
 
         with self.progress_bar(total=100) as bar:
 
@@ -335,10 +356,11 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
                 bar.update(int(100 * step.progress) - bar.n)
                 if run.call.callback is not None:
                     # the caller's code: its tensors are to be as elsewhere
-                    with torch.inference_mode(mode), torch.no_grad():
+                    with torch.inference_mode(mode), torch.no_grad(), control.waiting():
                         shown = self._shown_to_callback(self._as_it_stands(run), control)
                         returned = run.call.callback(self, step.number - 1, step.decided, dict(shown))
                         check_returned(shown, returned)
+                        self._bring("tokens", *drafters)  # where a preview or a call within had its turn
                 if control.stopped:
                     raise Interrupted
 
@@ -363,8 +385,15 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
     def _shown_to_callback(self, run: Run[SettingsT, JobT], control: RunningCall) -> dict[str, Any]:
         @torch.no_grad()
         def preview() -> Any:
-            with eval_mode(self._networks()):
-                return _owned(self._shown(run))
+            networks = self._networks()
+            if control.waits:
+                with eval_mode(networks):
+                    return _owned(self._shown(run))
+            with turn_on_device(networks), eval_mode(networks):
+                try:
+                    return _owned(self._shown(run))
+                finally:
+                    bring((), networks)
 
         return {
             "canvas": run.canvas,
@@ -375,6 +404,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
 
     def _shown(self, run: Run[SettingsT, JobT]) -> Any:
         """The canvas so far as images of the call's output type; arrays if that is "latent"."""
+        self._bring("pixels")
         pixels = self._pixels(run)
         check_finite(pixels, self.image_tokenizer, pixels.dtype, "pixels")
         return to_output(pixels, run.call.output_type)

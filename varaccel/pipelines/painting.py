@@ -69,5 +69,6 @@ class PaintingPipeline(TokenPipeline[SettingsT, JobT], abstract=True):
                 f"a {type(vq_model).__name__} cannot make tokens of an image, so nothing can be painted into one; use "
                 "an image tokenizer with `encode_tokens`."
             )
+        self._bring("pixels")
         token_ids: Tensor = vq_model.encode_tokens(images.to(vq_model.dtype))
         return token_ids

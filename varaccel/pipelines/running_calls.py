@@ -18,15 +18,26 @@ class RunningCall:
         pipeline: that was called.
         thread: the thread that waits for it.
         stopped: whether it is to end after its pass.
+        waits: whether it waits for its callback, and its networks are free.
     """
 
     pipeline: object
     thread: int
     stopped: bool = False
+    waits: bool = False
 
     def stop(self) -> None:
         """End the call after its pass; from any thread."""
         self.stopped = True
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The call waits for its callback as long as the block."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
 
 
 # not in the pipelines: they are copied and pickled, and locks and threads are not

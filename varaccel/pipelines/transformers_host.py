@@ -21,7 +21,7 @@ from varaccel.errors import CheckpointError, InputError
 from varaccel.models.transformers_host.host import TransformersHost
 from varaccel.nn.condition import Condition
 from varaccel.nn.processes import is_split, said_first
-from varaccel.pipelines.base import Call
+from varaccel.pipelines.base import Call, Work
 from varaccel.pipelines.causal import CausalPipeline, CausalSettings
 from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
 from varaccel.pipelines.load_options import MODEL_OPTIONS, LoadOptions, is_placement
@@ -143,6 +143,12 @@ class TransformersPipeline(CausalPipeline, abstract=True):
     @property
     def image_tokenizer(self) -> Any:
         return self.vq_model
+
+    def _parts(self, work: Work) -> list[Any]:
+        if work == "text":  # token ids are all that is made of prompts
+            return []
+        # the image tokenizer is a part of the model
+        return [self.model, self.eagle_head, self.draft_model] if work == "tokens" else [self.model]
 
     # -- prompts ---------------------------------------------------------------------------------------
 

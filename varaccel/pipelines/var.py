@@ -27,7 +27,7 @@ from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.models.var import VARTransformer
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.devices import is_gpu
-from varaccel.pipelines.base import NO_PROMPT, Run
+from varaccel.pipelines.base import NO_PROMPT, Run, Work
 from varaccel.pipelines.compiled import Compiled
 from varaccel.pipelines.inpainting import Source, kept_tokens
 from varaccel.pipelines.output import ImageOutput
@@ -308,6 +308,10 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
         return sampling
 
     # -- what the base asks for ------------------------------------------------------------------------
+
+    def _parts(self, work: Work) -> list[Any]:
+        # between scales the code vectors of tokens are what the next scale reads
+        return [*super()._parts(work), *([self.vq_model] if work == "tokens" else [])]
 
     def _new_canvas(self, run: Run[VARSettings, ScaleJob]) -> Canvas:
         source = run.settings.source
