@@ -94,6 +94,16 @@ def glm_image() -> list[str]:
     return rows
 
 
+def janus() -> list[str]:
+    """Rows: model, images, cache of guided images whose prompts have 50 tokens; no head shares its keys."""
+    layers_and_widths = {"Janus-Pro-1B": (24, 2048), "Janus-Pro-7B": (30, 4096)}
+    return [
+        f"| {name} | {images} | {caches(4 * 2 * layers * width * 2 * images * (50 + 24**2))} |"
+        for name, (layers, width) in layers_and_widths.items()
+        for images in (1, 8)
+    ]
+
+
 def emu3() -> list[str]:
     """Rows: the weights; then size, tokens and cache of a row whose prompt has 100 tokens."""
     model = Emu3ForConditionalGeneration(Emu3Config(vocabulary_map={"<image>": 0}))
@@ -142,5 +152,5 @@ def others() -> list[str]:
 
 if __name__ == "__main__":
     with torch.device("meta"):
-        for table in (llamagen, var, mar, glm_image, emu3, chameleon, imagegpt, others):
+        for table in (llamagen, var, mar, janus, glm_image, emu3, chameleon, imagegpt, others):
             print("\n".join(table()), end="\n\n")

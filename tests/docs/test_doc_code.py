@@ -22,16 +22,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 import typer
 from PIL import Image
 
-from tests import tiny, tiny_glm_image
+from tests import tiny, tiny_glm_image, tiny_transformers
 from tests.scripts import ROOT, load_script
 from tests.test_layers import DOORS, LAYERS
 from varaccel import (
     AutoPipeline,
     EagleHead,
     GlmImagePipeline,
+    JanusPipeline,
     LlamaGenPipeline,
     MARPipeline,
     MARTransformer,
@@ -191,7 +193,17 @@ def glm_image() -> GlmImagePipeline:
     return pipe
 
 
-HUB_MODELS: dict[str, Callable[[], TokenPipeline]] = {"zai-org/GLM-Image": glm_image}
+@cache
+def janus() -> JanusPipeline:
+    pipe = JanusPipeline(tiny_transformers.janus(), tiny_transformers.janus_processor())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+HUB_MODELS: dict[str, Callable[[], TokenPipeline]] = {
+    "zai-org/GLM-Image": glm_image,
+    "deepseek-community/Janus-Pro-7B": janus,
+}
 """Repositories whose models are not in the catalogue."""
 
 
@@ -238,6 +250,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         return fresh(_LOADED[key])
 
     monkeypatch.setattr(AutoPipeline, "from_pretrained", staticmethod(from_pretrained))
+    for part, made in (
+        (transformers.JanusForConditionalGeneration, tiny_transformers.janus),
+        (transformers.AutoProcessor, tiny_transformers.janus_processor),
+    ):
+        monkeypatch.setattr(part, "from_pretrained", lambda name, made=made: made())
     monkeypatch.setattr(published, "load_named", from_pretrained)  # networks that accelerators name
 
     def single_file(family: str) -> Any:

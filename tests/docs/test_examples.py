@@ -225,6 +225,7 @@ def test_the_model_survives_saving(pixels: CausalPipeline, tmp_path: Path) -> No
         ("llamagen", ("llamagen",)),
         ("var", ("var",)),
         ("mar", ("mar",)),
+        ("janus", ("janus",)),
         ("glm-image", ("glm_image",)),
         ("emu3", ("emu3",)),
         ("chameleon", ("chameleon",)),

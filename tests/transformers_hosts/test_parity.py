@@ -25,6 +25,8 @@ EXACT: dict[str, AnyAccelerator] = {
 }
 """Greedy tokens of lossless methods are those of plain decoding."""
 
+BATCHES = (1, 3)
+
 GUIDED = [
     (name, scaled) for name, case in CASES.items() for scaled in (True, False) if scaled <= bool(case.scale)
 ]
@@ -38,7 +40,7 @@ def expected(host: str, batch: int, scale: float) -> Tensor:
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize(("host", "guided"), GUIDED)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", BATCHES)
 def test_greedy_tokens_are_those_of_the_models_own_code(
     host: str, guided: bool, batch: int, name: str
 ) -> None:
@@ -66,3 +68,11 @@ def test_greedy_tokens_are_those_of_the_models_own_code(
         callback_on_step_end=keep,
     )
     assert torch.equal(drawn[-1], expected(host, batch, scale))
+
+
+def test_the_page_has_the_table_of_these_cases() -> None:
+    """Another one is written by `python -m tests.transformers_hosts.parity_table`."""
+    from tests.transformers_hosts.parity_table import PAGE, with_table
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == with_table(text)
