@@ -4,6 +4,8 @@ the loop."""
 from __future__ import annotations
 
 import json
+from bisect import bisect
+from itertools import accumulate
 
 import pytest
 import torch
@@ -20,10 +22,10 @@ from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.sampling import Sampling
-from varaccel.hosts.causal.schedule import Raster, StaggeredRows, StepInputs
+from varaccel.hosts.causal.schedule import Raster, StaggeredGrids, StaggeredRows, StepInputs
 from varaccel.hosts.causal.session import CausalSession
 from varaccel.nn.condition import Condition
-from varaccel.nn.grid import Grid
+from varaccel.nn.grid import Grid, line_ends
 from varaccel.nn.kv_cache import KVCache
 
 
@@ -229,6 +231,40 @@ def test_wide_windows_are_raster_order() -> None:
     raster = [f.host for f in Raster().step_inputs(Canvas.empty(1, 12))]
     assert StaggeredRows(4, 4).groups(12) == raster
     assert StaggeredRows(4, 99, first_row_alone=True).groups(12) == raster
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3),
+    st.integers(1, 6),
+    st.booleans(),
+    st.booleans(),
+)
+def test_grids_are_decided_one_after_the_other(
+    sizes: list[tuple[int, int]], window: int, alone: bool, ends: bool
+) -> None:
+    grids = tuple(Grid(height, width, 9 if ends else None) for height, width in sizes)
+    given = line_ends(grids, torch.device("cpu")) >= 0
+    groups = StaggeredGrids(grids, window, first_row_alone=alone).groups()
+    last = len(given) - 1
+    when = {p: n for n, group in enumerate(groups) for p in group.positions}
+    assert sorted(when) == (~given).nonzero().flatten().tolist()
+    assert sum(len(group.positions) for group in groups) == len(when), "everything once"
+    borders = [0, *accumulate(grid.num_positions for grid in grids)]
+    for number, group in enumerate(groups):
+        # no grid begins before the one above it is there
+        assert len({bisect(borders, p) for p in group.positions}) == 1
+        for position, source in zip(group.positions, group.sources, strict=True):
+            assert source == -1 or given[source] or when[source] < number, "only what is there can be read"
+            if position in borders:
+                assert source == position - 1, "a grid begins from the end of the one before it"
+        assert all(given[p] or when[p] == number - 1 for p in group.refresh)
+    read = {s for group in groups for p, s in zip(group.positions, group.sources, strict=True) if s == p - 1}
+    read |= {p for group in groups for p in group.refresh}
+    assert read >= set(range(last - ends)), "every token is read for those after it"
+    if len(grids) == 1:
+        rows = StaggeredRows(grids[0].width, window, first_row_alone=alone, end_of_line=ends)
+        assert groups == rows.groups(grids[0].num_positions)
 
 
 # -- cache and session ---------------------------------------------------------------------------------

@@ -274,6 +274,43 @@ def test_diffusers_draws_with_an_accelerator() -> None:
     assert images.shape == (2, 64, 64, 3)
 
 
+# -- rows of several grids ---------------------------------------------------------------------------------
+
+
+def tokens(pipe: GlmImagePipeline, accelerator: Any) -> tuple[Tensor, Any]:
+    """Tokens of both grids, [B, N], and what the call tells."""
+    canvases = []
+
+    def keep(pipe: Any, step: int, decided: Any, shown: dict[str, Any]) -> None:
+        canvases.append(shown["canvas"].tokens)
+
+    options: dict[str, Any] = {"seed": 3, "temperature": 1.5, "top_p": 1.0, "output_type": "latent"}
+    out = pipe(PROMPTS, accelerator=accelerator, callback_on_step_end=keep, **options)
+    return canvases[-1], out.stats
+
+
+def test_rows_of_the_preview_then_rows_of_the_image() -> None:
+    pipe = glm_image_pipeline(height=160, width=192)
+    small, large = pipe._grids_of((160, 192))
+    assert small.width <= 4 < large.width
+    plain, _ = tokens(pipe, "plain")
+    for mode, alone in (("masked", False), ("published", True)):
+        rows, stats = tokens(pipe, varaccel.ZipAR(4, mode))  # the preview is no wider than that
+        first = large.width if alone else 4
+        assert stats.passes == small.num_positions + large.width + first + (large.height - 2) * 4
+        same = small.num_positions + large.width
+        assert torch.equal(rows[:, :same], plain[:, :same])
+        assert not torch.equal(rows, plain)
+        assert torch.equal(tokens(pipe, varaccel.ZipAR(99, mode))[0], plain)
+
+
+def test_auto_takes_what_images_of_several_grids_can_do() -> None:
+    pipe = glm_image_pipeline(height=160, width=192)
+    drawn, stats = tokens(pipe, varaccel.Auto("approximate"))
+    assert stats.accelerator == "zipar"
+    assert torch.equal(drawn, tokens(pipe, varaccel.ZipAR(**stats.options))[0])
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------
 
 

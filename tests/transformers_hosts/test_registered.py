@@ -19,13 +19,7 @@ for _case in CASES.values():  # the first of each pipeline class
 
 every = pytest.mark.parametrize(
     ("host", "name"),
-    [
-        (host, name)
-        for host in HOSTS
-        for name in fitting(CausalJob)
-        # an image of several grids has no rows that could be decoded side by side
-        if (host, name) != ("glm_image", "zipar")
-    ],
+    [(host, name) for host in HOSTS for name in fitting(CausalJob)],
 )
 
 

@@ -92,7 +92,7 @@ class Auto(Accelerator[Job]):
         # processes that hold one network together measure each for itself, and must choose alike
         free = max(1, int(said_first(job.network, measured) / job.rows))
         if self.quality == "approximate":
-            width = job.grid.width
+            width = max(grid.width for grid in job.grids)
             return ZipAR(window=max(width // 2, -(-width // free)))
         if free > 1:
             size = _weights(job.network)

@@ -10,7 +10,7 @@ from varaccel.engine.loop import decode
 from varaccel.engine.options import check_choice, positive_integer, settle
 from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
-from varaccel.hosts.causal.schedule import StaggeredRows
+from varaccel.hosts.causal.schedule import StaggeredGrids
 from varaccel.nn.grid import line_ends
 
 Mode = Literal["masked", "published"]
@@ -22,7 +22,8 @@ class ZipAR(Accelerator[CausalJob]):
     """Decode several rows at once, each a window behind the row above (He et al. 2024, arXiv 2412.04062).
 
     Training-free and approximate: a token does not see the right part of the rows above it that is not there
-    yet. With `window` at least the row width it is raster decoding.
+    yet. With `window` at least the row width it is raster decoding. Of an image of several grids, each is decoded so
+    when the one before it is finished.
 
     Attributes:
         window: lag between rows in tokens, at least 1. Smaller is faster and further from the plain distribution.
@@ -51,10 +52,10 @@ class ZipAR(Accelerator[CausalJob]):
 
     def run(self, job: CausalJob) -> int:
         published = self.mode == "published"
-        grid = job.grid
-        ends = grid.end_of_line is not None
-        schedule = StaggeredRows(grid.width, self.window, first_row_alone=published, end_of_line=ends)
-        if ends:  # known ahead: read where they stand, never decided
+        schedule = StaggeredGrids(job.grids, self.window, first_row_alone=published)
+        if any(
+            grid.end_of_line is not None for grid in job.grids
+        ):  # known ahead: read where they stand, never decided
             if job.canvas.fixed is None:
                 raise InputError("ZipAR reads ends of line ahead; give them as fixed tokens of the canvas.")
             job.canvas.show_fixed(line_ends(job.grids, job.device) >= 0)

@@ -60,15 +60,15 @@ class CausalJob(Job):
 
     @property
     def grid(self) -> Grid:
-        """The grid of the image, for methods that decode its rows side by side.
+        """The grid of the image, for methods that decode the rows of a single one side by side.
 
         Raises:
             InputError: an image of several grids.
         """
         if len(self.grids) > 1:
             raise InputError(
-                f"rows cannot be decoded side by side in an image of {len(self.grids)} grids; leave row windows "
-                "and ZipAR out."
+                f"this accelerator decodes the rows of one grid side by side, in an image of {len(self.grids)} grids "
+                "only ZipAR does; leave row_window out, or use ZipAR."
             )
         return self.grids[0]
 
@@ -79,11 +79,9 @@ class CausalJob(Job):
             InputError: a window for an image of several grids.
         """
         positions = self.canvas.num_positions
-        return (
-            Lanes.raster(positions)
-            if row_window is None
-            else Lanes.rows(self.grid.pitch, positions, row_window)
-        )
+        if row_window is None:
+            return Lanes.raster(positions)
+        return Lanes.rows(self.grid.pitch, positions, row_window)
 
     def open_session(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
 from varaccel.nn.devices import HOST
+from varaccel.nn.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -142,3 +143,39 @@ class StaggeredRows:
 
     def step_inputs(self, canvas: Canvas) -> list[StepInputs]:
         return prepare(self.groups(canvas.num_positions), canvas.written.device)
+
+
+@dataclass(frozen=True)
+class StaggeredGrids:
+    """One grid after the other, the rows of each as `StaggeredRows` decides them.
+
+    Attributes:
+        grids: of the image.
+        window, first_row_alone: see `StaggeredRows`. A grid that is no wider than the window is in raster order.
+    """
+
+    grids: tuple[Grid, ...]
+    window: int
+    first_row_alone: bool = False
+
+    def groups(self) -> list[Group]:
+        """The schedule; depends on sizes only."""
+        groups: list[Group] = []
+        first, unread = 0, -1
+        for grid in self.grids:
+            ends = grid.end_of_line is not None
+            rows = StaggeredRows(grid.width, self.window, self.first_row_alone, end_of_line=ends)
+            for group in rows.groups(grid.num_positions):
+                positions, sources, refresh = (
+                    tuple(position + first for position in part)
+                    for part in (group.positions, group.sources, group.refresh)
+                )
+                # the last token of a grid that closes with a given end of line is read with that end
+                late = (unread,) if positions[:1] == (first,) and unread >= 0 else ()
+                groups.append(Group(positions, sources, late + refresh))
+            first += grid.num_positions
+            unread = first - 2 if ends else -1
+        return groups
+
+    def step_inputs(self, canvas: Canvas) -> list[StepInputs]:
+        return prepare(self.groups(), canvas.written.device)
