@@ -21,6 +21,7 @@ import torch
 import torch.distributed
 
 import varaccel
+from tests.transformers_cases import CASES
 from varaccel.accelerators import AnyAccelerator, auto
 
 ACCELERATORS: dict[str, AnyAccelerator] = {
@@ -72,7 +73,12 @@ def draw_as(rank: int, port: int, folders: list[Path], out: Path) -> None:
     auto.measure_balance = lambda *_: SimpleNamespace(free_tokens=16 * (rank + 1))
     told: dict[str, Any] = {}
     for folder in folders:
-        pipe: Any = varaccel.AutoPipeline.from_pretrained(folder, tp_size=2)
+        whole = CASES[folder.name].pipeline()
+        # what the folder of a model does not say: sizes of images, and the small preview of GLM-Image
+        known = {name: whole.config[name] for name in ("height", "width") if name in whole.config}
+        pipe: Any = varaccel.AutoPipeline.from_pretrained(
+            folder, tp_size=2, processor=whole.processor, **known
+        )
         pipe.set_progress_bar_config(disable=True)
         keys = next(iter(pipe.transformer.layers)).self_attn.k_proj.weight
         told[folder.name] = {

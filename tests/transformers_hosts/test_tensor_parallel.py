@@ -19,7 +19,7 @@ from varaccel.__main__ import command_line
 from varaccel.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
-SPLIT = ("janus",)
+SPLIT = ("janus", "emu3", "glm-image")
 
 
 def saved(name: str, folder: Path) -> Path:
