@@ -22,6 +22,7 @@ from varaccel.engine.options import as_integer, as_number
 from varaccel.engine.randomness import Randomness, image_generators
 from varaccel.errors import InputError, NumberError
 from varaccel.nn import devices
+from varaccel.pipelines.causal import CausalPipeline
 from varaccel.pipelines.class_names import find_class
 
 KINDS = ("c2i", "var-class", "mar-class")
@@ -218,6 +219,9 @@ def test_wrong_types_are_one_sentence(kind: str, name: str) -> None:
     wrong += [2.5, np.float32(2)] if name in ("top_k", "guidance_interval") else [10**400]
     if kind != "var-class" or name not in ("temperature", "top_k"):
         wrong += [[1.0], np.ones(2)]
+    if name == "guidance_scale" and isinstance(pipe, CausalPipeline):  # one for each branch but the last
+        wrong.remove([1.0])
+        wrong += [[], ["1"], [[1.0]], [math.nan], [2.0, 3.0]]
     for value in wrong:
         with pytest.raises(InputError, match=name) as error:
             latents(pipe, **{name: value})
