@@ -91,7 +91,7 @@ def emu3_case(negative: str = "blue", height: int = 16, width: int = 24, **sizes
     rows, columns = height // 4, width // 4
 
     def expected(pipe: TransformersPipeline, prompts: list[str], scale: float) -> Tensor:
-        mapping = pipe.model.vocabulary_mapping
+        mapping = pipe.model.model.vocabulary_mapping
         # the processor counts 8 pixels per token, as published models do
         size = {"ratio": f"{columns}:{rows}", "image_area": rows * columns * 64}
         texts: Any = {"return_for_image_generation": True, "padding": True, "return_tensors": "pt", **size}

@@ -170,7 +170,7 @@ def test_a_head_that_is_no_plain_layer_runs_whole() -> None:
 def test_pixels_are_those_of_the_models_own_code() -> None:
     pipe = emu3_pipeline()
     tokens = pipe(["cone", "cube"], output_type="latent", seed=0).images
-    mapping = pipe.model.vocabulary_mapping
+    mapping = pipe.model.model.vocabulary_mapping
     rows = torch.stack([mapping.convert_img2bpe(image) for image in tokens])
     sequence = F.pad(rows.flatten(1), (0, 3))
     pixels = pipe.model.decode_image_tokens(image_tokens=sequence, height=4, width=6)

@@ -81,7 +81,7 @@ def emu3_call(**options: Any) -> tuple[Any, dict[str, Any], Any]:
     texts |= {"padding": True, "return_tensors": "pt"}
     inputs = processor(text=PROMPTS, **texts)
     negative = processor(text=["blue"] * 2, **texts)
-    length, mapping = inputs.input_ids.shape[1], model.vocabulary_mapping
+    length, mapping = inputs.input_ids.shape[1], model.model.vocabulary_mapping
     ends = closing_tokens(model)
 
     def rows(_: int, ids: Tensor) -> list[int]:
