@@ -361,8 +361,9 @@ def test_prompts_that_the_network_reads_itself() -> None:
     pipe = toy_pipeline("prompted")
     found = prompt_condition(["3", "1412", "22"], pipe, "cpu")(torch.tensor([2, 0]))
     expected = pipe._condition(["22", "3"])
-    assert expected is not None and expected.negative is not None and found.negative is not None  # noqa: PT018
-    for ours, theirs in ((found, expected), (found.negative, expected.negative)):
+    assert expected is not None
+    assert found.branches == expected.branches == 2
+    for ours, theirs in zip((found, *found.negatives), (expected, *expected.negatives), strict=True):
         assert torch.equal(ours.values, theirs.values)
         assert torch.equal(ours.mask, theirs.mask)
 

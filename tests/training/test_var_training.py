@@ -18,6 +18,7 @@ from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer, MultiScaleVQM
 from varaccel.tokenizers.vq import VQModel
 from varaccel.training.conditions import label_condition
 from varaccel.training.images import to_images
+from varaccel.training.precision import autocast
 from varaccel.training.run import Budget, TrainingRun
 from varaccel.training.token_ids import (
     encode_cache,
@@ -177,7 +178,7 @@ def test_divergence_is_that_of_the_refined_scales_from_the_teacher() -> None:
     dropped = indices < 4
     token_ids, condition = data()
     labels, _ = condition(indices)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast(torch.device("cpu")):
         inputs = quantizer().inputs(token_ids[indices])
         p, q = (m(labels, inputs, None, dropped)[:, 5:].softmax(-1) for m in (teacher, student))
     expected = (p * (p / q).log()).sum(-1).mean()
