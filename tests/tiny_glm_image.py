@@ -50,6 +50,15 @@ def processor(codes: int = 24, preview: int = 1) -> Any:
             rows, columns, *small = super()._get_target_shape(height, width)
             return (rows, columns, *(max(1, side // preview) for side in small))
 
+        def _build_prompt_with_target_shape(self, *given: Any, **named: Any) -> Any:
+            text, *sizes = super()._build_prompt_with_target_shape(*given, **named)
+            if hasattr(GlmImageProcessor, "_get_target_shape"):
+                return (text, *sizes)
+            # older versions compute the sizes here
+            small = [max(1, side // preview) for side in sizes[2:]]
+            before, after = text.rsplit(f"{sizes[2]} {sizes[3]}", 1)
+            return (f"{before}{small[0]} {small[1]}{after}", *sizes[:2], *small)
+
     chosen = GlmImageProcessor if preview == 1 else Processor
     return chosen(GlmImageImageProcessor(), word_tokenizer(codes), chat_template=TEMPLATE)
 

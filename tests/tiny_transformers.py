@@ -130,6 +130,9 @@ def janus(
         pad_token_id=0,
         eos_token_id=2,
         guidance_scale=5.0,
+        # its loop computes with both, which transformers 5.0 leaves empty
+        num_return_sequences=1,
+        max_length=20,
         generation_kwargs={"boi_token_id": tokenizer.convert_tokens_to_ids(JANUS_SPECIALS["boi_token"])},
     )
     return model

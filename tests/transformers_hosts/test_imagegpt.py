@@ -23,16 +23,17 @@ def test_images_are_the_colours_of_their_tokens() -> None:
     assert (pipe.image_size, pipe.config.top_k, pipe.config.guidance_scale) == (6, 40, 1.0)
     tokens = pipe("", num_images_per_prompt=2, output_type="latent", **FAST).images
     pixels = pipe("", num_images_per_prompt=2, output_type="raw", **FAST).images
-    assert torch.equal(pixels, imagegpt_processor().clusters[tokens].permute(0, 3, 1, 2))
+    assert torch.equal(pixels, torch.as_tensor(imagegpt_processor().clusters)[tokens].permute(0, 3, 1, 2))
     assert not torch.equal(tokens[0], tokens[1])
     assert torch.equal(pipe(None, output_type="latent", **FAST).images, tokens[:1])
     assert torch.equal(pipe.image_tokenizer.encode_tokens(pixels), tokens)
 
 
 def test_the_nearest_colours_are_those_of_the_image_processor() -> None:
-    pixels = torch.rand(2, 3, 6, 6)
-    theirs = imagegpt_processor()(pixels, do_resize=False, do_rescale=False, return_tensors="pt")["input_ids"]
-    ours = imagegpt_pipeline().image_tokenizer.encode_tokens(pixels * 2 - 1)
+    pixels = torch.rand(2, 3, 6, 6) * 2 - 1
+    as_they_are = {"do_resize": False, "do_rescale": False, "do_normalize": False}
+    theirs = imagegpt_processor()(pixels, **as_they_are, return_tensors="pt")["input_ids"]
+    ours = imagegpt_pipeline().image_tokenizer.encode_tokens(pixels)
     assert torch.equal(ours.flatten(1), torch.as_tensor(theirs))
 
 
