@@ -52,8 +52,9 @@ def quiet(pipe: Any) -> Any:
     return pipe
 
 
-JANUS_DRAWS_ALONE = Version(transformers.__version__) >= Version("5.24")
-"""Whether Janus's own image loop is right: in 5.0 and 5.1 it reads no image token after the first one."""
+RECENT = Version(transformers.__version__) >= Version("5.24")
+"""In 5.1, the oldest version that is supported, Janus's own image loop reads no image token after the first one,
+nothing splits a model among processes, and weights on disk are not found by parts that run alone."""
 
 
 # -- Janus -------------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def janus_pipeline(**sizes: Any) -> JanusPipeline:
 def janus_expected(pipe: TransformersPipeline, prompts: list[str], scale: float) -> Tensor:
     model = pipe.model
     inputs = pipe.processor(text=prompts, generation_mode="image", padding=True, return_tensors="pt")
-    if scale > 1 and JANUS_DRAWS_ALONE:
+    if scale > 1 and RECENT:
         return model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=scale)
     # its own loop cannot do without guidance; whole passes of its own modules can
     begin = model.generation_config.generation_kwargs["boi_token_id"]
