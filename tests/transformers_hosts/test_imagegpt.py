@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import ImageGPTImageProcessor
 
 from tests.tiny_imagegpt import imagegpt, imagegpt_processor
 from tests.transformers_cases import imagegpt_pipeline, quiet
@@ -64,9 +64,9 @@ def test_bad_calls(options: dict[str, Any], message: str) -> None:
 def test_components_that_do_not_fit() -> None:
     model = imagegpt()
     with pytest.raises(InputError, match="has no colour clusters"):
-        ImageGPTPipeline(model, SimpleNamespace(clusters=None))
+        ImageGPTPipeline(model, ImageGPTImageProcessor())
     with pytest.raises(InputError, match="table of red, green and blue"):
-        ImageGPTPipeline(model, SimpleNamespace(clusters=torch.zeros(20, 4)))
+        ImageGPTPipeline(model, ImageGPTImageProcessor(clusters=torch.zeros(20, 4)))
     with pytest.raises(InputError, match="predicts 20 token ids but the image tokenizer has 12"):
         ImageGPTPipeline(model, imagegpt_processor(colors=12))
     with pytest.raises(InputError, match="number of token ids 12 instead of 20"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
+import types
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -67,24 +69,30 @@ class ImageGeneration:
         """
         pipeline = pipeline_of(model)
         host = self._host_of(model, pipeline)
+        if inputs.get("inputs_embeds") is not None:
+            raise InputError("accelerated generation reads token ids; pass input_ids, not inputs_embeds.")
         if image_sizes is not None:
             inputs["image_sizes"] = image_sizes
         arguments = GenerateArguments(input_ids, generation_config, list(logits_processor), inputs)
         arguments.check()
         call = pipeline.read_generate(host, arguments)
-        return call.finish(self._draw(host, call))
+        return call.finish(self._draw(host, call, self._drafters(host, pipeline)))
 
     def _host_of(self, model: Any, pipeline: type[TransformersPipeline]) -> TransformersHost:
         if self._host is None or self._host.model is not model:
-            self._host = pipeline.host_class(model)
+            self._host = pipeline.host_of(model, "model")
         return self._host
 
-    def _draw(self, host: TransformersHost, call: ImageCall) -> Tensor:
+    def _drafters(
+        self, host: TransformersHost, pipeline: type[TransformersPipeline]
+    ) -> dict[str, TransformersHost]:
+        if self.draft_model is None:
+            return {}
+        return {"small": check_substitute(pipeline.host_of(self.draft_model, "draft_model"), host, "drafter")}
+
+    def _draw(self, host: TransformersHost, call: ImageCall, drafters: dict[str, Any]) -> Tensor:
         """Token ids [B, N] of the images."""
         batch = call.condition.batch
-        drafters: dict[str, Any] = {}
-        if self.draft_model is not None:
-            drafters["small"] = check_substitute(type(host)(self.draft_model), host, "drafter")
         networks = [host.model, *([] if self.draft_model is None else [self.draft_model])]
         seed = said_first(host.model, int(torch.randint(MAX_SEED - batch, ())))
         canvas = new_canvas(call.grids, batch, host.device)
@@ -155,15 +163,24 @@ def accelerate(
     if accelerator is None:
         vars(host).pop("generate", None)
         return model
-    method = ImageGeneration(accelerator, draft_model=draft_model)
-    own = functools.partial(type(host).generate, host)
-
-    @functools.wraps(type(host).generate)
-    def generate(*arguments: Any, **options: Any) -> Any:
-        chosen = pipeline.generate_options(model, options)
-        if chosen is None:
-            return own(*arguments, **options)
-        return GenerationMixin.generate(host, *arguments, custom_generate=method, **chosen)
-
-    host.generate = generate
+    host.generate = _Generate(model, pipeline, ImageGeneration(accelerator, draft_model=draft_model))
     return model
+
+
+@dataclass(frozen=True, eq=False)
+class _Generate:
+    """The `generate` of an accelerated model; an object, so that it is copied and pickled with the model."""
+
+    model: Any
+    pipeline: type[TransformersPipeline]
+    method: ImageGeneration
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        chosen = self.pipeline.generate_options(self.model, options)
+        if chosen is None:
+            return type(self.model).generate(self.model, *arguments, **options)
+        return GenerationMixin.generate(self.model, *arguments, custom_generate=self.method, **chosen)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(types.MethodType(type(self.model).generate, self.model))

@@ -102,13 +102,7 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
         signature = self._check_network(transformer, "causal")
         self._check_vocabulary(signature, vq_model)
         self._check_text(signature, text_encoder, tokenizer)
-        if eagle_head is not None:
-            if not hasattr(eagle_head, "check_fits"):
-                raise InputError(
-                    f"eagle_head must be an EagleHead, got {type(eagle_head).__name__}; a network of the model's "
-                    "signature is a draft_transformer."
-                )
-            eagle_head.check_fits(transformer)
+        check_eagle_head(eagle_head, transformer, "draft_transformer")
         if draft_transformer is not None:
             check_substitute(draft_transformer, transformer, "drafter")
         self.register_modules(
@@ -377,15 +371,15 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
             return self._without_prompt(settings)
         condition = self._condition_of(call.prompts, settings)
         negative = settings.negative_prompts
-        if negative is None and self.default_negative_prompt is not None:
-            negative = (self.default_negative_prompt,)
-        if negative is None or condition is None or not settings.guidance.enabled:
-            return condition
-        if len(negative) not in (1, len(call.prompts)):
+        if negative is not None and len(negative) not in (1, len(call.prompts)):
             raise InputError(
                 f"there are {len(negative)} negative prompts for {len(call.prompts)} prompts; give one for all, or one "
                 "for each."
             )
+        if negative is None and self.default_negative_prompt is not None:
+            negative = (self.default_negative_prompt,)
+        if negative is None or condition is None or not settings.guidance.enabled:
+            return condition
         other = self._condition_of([*negative] * (len(call.prompts) // len(negative)), settings)
         assert other is not None
         return replace(condition, negative=(*condition.negatives[:-1], replace(other, negative=None)))
@@ -466,6 +460,26 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
         """The last grid of the image without ends of line, [B, N] -> [B, h, w]."""
         grid = self._grids(run)[-1]
         return values[:, -grid.num_positions :].unflatten(1, (grid.height, grid.pitch))[..., : grid.width]
+
+
+def check_eagle_head(eagle_head: Any, transformer: Any, other: str) -> None:
+    """Refuse a head that was not trained for a transformer, or is none.
+
+    Args:
+        eagle_head: None for none.
+        other: the argument for drafters of other kinds.
+
+    Raises:
+        InputError: see above.
+    """
+    if eagle_head is None:
+        return
+    if not hasattr(eagle_head, "check_fits"):
+        raise InputError(
+            f"eagle_head must be an EagleHead, got {type(eagle_head).__name__}; a network of the model's "
+            f"signature is a {other}."
+        )
+    eagle_head.check_fits(transformer)
 
 
 def new_canvas(

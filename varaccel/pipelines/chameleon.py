@@ -33,6 +33,7 @@ class ChameleonPipeline(TransformersPipeline):
     family: ClassVar[str] = "chameleon"
     model_type: ClassVar[str] = "chameleon"
     model_class: ClassVar[str] = "ChameleonForConditionalGeneration"
+    processor_class: ClassVar[str] = "ChameleonProcessor"
     host_class: ClassVar[type[TransformersHost]] = ChameleonHost
     split_rules: ClassVar[None] = None  # norms of every head, whose weights would have to be shared out too
     sampling_defaults: ClassVar[dict[str, float]] = {

@@ -41,6 +41,7 @@ class Emu3Pipeline(TransformersPipeline):
     family: ClassVar[str] = "emu3"
     model_type: ClassVar[str] = "emu3"
     model_class: ClassVar[str] = "Emu3ForConditionalGeneration"
+    processor_class: ClassVar[str] = "Emu3Processor"
     host_class: ClassVar[type[TransformersHost]] = Emu3Host
     split_rules: ClassVar[Mapping[str, str]] = {
         f"model.text_model.layers.*.{part}": rule for part, rule in LLAMA_RULES.items()

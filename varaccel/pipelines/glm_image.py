@@ -80,6 +80,7 @@ class GlmImagePipeline(TransformersPipeline):
     family: ClassVar[str] = "glm_image"
     model_type: ClassVar[str] = "glm_image"
     model_class: ClassVar[str] = "GlmImageForConditionalGeneration"
+    processor_class: ClassVar[str] = "GlmImageProcessor"
     host_class: ClassVar[type[TransformersHost]] = GlmImageHost
     sampling_defaults: ClassVar[dict[str, float]] = {
         "guidance_scale": 1.0,

@@ -25,6 +25,7 @@ class ImageGPTPipeline(TransformersPipeline):
     family: ClassVar[str] = "imagegpt"
     model_type: ClassVar[str] = "imagegpt"
     model_class: ClassVar[str] = "ImageGPTForCausalImageModeling"
+    processor_class: ClassVar[str] = "ImageGPTImageProcessor"
     host_class: ClassVar[type[TransformersHost]] = ImageGPTHost
     split_rules: ClassVar[None] = None
     sampling_defaults: ClassVar[dict[str, float]] = {

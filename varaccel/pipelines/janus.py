@@ -21,6 +21,7 @@ class JanusPipeline(TransformersPipeline):
     family: ClassVar[str] = "janus"
     model_type: ClassVar[str] = "janus"
     model_class: ClassVar[str] = "JanusForConditionalGeneration"
+    processor_class: ClassVar[str] = "JanusProcessor"
     host_class: ClassVar[type[TransformersHost]] = JanusHost
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 import transformers
 from diffusers import PipelineQuantizationConfig
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ from varaccel.models.transformers_host.host import TransformersHost
 from varaccel.nn.condition import Condition
 from varaccel.nn.processes import is_split, said_first
 from varaccel.pipelines.base import Call, Work
-from varaccel.pipelines.causal import CausalPipeline, CausalSettings
+from varaccel.pipelines.causal import CausalPipeline, CausalSettings, check_eagle_head
 from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
 from varaccel.pipelines.load_options import MODEL_OPTIONS, LoadOptions, is_placement
 from varaccel.pipelines.loading import MODEL_TYPES, is_pipeline_folder, pipeline_class_name, resolve_model
@@ -52,6 +53,8 @@ class TransformersPipeline(CausalPipeline, abstract=True):
     """Of the model's configuration."""
     model_class: ClassVar[str]
     """Name of the model's class in transformers."""
+    processor_class: ClassVar[str]
+    """Name of its processor's class in transformers."""
     host_class: ClassVar[type[TransformersHost]]
     """The view of the model as a causal network."""
     split_rules: ClassVar[Mapping[str, str] | None] = {}
@@ -87,18 +90,13 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         draft_model: Any = None,
     ) -> None:
         super(CausalPipeline, self).__init__()
-        if processor is None:
-            raise InputError(
-                f"a {type(self).__name__} needs the processor of its model, which writes prompts; pass "
-                "processor=AutoProcessor.from_pretrained(...)."
-            )
-        self.transformer = self._host_of(model, "model")
+        self._check_processor(processor)
+        self.transformer = self.host_of(model, "model")
         self.vq_model = self._image_tokenizer(model, processor)
-        self._drafter = None if draft_model is None else self._host_of(draft_model, "draft_model")
+        self._drafter = None if draft_model is None else self.host_of(draft_model, "draft_model")
         if self._drafter is not None:
             check_substitute(self._drafter, self.transformer, "drafter")
-        if eagle_head is not None:
-            eagle_head.check_fits(self.transformer)
+        check_eagle_head(eagle_head, self.transformer, "draft_model")
         self.register_modules(
             model=model, processor=processor, eagle_head=eagle_head, draft_model=draft_model
         )
@@ -112,7 +110,42 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         self._begin()
 
     @classmethod
-    def _host_of(cls, model: Any, role: str) -> TransformersHost:
+    def _check_processor(cls, processor: Any) -> None:
+        """Refuse what cannot write the model's prompts, such as the bare tokenizer of a folder without a processor.
+
+        Raises:
+            InputError: no processor, or that of another model.
+        """
+        if processor is None:
+            raise InputError(
+                f"a {cls.__name__} needs the processor of its model, which writes prompts; pass "
+                "processor=AutoProcessor.from_pretrained(...)."
+            )
+        names = [parent.__name__ for parent in type(processor).__mro__]
+        # the same class without torchvision has another ending
+        if not any(name.startswith(cls.processor_class) for name in names):
+            raise InputError(
+                f"processor of a {cls.__name__} is a {cls.processor_class} of transformers, got "
+                f"{type(processor).__name__}; pass that of the model, or fetch its repository as a whole."
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # the view of the model, its image tokenizer and the drafters were made of these
+        fixed = ("model", "processor", "draft_model")
+        if name in fixed and vars(self).get(name, value) is not value:
+            raise InputError(
+                f"{name} of a pipeline cannot be exchanged; make another pipeline on the same components: "
+                f"{type(self).__name__}.from_pipe(pipe, {name}=...)."
+            )
+        super().__setattr__(name, value)
+
+    @classmethod
+    def host_of(cls, model: Any, role: str) -> TransformersHost:
+        """The view of a model.
+
+        Raises:
+            InputError: a model of another class.
+        """
         wanted = getattr(transformers, cls.model_class)
         if not isinstance(model, wanted):
             raise InputError(
@@ -163,8 +196,23 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         wrong = next((p for p in prompts if not isinstance(p, str)), None)
         if wrong is not None:
             raise InputError(f"this model takes descriptions, not labels; got {wrong!r}.")
-        rows = [self._prompt_ids(str(prompt), size) for prompt in prompts]
+        rows = [self._prompt_ids(self._checked_prompt(str(prompt)), size) for prompt in prompts]
         return left_padded(rows, self._pad_token(), self.transformer.device)
+
+    def _checked_prompt(self, prompt: str) -> str:
+        """A prompt as the processor can read it.
+
+        Raises:
+            InputError: the token that stands for an image to read, which processors replace.
+        """
+        image_token = getattr(self.processor, "image_token", None)
+        if image_token and image_token in prompt:
+            raise InputError(
+                f"the prompt holds {image_token!r}, which stands for an image that the model reads; describe the "
+                "image in words."
+            )
+        # a lone surrogate, as from a badly decoded file, cannot be written as UTF-8 and would stop the tokenizer
+        return prompt.encode("utf-8", "replace").decode()
 
     def _without_prompt(self, settings: CausalSettings) -> Condition:
         """What the unconditional branch of guidance reads: the default negative prompt, or an empty one."""
@@ -296,10 +344,16 @@ class TransformersPipeline(CausalPipeline, abstract=True):
             options: of `from_pretrained`.
             model_options: further ones, with which transformers reads the model.
         """
-        if model_options and "model" not in options:
-            dtype = LoadOptions.of(options).dtype_of("model")
+        chosen = LoadOptions.of(options)
+        for_pipelines = {"device_map", "quantization_config"} & chosen.reading.keys()
+        # diffusers would not see that weights are missing; but it knows how to place or quantise whole components
+        if "model" not in options and (model_options or not for_pipelines):
+            dtype = chosen.dtype_of("model")
             number_type = {} if dtype is None else {"dtype": dtype}
-            options["model"] = cls._load_model(folder / "model", **number_type, **model_options)
+            reading = {name: value for name, value in chosen.reading.items() if name not in for_pipelines}
+            options["model"] = cls._load_model(
+                folder / "model", **number_type, **{**reading, **model_options}
+            )
         return super().from_pretrained(folder, **options)
 
     @classmethod
@@ -311,11 +365,21 @@ class TransformersPipeline(CausalPipeline, abstract=True):
     def _load_model(cls, folder: Path, **options: Any) -> Any:
         """The model as transformers reads it."""
         options = shared_out(folder, options, cls.split_rules)
+        load = getattr(transformers, cls.model_class).from_pretrained
         try:
-            return getattr(transformers, cls.model_class).from_pretrained(folder, **options).eval()
-        except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+            model, facts = load(folder, **{**options, "output_loading_info": True})
+        except (OSError, RuntimeError, ValueError, KeyError, ImportError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+        # transformers draws them at random with no more than a warning
+        missing = sorted(facts["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {missing[0]}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + ", which would be drawn at random; fetch the model again."
+            )
+        return model.eval()
 
     @classmethod
     def _load_processor(cls, folder: Path) -> Any:
