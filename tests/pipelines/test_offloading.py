@@ -5,6 +5,7 @@ There is one device here, so a component that is away has NaN for weights: whate
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -104,7 +105,8 @@ def offload(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
 
 def causal(kind: str) -> Any:
     shared: Any = drafting_pipeline(kind)
-    return quiet(type(shared)(**{**shared.components, **new_settings(shared)}))
+    parts = copy.deepcopy(shared.components)  # those of other tests keep their weights
+    return quiet(type(shared)(**{**parts, **new_settings(shared)}))
 
 
 def new_settings(pipe: Any) -> dict[str, Any]:
