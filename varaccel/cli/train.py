@@ -102,7 +102,7 @@ def drafter(
         seed=seed,
     )
     tokens, made_by = _own_tokens(pipe, token_ids, target)
-    pipe.transformer.to(device)
+    pipe.to(device)
     tokens, condition = _conditions(pipe, tokens, scenes, labels, device)
     torch.manual_seed(seed)
     head = new_head(pipe.transformer, tokens, condition)
@@ -173,7 +173,7 @@ def _conditions(
             raise InputError("a text-conditional target needs the captions of the images: pass --scenes.")
         captions = CachedScenes(scenes, allow_partial=True).captions
         count = min(len(token_ids), len(captions))
-        if pipe.text_encoder is None:  # the network reads the words itself
+        if getattr(pipe, "text_encoder", None) is None:  # the network reads the words itself
             return token_ids[:count], prompt_condition(captions[:count], pipe, device)
         pipe.text_encoder.to(device)
         length = signature.condition_slots or pipe.text_encoder.config.max_length

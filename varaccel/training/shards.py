@@ -49,14 +49,23 @@ def cache_facts(data: CachedScenes) -> CacheFacts:
     )
 
 
-def fingerprint(tokenizer: nn.Module) -> str:
+def weights_of(tokenizer: Any) -> nn.Module:
+    """The module that holds an image tokenizer's weights: itself, or what a view of a transformers model looks at."""
+    module: nn.Module = getattr(tokenizer, "vqmodel", tokenizer)
+    return module
+
+
+def fingerprint(tokenizer: Any) -> str:
     """A hash of what decides the token ids or latents of an image, the same on every machine; 16 hex digits.
 
     It covers the encoder and the codebook, if there is one. A decoder that was trained further leaves it, and token ids
     made before, valid.
+
+    Args:
+        tokenizer: a module, or the view of one in a model of transformers.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(tokenizer.state_dict().items()):
+    for name, tensor in sorted(weights_of(tokenizer).state_dict().items()):
         if not name.startswith(ENCODING_PARTS):
             continue
         digest.update(f"{name}{list(tensor.shape)}".encode())

@@ -8,6 +8,7 @@ again to resume or to add shards that have been rendered since.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from varaccel.training import shards
 from varaccel.training.command_line import exit_status
 from varaccel.training.images import to_images
 from varaccel.training.precision import quick_bfloat16
-from varaccel.training.shards import MANIFEST, fingerprint
+from varaccel.training.shards import MANIFEST, fingerprint, weights_of
 from varaccel.training.vq import ImageTokenizer
 
 MODULE = "varaccel.training.token_ids"
@@ -69,9 +70,10 @@ class TokenIdsManifest:
 @torch.no_grad()
 def encode_pixels(vq: ImageTokenizer, pixels: NDArray[np.uint8], precision: str) -> NDArray[np.uint16]:
     """Token ids of `pixels` uint8 [n, H, W, 3]: uint16 [n, N] as in a folder of token ids."""
-    images = to_images(pixels).to(vq.device)
-    with torch.autocast(vq.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        indices = vq.encode(images).indices
+    device = next(weights_of(vq).parameters()).device
+    images = to_images(pixels).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        indices = vq.encode_tokens(images)
     return indices.flatten(1).cpu().numpy().astype(np.uint16)
 
 
@@ -115,8 +117,8 @@ def encode_cache(
     if vq.codebook_size > 1 << 16:
         raise InputError(f"token ids are stored in 16 bits; a codebook of {vq.codebook_size} does not fit.")
     data = CachedScenes(scenes, allow_partial=True)
-    grid = vq.grid(data.size)
-    vq.eval().to(memory_format=torch.channels_last)
+    grid = _grid(vq, data.size)
+    weights_of(vq).eval().to(memory_format=torch.channels_last)
     target = Path(out)
     if precision == "auto":
         present = _present_precision(target)
@@ -140,6 +142,20 @@ def encode_cache(
         progress=progress,
     )
     return manifest
+
+
+def _grid(vq: Any, size: int) -> tuple[int, int]:
+    """Rows and columns of the tokens of an image of `size` pixels.
+
+    Raises:
+        InputError: a size that is no whole number of tokens.
+    """
+    if hasattr(vq, "grid"):
+        rows, columns = vq.grid(size)
+        return rows, columns
+    if size % vq.downsample_factor:
+        raise InputError(f"image sides must be multiples of {vq.downsample_factor}, got {size}.")
+    return size // vq.downsample_factor, size // vq.downsample_factor
 
 
 def read_token_ids(folder: str | os.PathLike[str]) -> tuple[Tensor, str]:
@@ -185,12 +201,20 @@ def read_manifest(folder: str | os.PathLike[str]) -> TokenIdsManifest:
     return shards.read_manifest(folder, made, "token ids", MODULE)
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> ImageTokenizer:
-    """The image tokenizer saved in `folder`, of the class that its config names.
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """The image tokenizer saved in `folder`, of the class that its config names, or that of a model of transformers.
 
     Raises:
         InputError: there is none, or it is something else.
+        CheckpointError: a model that draws no images, or that cannot be loaded.
     """
+    if _holds_model(folder):
+        from varaccel.pipelines.auto import AutoPipeline
+
+        tokenizer: Any = getattr(AutoPipeline.from_pretrained(Path(folder)), "vq_model", None)
+        if not (hasattr(tokenizer, "encode_tokens") and hasattr(tokenizer, "vqmodel")):
+            raise InputError(f"the image tokenizer of the model in {folder} cannot make tokens of images.")
+        return tokenizer
     name = shards.tokenizer_class(folder)
     for kind in (VQModel, MultiScaleVQModel):
         if name == kind.__name__:
@@ -198,12 +222,20 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ImageTokenizer:
     raise InputError(f"{folder} holds a {name}, which is no image tokenizer that makes token ids.")
 
 
+def _holds_model(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one of a model of transformers."""
+    try:
+        return "model_type" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
 def _present_precision(folder: Path) -> str | None:
     return read_manifest(folder).precision if (folder / MANIFEST).exists() else None
 
 
 def _choose_precision(vq: ImageTokenizer, data: CachedScenes) -> str:
-    if not quick_bfloat16(vq.device):
+    if not quick_bfloat16(next(weights_of(vq).parameters()).device):
         return "float32"
     sample = data.batch_pixels(range(min(64, len(data))))
     return "bfloat16" if precision_agreement(vq, sample) >= MIN_AGREEMENT else "float32"
@@ -212,12 +244,15 @@ def _choose_precision(vq: ImageTokenizer, data: CachedScenes) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the encoder."""
     tolerant_console()
-    parser = shards.encoder_parser(MODULE, "token ids", "a VQModel or MultiScaleVQModel")
+    parser = shards.encoder_parser(
+        MODULE, "token ids", "a VQModel, a MultiScaleVQModel or a model of transformers"
+    )
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     options = parser.parse_args(arguments)
 
     def encode() -> None:
-        vq = load_tokenizer(options.tokenizer).to(options.device)
+        vq = load_tokenizer(options.tokenizer)
+        weights_of(vq).to(options.device)
         encode_cache(
             vq, options.scenes, options.out, precision=options.precision, batch_size=options.batch_size
         )
