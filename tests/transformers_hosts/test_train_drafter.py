@@ -23,7 +23,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
     model, scenes, ids = (tmp_path / name for name in ("janus", "scenes", "ids"))
     tiny.janus().save_pretrained(model)
     tiny.janus_processor().save_pretrained(model)
-    write_cache(scenes, count=12, size=64, workers=1, progress=False)
+    write_cache(scenes, 0, count=12, size=64, workers=1, progress=False)
     arguments = ["--tokenizer", str(model), "--scenes", str(scenes), "--out", str(ids)]
     assert token_ids.main(arguments) == 0
     return model, scenes, ids
