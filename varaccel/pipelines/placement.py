@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,13 +35,14 @@ def open_pipeline(
     Args:
         model: as `AutoPipeline.from_pretrained` takes it.
         device, dtype: see `move`; the pipeline stays as it was loaded if both are None.
-        quiet: show no progress bars, neither while loading nor in calls of the pipeline.
+        quiet: show no progress bars, neither while loading nor in calls of the pipeline, as where there is no terminal.
         options: further ones of `AutoPipeline.from_pretrained`.
 
     Raises:
         InputError: an unknown option, device or precision; there is no GPU.
         CheckpointError: the model cannot be loaded.
     """
+    quiet = quiet or not sys.stderr.isatty()
     moved = device is not None or dtype is not None
     device, dtype = device or HOST, dtype or "float32"
     check_place(device, dtype)

@@ -28,7 +28,7 @@ class EagleReader:
     """An EAGLE head at work: reads the target's features of decided tokens, and its own of draft tokens.
 
     A pair joins the feature that predicted a token with the token, and stands at the token's position. Pairs
-    of decided tokens carry the target's features, pairs of draft tokens those that the head predicted. Both
+    of decided tokens carry the target's features, pairs of draft tokens those that the head predicted. All
     branches of a guided call are drafted, from their own features; distributions come from the guided logits.
 
     A lane that has just begun from a stand-in has no pair yet; its draft tokens follow the distribution of a
