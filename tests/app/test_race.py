@@ -115,6 +115,7 @@ def test_seconds_leave_out_previews_and_the_other_side(monkeypatch: pytest.Monke
 
 
 def test_what_stops_a_race_leaves_what_there_is() -> None:
+    before = threading.active_count()  # other tests of the process leave some
     run = race(pipeline("t2i"), ZipAR(2), turns=Turns(quantum=0.0))
     last: Sequence[Side] = []
     for number, sides in enumerate(run.frames()):
@@ -124,7 +125,7 @@ def test_what_stops_a_race_leaves_what_there_is() -> None:
         assert number < 100
     assert {side.phase for side in last} <= {"stopped", "finished"}
     assert any(side.images for side in last)
-    assert threading.active_count() < 20
+    assert threading.active_count() < before + 5
 
 
 def test_a_race_that_takes_too_long_says_so() -> None:

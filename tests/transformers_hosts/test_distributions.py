@@ -15,6 +15,7 @@ from tests.enumeration import LIMIT, exact_distribution, misfit
 from varaccel.accelerators import AnyAccelerator
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.models.transformers_host.janus import JanusHost
+from varaccel.nn.condition import Condition
 from varaccel.pipelines.janus import JanusPipeline
 
 pytestmark = pytest.mark.slow
@@ -113,11 +114,10 @@ def test_another_unconditional_prompt_is_seen(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_padded_prompt_that_is_read_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shorter prompt is padded; without its mask the padding would be a part of it."""
-    condition = JanusPipeline._condition
+    tokenized = JanusPipeline._tokenized
 
-    def without_mask(pipe: JanusPipeline, prompts: list[str | int]) -> Any:
-        found = condition(pipe, prompts)
-        return type(found)(found.values)
+    def without_mask(pipe: JanusPipeline, prompts: list[str | int], size: Any) -> Condition:
+        return Condition(tokenized(pipe, prompts, size).values)
 
-    monkeypatch.setattr(JanusPipeline, "_condition", without_mask)
+    monkeypatch.setattr(JanusPipeline, "_tokenized", without_mask)
     assert worst(varaccel.Jacobi(4), "sharp") > 2 * LIMIT
