@@ -191,7 +191,9 @@ def test_json_is_all_that_is_printed(varaccel: Shell, t2i: Path) -> None:
     assert read_image(varaccel.folder / "image.png").tobytes() == expected.tobytes()
 
 
-def test_quiet_and_not(varaccel: Shell, t2i: Path) -> None:
+def test_quiet_and_not(varaccel: Shell, t2i: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert varaccel("generate", "a cube", "--model", t2i).err == "", "there is no terminal"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert varaccel("generate", "a cube", "--model", t2i, "--quiet").err == ""
     assert "100%" in varaccel("generate", "a cube", "--model", t2i).err, "bars are back in the same process"
 
