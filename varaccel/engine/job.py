@@ -60,6 +60,16 @@ class Job(ABC):
         """Size of the caches that exist at a time."""
         return sum(session.cache_bytes for session in self.sessions)
 
+    def report_numbers(self) -> None:
+        """Tell what the sessions saw of the numbers of their networks; waits for the device.
+
+        Raises:
+            NumberError: NaN or infinity.
+        """
+        for session in self.sessions:
+            for check in session.number_checks:
+                check.report()
+
     @abstractmethod
     def decode(self) -> int:
         """Fill the canvas with the host model in the family's own schedule. Returns the number of passes."""

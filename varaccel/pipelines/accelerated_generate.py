@@ -114,9 +114,7 @@ class ImageGeneration:
                 ),
             )
             plan_call(self.accelerator, job).run()
-            for session in job.sessions:
-                for check in session.number_checks:
-                    check.report()
+            job.report_numbers()
         return canvas.tokens
 
 

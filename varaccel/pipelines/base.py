@@ -371,9 +371,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
                 plan = plan_call(run.call.accelerator, run.job)
                 with contextlib.suppress(Interrupted):
                     counts = plan.run()
-                for session in run.job.sessions:
-                    for check in session.number_checks:
-                        check.report()
+                run.job.report_numbers()
         return plan.accelerator, counts.passes if isinstance(counts, StageStats) else passes, counts
 
     def _as_it_stands(self, run: Run[SettingsT, JobT]) -> Run[SettingsT, JobT]:
@@ -496,10 +494,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         Raises:
             InputError: a label instead of a description, or one that cannot be encoded.
         """
-        wrong = next((p for p in prompts if not isinstance(p, str)), None)
-        if wrong is not None:
-            raise _no_description(wrong)
-        descriptions = [str(p) for p in prompts]
+        descriptions = self._descriptions(prompts)
         text = encode_prompts(
             self.tokenizer,
             self.text_encoder,
@@ -510,6 +505,18 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         )
         self._warn_of_unknown_words(descriptions)
         return text
+
+    @staticmethod
+    def _descriptions(prompts: list[str | int]) -> list[str]:
+        """The prompts of a model that reads texts.
+
+        Raises:
+            InputError: a label among them.
+        """
+        wrong = next((p for p in prompts if not isinstance(p, str)), None)
+        if wrong is not None:
+            raise _no_description(wrong)
+        return [str(p) for p in prompts]
 
     def _warn_of_unknown_words(self, prompts: list[str]) -> None:
         """Say which words of the prompts are lost, if the tokenizer's vocabulary is closed."""

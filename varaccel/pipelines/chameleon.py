@@ -70,7 +70,6 @@ class ChameleonPipeline(TransformersPipeline):
             eagle_head=eagle_head,
             draft_model=draft_model,
         )
-        self._check_vocabulary(self.transformer.signature(), self.vq_model)
         if image_decoder is not None and not isinstance(image_decoder, ChameleonImageDecoder):
             raise InputError(f"image_decoder is a ChameleonImageDecoder, got {type(image_decoder).__name__}.")
         self.vq_model = ChameleonImageTokenizer(model.model.vqmodel, image_decoder)

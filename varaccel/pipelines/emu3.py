@@ -16,6 +16,7 @@ from varaccel.models.transformers_host.emu3 import Emu3Host
 from varaccel.models.transformers_host.host import TransformersHost
 from varaccel.nn.condition import Condition
 from varaccel.nn.grid import Grid
+from varaccel.nn.signature import Signature
 from varaccel.pipelines.base import Run
 from varaccel.pipelines.causal import CausalSettings
 from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
@@ -81,12 +82,6 @@ class Emu3Pipeline(TransformersPipeline):
             eagle_head=eagle_head,
             draft_model=draft_model,
         )
-        codes = self.transformer.vocab_size - 1
-        if codes != self.vq_model.codebook_size:
-            raise InputError(
-                f"the model predicts {codes} image tokens but its image tokenizer has {self.vq_model.codebook_size}; "
-                "load both from one repository."
-            )
         whole_tokens(height, width, self.vq_model.downsample_factor)
         self.register_to_config(height=height, width=width)
 
@@ -96,6 +91,16 @@ class Emu3Pipeline(TransformersPipeline):
         if images is None or not images.do_normalize:
             return Emu3ImageTokenizer(model.model.vqmodel)
         return Emu3ImageTokenizer(model.model.vqmodel, images.image_mean, images.image_std)
+
+    @staticmethod
+    def _check_vocabulary(signature: Signature, vq_model: Any) -> None:
+        assert signature.vocab_size is not None
+        codes = signature.vocab_size - 1  # the end of line is no token of an image
+        if codes != vq_model.codebook_size:
+            raise InputError(
+                f"the model predicts {codes} image tokens but its image tokenizer has {vq_model.codebook_size}; "
+                "load both from one repository."
+            )
 
     # -- sizes and prompts -----------------------------------------------------------------------------
 
@@ -171,14 +176,9 @@ class Emu3Pipeline(TransformersPipeline):
                 "return_for_image_generation=True; pass them on."
             )
         rows, *others = torch.as_tensor(listed).view(-1, 2).tolist()
-        if any(other != rows for other in others):
-            raise InputError("images of one accelerated generate() have one size; call it for each size.")
+        arguments.check_one_size(rows == other for other in others)
         grid = Grid(rows[0], rows[1], end_of_line=host.end_of_line)
-        most = arguments.config.max_new_tokens
-        if most is not None and most < grid.num_positions:
-            raise InputError(
-                f"an image of this size has {grid.num_positions} tokens, got max_new_tokens={most}."
-            )
+        most = arguments.most_tokens(grid.num_positions)
         scale, negative = arguments.negative()
         if scale != 1 and negative is None:  # as transformers does without a negative prompt
             negative = Condition(prompts[:, -1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,30 @@ class GenerateArguments:
                 f"accelerated generation does not know {unknown}; leave the option that adds it out, or use the "
                 "model's own generate()."
             )
+
+    @staticmethod
+    def check_one_size(same: Iterable[bool]) -> None:
+        """Refuse images of several sizes in one call.
+
+        Args:
+            same: whether each image has the size of the first.
+
+        Raises:
+            InputError: one has not.
+        """
+        if not all(same):
+            raise InputError("images of one accelerated generate() have one size; call it for each size.")
+
+    def most_tokens(self, needed: int) -> int | None:
+        """How many new tokens the call may return; None if it does not say.
+
+        Raises:
+            InputError: fewer than an image has, which is `needed`.
+        """
+        most: int | None = self.config.max_new_tokens
+        if most is not None and most < needed:
+            raise InputError(f"an image of this size has {needed} tokens, got max_new_tokens={most}.")
+        return most
 
     def negative(self) -> tuple[float, Condition | None]:
         """Scale and prompts of the unconditional branch, for models that transformers guides row by row."""

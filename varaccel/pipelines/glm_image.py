@@ -327,12 +327,10 @@ class GlmImagePipeline(TransformersPipeline):
             )
         counts = arguments.inputs.get("images_per_sample")
         of_rows = listed.split([len(listed)] if counts is None else counts.tolist())
-        if any(not torch.equal(rows, of_rows[0]) for rows in of_rows):
-            raise InputError("images of one accelerated generate() have one size; call it for each size.")
+        arguments.check_one_size(torch.equal(rows, of_rows[0]) for rows in of_rows)
         grids = _in_order(of_rows[0])
-        tokens, most = sum(grid.num_positions for grid in grids), arguments.config.max_new_tokens
-        if most is not None and most < tokens:
-            raise InputError(f"an image of this size has {tokens} tokens, got max_new_tokens={most}.")
+        tokens = sum(grid.num_positions for grid in grids)
+        most = arguments.most_tokens(tokens)
         prompts, end = arguments.input_ids, host.model.config.image_end_token_id
 
         def finish(drawn: Tensor) -> Tensor:
@@ -474,11 +472,7 @@ class GlmImagePipeline(TransformersPipeline):
                     f"a PipelineQuantizationConfig and {', '.join(model_options)} do not go together; load the model "
                     "with transformers and pass it as model=."
                 )
-            dtype = chosen.dtype_of("model")
-            number_type = {} if dtype is None else {"dtype": dtype}
-            parts["model"] = cls._load_model(
-                folder / "vision_language_encoder", **number_type, **model_options
-            )
+            parts["model"] = cls._load_model(folder / "vision_language_encoder", chosen, **model_options)
         # what is there already is not to be loaded, and diffusers would print a model that it does not know
         given = {
             _THEIR_NAMES.get(name, name): None for name in ("model", "processor", *DECODER) if name in parts

@@ -35,29 +35,6 @@ class ImageGPTPipeline(TransformersPipeline):
         "top_p": 1.0,
     }
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        guidance_scale: float | None = None,
-        top_k: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        eagle_head: Any = None,
-        draft_model: Any = None,
-    ) -> None:
-        super().__init__(
-            model,
-            processor,
-            guidance_scale,
-            top_k,
-            temperature,
-            top_p,
-            eagle_head=eagle_head,
-            draft_model=draft_model,
-        )
-        self._check_vocabulary(self.transformer.signature(), self.vq_model)
-
     @classmethod
     def _image_tokenizer(cls, model: Any, processor: Any) -> ColorClusters:
         return ColorClusters(getattr(processor, "clusters", None))

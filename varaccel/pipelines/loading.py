@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -242,11 +242,12 @@ def _check_complete(folder: Path, pipe: Any, passed: Mapping[str, Any]) -> None:
         stored = stored_names(folder / name)
         missing = [] if stored is None else [key for key in part.state_dict() if key not in stored]
         if missing:
-            raise CheckpointError(
-                f"{folder / name} lacks {missing[0]}"
-                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-                + "; save the model again."
-            )
+            raise CheckpointError(f"{folder / name} lacks {first_of(missing)}; save the model again.")
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are, for messages."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _load_component(folder: Path, name: str, entry: Any, path: Path, options: LoadOptions) -> Any:

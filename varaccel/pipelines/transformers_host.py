@@ -26,7 +26,13 @@ from varaccel.pipelines.base import Call, Work
 from varaccel.pipelines.causal import CausalPipeline, CausalSettings, check_eagle_head
 from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
 from varaccel.pipelines.load_options import MODEL_OPTIONS, LoadOptions, is_placement
-from varaccel.pipelines.loading import MODEL_TYPES, is_pipeline_folder, pipeline_class_name, resolve_model
+from varaccel.pipelines.loading import (
+    MODEL_TYPES,
+    first_of,
+    is_pipeline_folder,
+    pipeline_class_name,
+    resolve_model,
+)
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.tensor_parallel import shared_out
 
@@ -93,6 +99,7 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         self._check_processor(processor)
         self.transformer = self.host_of(model, "model")
         self.vq_model = self._image_tokenizer(model, processor)
+        self._check_vocabulary(self.transformer.signature(), self.vq_model)
         self._drafter = None if draft_model is None else self.host_of(draft_model, "draft_model")
         if self._drafter is not None:
             check_substitute(self._drafter, self.transformer, "drafter")
@@ -193,10 +200,7 @@ class TransformersPipeline(CausalPipeline, abstract=True):
 
     def _tokenized(self, prompts: list[str | int], size: tuple[int, int] | None) -> Condition:
         """Token ids [B, T] of prompts, padded on the left."""
-        wrong = next((p for p in prompts if not isinstance(p, str)), None)
-        if wrong is not None:
-            raise InputError(f"this model takes descriptions, not labels; got {wrong!r}.")
-        rows = [self._prompt_ids(self._checked_prompt(str(prompt)), size) for prompt in prompts]
+        rows = [self._prompt_ids(self._checked_prompt(p), size) for p in self._descriptions(prompts)]
         return left_padded(rows, self._pad_token(), self.transformer.device)
 
     def _checked_prompt(self, prompt: str) -> str:
@@ -313,10 +317,8 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         if "processor" not in parts:
             parts["processor"] = cls._load_processor(folder)
         if "model" not in parts:
-            dtype = chosen.dtype_of("model")
-            number_type = {} if dtype is None else {"dtype": dtype}
             placed = placement if chosen.device is None else {"device_map": chosen.device}
-            parts["model"] = cls._load_model(folder, **number_type, **chosen.reading, **placed, **own)
+            parts["model"] = cls._load_model(folder, chosen, **chosen.reading, **placed, **own)
         pipe = cls(**{**cls._further_parts(folder, parts["model"], chosen), **parts})
         if chosen.device is not None:
             pipe.to(chosen.device)
@@ -348,12 +350,8 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         for_pipelines = {"device_map", "quantization_config"} & chosen.reading.keys()
         # diffusers would not see that weights are missing; but it knows how to place or quantise whole components
         if "model" not in options and (model_options or not for_pipelines):
-            dtype = chosen.dtype_of("model")
-            number_type = {} if dtype is None else {"dtype": dtype}
             reading = {name: value for name, value in chosen.reading.items() if name not in for_pipelines}
-            options["model"] = cls._load_model(
-                folder / "model", **number_type, **{**reading, **model_options}
-            )
+            options["model"] = cls._load_model(folder / "model", chosen, **{**reading, **model_options})
         return super().from_pretrained(folder, **options)
 
     @classmethod
@@ -362,8 +360,11 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         return {}
 
     @classmethod
-    def _load_model(cls, folder: Path, **options: Any) -> Any:
-        """The model as transformers reads it."""
+    def _load_model(cls, folder: Path, chosen: LoadOptions, **options: Any) -> Any:
+        """The model as transformers reads it, in its chosen number type."""
+        dtype = chosen.dtype_of("model")
+        if dtype is not None:
+            options["dtype"] = dtype
         options = shared_out(folder, options, cls.split_rules)
         load = getattr(transformers, cls.model_class).from_pretrained
         try:
@@ -375,9 +376,7 @@ class TransformersPipeline(CausalPipeline, abstract=True):
         missing = sorted(facts["missing_keys"])
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {missing[0]}"
-                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-                + ", which would be drawn at random; fetch the model again."
+                f"{folder} lacks {first_of(missing)}, which would be drawn at random; fetch the model again."
             )
         return model.eval()
 
