@@ -20,15 +20,15 @@ from varaccel.nn.signature import Signature
 from varaccel.pipelines.base import Run
 from varaccel.pipelines.causal import CausalSettings
 from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
-from varaccel.pipelines.image_sizes import ratio_size, whole_tokens
+from varaccel.pipelines.image_sizes import whole_tokens
+from varaccel.pipelines.sized_host import SizedTransformersPipeline
 from varaccel.pipelines.tensor_parallel import LLAMA_RULES
-from varaccel.pipelines.transformers_host import TransformersPipeline
 from varaccel.tokenizers.emu3_vq import Emu3ImageTokenizer
 
 logger = logging.getLogger(__name__)
 
 
-class Emu3Pipeline(TransformersPipeline):
+class Emu3Pipeline(SizedTransformersPipeline):
     """`Emu3ForConditionalGeneration`, such as `BAAI/Emu3-Gen-hf`; see `TransformersPipeline`.
 
     The prompt says the size of the image, and every row of tokens ends with an end of line, which is given.
@@ -104,25 +104,7 @@ class Emu3Pipeline(TransformersPipeline):
 
     # -- sizes and prompts -----------------------------------------------------------------------------
 
-    @property
-    def image_size(self) -> int:
-        """Side of the images in pixels unless a call says otherwise.
-
-        Raises:
-            InputError: images that are not square.
-        """
-        if self.config.height != self.config.width:
-            raise InputError(
-                f"the images of this pipeline are no squares: {self.config.height} × {self.config.width}."
-            )
-        return int(self.config.height)
-
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        size = whole_tokens(
-            self.config.height if height is None else height,
-            self.config.width if width is None else width,
-            self.vq_model.downsample_factor,
-        )
+    def _check_size(self, size: tuple[int, int]) -> None:
         rows, columns = self._tokens(size)
         tokens, trained = rows * (columns + 1), self.transformer.decoder.config.max_position_embeddings
         if tokens > trained:
@@ -132,12 +114,6 @@ class Emu3Pipeline(TransformersPipeline):
                 tokens,
                 trained,
             )
-        return size
-
-    def _ratio_size(self, ratio: str) -> tuple[int, int]:
-        # as the model's processor does it: about as many pixels, each side rounded to whole tokens
-        pixels = self.config.height * self.config.width
-        return self._size(*ratio_size(ratio, pixels, self.vq_model.downsample_factor))
 
     def _tokens(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Rows and columns of tokens of an image of (height, width) pixels."""

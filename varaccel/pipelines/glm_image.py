@@ -31,11 +31,11 @@ from varaccel.nn.grid import Grid
 from varaccel.pipelines.base import Run
 from varaccel.pipelines.causal import CausalSettings
 from varaccel.pipelines.generate_call import GenerateArguments, ImageCall
-from varaccel.pipelines.image_sizes import ratio_size, whole_tokens
+from varaccel.pipelines.image_sizes import whole_tokens
 from varaccel.pipelines.load_options import LoadOptions
 from varaccel.pipelines.output import ImageOutput
+from varaccel.pipelines.sized_host import SizedTransformersPipeline
 from varaccel.pipelines.step_callback import StepCallback
-from varaccel.pipelines.transformers_host import TransformersPipeline
 from varaccel.tokenizers.glm_image_vq import GlmImageVocabulary
 
 DECODER = ("text_encoder", "tokenizer", "dit", "vae", "scheduler")
@@ -59,7 +59,7 @@ class GlmImageSettings(CausalSettings):
     decoder_guidance_scale: float = 1.5
 
 
-class GlmImagePipeline(TransformersPipeline):
+class GlmImagePipeline(SizedTransformersPipeline):
     """`GlmImageForConditionalGeneration` and the diffusion decoder of the repository `zai-org/GLM-Image`.
 
     The model draws a preview grid of about 256 tokens, then the image, 32 × 32 pixels per token. diffusers'
@@ -152,19 +152,6 @@ class GlmImagePipeline(TransformersPipeline):
     @classmethod
     def _image_tokenizer(cls, model: Any, processor: Any) -> GlmImageVocabulary:
         return GlmImageVocabulary(model.model.vqmodel)
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images in pixels unless a call says otherwise.
-
-        Raises:
-            InputError: images that are not square.
-        """
-        if self.config.height != self.config.width:
-            raise InputError(
-                f"the images of this pipeline are no squares: {self.config.height} × {self.config.width}."
-            )
-        return int(self.config.height)
 
     # -- the call --------------------------------------------------------------------------------------
 
@@ -261,18 +248,8 @@ class GlmImagePipeline(TransformersPipeline):
 
     # -- prompts and grids -----------------------------------------------------------------------------
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        size = whole_tokens(
-            self.config.height if height is None else height,
-            self.config.width if width is None else width,
-            self.vq_model.downsample_factor,
-        )
+    def _check_size(self, size: tuple[int, int]) -> None:
         self._grids_of(size)
-        return size
-
-    def _ratio_size(self, ratio: str) -> tuple[int, int]:
-        pixels = self.config.height * self.config.width
-        return self._size(*ratio_size(ratio, pixels, self.vq_model.downsample_factor))
 
     def _grids_of(self, size: tuple[int, int]) -> tuple[Grid, ...]:
         """Grids of an image of (height, width) pixels in the order in which they are drawn: preview, then image.
