@@ -4,24 +4,24 @@
     python eval/janus_loop.py --model runs/janus/small-janus --batch 4
 
 All draw the same prompts with the same guidance and filter; the methods take turns, and every ratio is one of medians
-from the same rounds. `generate()` decides one token per pass. Greedy token ids of it and of lossless methods are
-compared as well: they must be equal.
+from the same rounds. `generate()` decides one token per pass, and so does the published loop, which draws images of the
+first prompt and has no filter. Greedy token ids of `generate()` and of lossless methods are compared as well: they must
+be equal.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from varaccel.console import tolerant_console
-from varaccel.nn.devices import wait_for
+from varaccel.evaluation.speed.loop_script import DTYPES, loop_parser, run_script, seconds_of, write_result
 
 OWN = "generate()"
+PUBLISHED = "published loop"
 ACCELERATORS = [
     "plain",
     "jacobi:window=8",
@@ -35,17 +35,12 @@ ACCELERATORS = [
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = loop_parser(__doc__, batch=4)
     parser.add_argument("--model", required=True, help="a Janus: a folder or a repository of the hub")
     parser.add_argument("-a", "--accelerator", action="append", help="name:key=value,...; repeatable")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--top-k", type=int, default=100)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument(
         "--images", type=Path, help="also write the first image of every method here, side by side"
     )
@@ -54,22 +49,13 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help="image tokenizer to decode --images with; the model's own if left out",
     )
-    parser.add_argument("--out", type=Path, help="also write the figures as JSON here")
     return parser.parse_args()
 
 
 def main() -> int:
     tolerant_console()
     options = parse_arguments()
-
-    from varaccel.errors import VaraccelError
-
-    try:
-        measure(options)
-    except VaraccelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_script(lambda: measure(options), options)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -84,16 +70,13 @@ def measure(options: argparse.Namespace) -> None:
 
     from varaccel import JanusPipeline
     from varaccel.accelerators.notation import parse_grid
-    from varaccel.errors import InputError
     from varaccel.evaluation.metrics.adherence import held_out_prompts
+    from varaccel.evaluation.published.janus import published_loop
     from varaccel.evaluation.speed.machine import describe_machine
-    from varaccel.files import check_writable, write_text
+    from varaccel.files import check_writable
     from varaccel.pipelines.placement import quiet_loading
 
-    if options.batch < 1 or options.repeats < 1:
-        raise InputError("--batch and --repeats must be at least 1.")
-    for path in (options.out, options.images):
-        check_writable(path)
+    check_writable(options.images)
     names = options.accelerator or ACCELERATORS
     accelerators = {name: accelerator for name in names for accelerator in parse_grid([name])}
     with quiet_loading():
@@ -105,14 +88,20 @@ def measure(options: argparse.Namespace) -> None:
         text=[pipe._templated(p) for p in prompts], generation_mode="image", padding=True, return_tensors="pt"
     ).to(options.device)
 
-    def own(greedy: bool = False) -> tuple[Any, float]:
+    first = torch.tensor([pipe._prompt_ids(prompts[0], None)] * options.batch, device=options.device)
+
+    def own(greedy: bool = False) -> Any:
         sampling = {"do_sample": False} if greedy else {"do_sample": True, "top_k": options.top_k}
-        start = time.perf_counter()
-        tokens = pipe.model.generate(
+        return pipe.model.generate(
             **inputs, generation_mode="image", guidance_scale=options.guidance_scale, **sampling
         )
-        wait_for(options.device)
-        return tokens, time.perf_counter() - start
+
+    def published(greedy: bool = False) -> Any:
+        return published_loop(
+            pipe.model, first, cfg=options.guidance_scale, temperature=0.0 if greedy else 1.0
+        )
+
+    theirs = {OWN: own, PUBLISHED: published}
 
     def ours(accelerator: Any, seed: int, greedy: bool = False) -> Any:
         return pipe(
@@ -125,14 +114,16 @@ def measure(options: argparse.Namespace) -> None:
             seed=seed,
         )
 
-    rows: dict[str, dict[str, Any]] = {name: {"seconds": [], "passes": []} for name in (OWN, *accelerators)}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"seconds": [], "passes": []} for name in (*theirs, *accelerators)
+    }
     drawn: dict[str, Any] = {}
     torch.manual_seed(0)
     for repeat in tqdm(range(options.repeats + 1), desc="measuring", disable=None):
         for name in rows:
-            if name == OWN:
-                tokens, seconds = own()
-                passes, drawn[name] = tokens.shape[1], tokens
+            if name in theirs:
+                seconds = seconds_of(lambda name=name: drawn.update({name: theirs[name]()}), options.device)
+                passes = drawn[name].shape[1]
             else:
                 out = ours(accelerators[name], seed=1000 * repeat)
                 passes, seconds, drawn[name] = out.stats.passes, out.stats.seconds["tokens"], out.images
@@ -140,7 +131,8 @@ def measure(options: argparse.Namespace) -> None:
             if repeat:  # the first round warms up
                 rows[name]["seconds"].append(seconds)
                 rows[name]["passes"].append(passes)
-    expected = own(greedy=True)[0]
+    expected = own(greedy=True)
+    rows[PUBLISHED]["equal_greedy"] = (published(greedy=True)[0] == expected[0]).float().mean().item()
     for name, accelerator in accelerators.items():
         same = ours(accelerator, 0, greedy=True).images.flatten(1) == expected
         rows[name]["equal_greedy"] = same.float().mean().item()
@@ -162,8 +154,7 @@ def measure(options: argparse.Namespace) -> None:
 
             vq_model = VQModel.from_pretrained(options.vq_model).eval().to(options.device)
         write_images(drawn, vq_model, options.images)
-    if options.out:
-        write_text(json.dumps(result, indent=2) + "\n", options.out)
+    write_result(result, options)
 
 
 def table(rows: dict[str, Any], tokens: int, result: dict[str, Any]) -> Any:

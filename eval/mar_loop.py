@@ -12,30 +12,24 @@ projected once; on a GPU one CUDA graph for all steps; with --compile one compil
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from varaccel.console import tolerant_console
+from varaccel.evaluation.speed.loop_script import in_turns, loop_parser, run_script
 from varaccel.nn.devices import is_gpu
 
 
 def parse_arguments() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = loop_parser(__doc__, repeats=3)
     parser.add_argument("--model", default="mini-mar", help="pipeline with weights")
     parser.add_argument("--size", help="a published size with random weights instead: base, large or huge")
-    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=64)
     parser.add_argument("--head-steps", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="also measure ours compiled")
-    parser.add_argument("--out", type=Path, help="also write the figures as JSON here")
     return parser.parse_args()
 
 
@@ -46,6 +40,7 @@ def new_runs(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     from varaccel import AutoPipeline, MARTransformer
     from varaccel.engine.randomness import image_generators
     from varaccel.evaluation.published.mar import our_shares, published_loop
+    from varaccel.evaluation.sampling.example_prompts import examples
     from varaccel.hosts.masked.cuda_graph import GraphedLoop
     from varaccel.hosts.masked.denoising import HeadSampling, denoising_step
     from varaccel.hosts.masked.guidance import MaskedGuidance
@@ -61,7 +56,7 @@ def new_runs(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
         pipe: Any = AutoPipeline.from_pretrained(options.model).to(device)
         model = pipe.transformer
         with torch.inference_mode():
-            given = pipe._condition(["a red sphere"] * options.batch)
+            given = pipe._condition(examples(pipe, ["a red sphere"] * options.batch))
         condition, mask = given.values, given.mask
     noise = TokenNoise.draw(image_generators(options.batch, 0), model.num_tokens, model.channels, device)
     common: dict[str, Any] = {
@@ -90,29 +85,13 @@ def new_runs(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     return runs
 
 
-def main() -> int:
-    tolerant_console()
-    options = parse_arguments()
-
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures: seconds of every loop by network, and ratios to the published one."""
     import torch
-    from tqdm import tqdm
 
-    from varaccel.errors import VaraccelError
     from varaccel.evaluation.speed.machine import describe_machine
-    from varaccel.files import check_writable, write_text
 
-    try:
-        check_writable(options.out)
-        runs = new_runs(options)
-        taken: dict[str, list[Any]] = {name: [] for name in runs}
-        for repeat in tqdm(range(options.repeats + 1), desc="measuring", disable=None):
-            for name, run in runs.items():
-                shares = run()
-                if repeat:  # the first round warms up
-                    taken[name].append(shares)
-    except VaraccelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    taken = in_turns(new_runs(options), options.repeats)
     rows = {}
     for name, several in taken.items():
         total = statistics.median(s.total for s in several)
@@ -123,16 +102,18 @@ def main() -> int:
             "head_share": statistics.median(s.head_share for s in several),
             "ratio": statistics.median(s.total for s in taken["published loop"]) / total,
         }
-    result = {
+    return {
         "model": options.size or options.model,
         **{name: getattr(options, name) for name in ("batch", "iterations", "head_steps", "repeats")},
         "machine": describe_machine(torch.device(options.device)),
         "rows": rows,
     }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        write_text(json.dumps(result, indent=2) + "\n", options.out)
-    return 0
+
+
+def main() -> int:
+    tolerant_console()
+    options = parse_arguments()
+    return run_script(lambda: measure(options), options)
 
 
 if __name__ == "__main__":

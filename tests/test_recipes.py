@@ -26,7 +26,7 @@ from PIL import Image
 
 from tests.docs.test_doc_code import check_parser
 from tests.scripts import ROOT, load_script
-from tests.tiny import eagle_head
+from tests.tiny import eagle_head, new_pipeline
 from varaccel import AutoPipeline, LlamaGenPipeline
 from varaccel.errors import InputError
 from varaccel.shipped import weights_folder
@@ -255,7 +255,8 @@ def test_training_a_small_janus_and_measuring_it(
     )
     assert janus_loop.main() == 0
     methods = json.loads(figures.read_text())["methods"]
-    assert methods["generate()"]["passes"] == [256]
+    assert methods["generate()"]["passes"] == methods["published loop"]["passes"] == [256]
+    assert methods["published loop"]["equal_greedy"] == 1
     assert methods["plain"]["equal_greedy"] == methods["jacobi:window=8"]["equal_greedy"] == 1
     assert methods["jacobi:window=8"]["passes"][0] < 256
     assert (here / "janus.png").is_file()
@@ -303,3 +304,39 @@ def test_the_manifest_of_a_copy(here: Path, capsys: pytest.CaptureFixture[str]) 
     changed = {name for name in before["models"] if before["models"][name] != after["models"][name]}
     assert changed == {"mini-var"}
     assert after["measures"] == before["measures"]
+
+
+LOOPS = {
+    "llamagen_loop": ("c2i", ("--tokens", "5", "--top-k", "0")),
+    "var_loop": ("var-class", ("--top-p", "0")),
+    "mar_loop": ("mar-class", ("--iterations", "3", "--head-steps", "2")),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_our_loops_against_published_ones(
+    name: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, wanted = LOOPS[name]
+    new_pipeline(model).save_pretrained(here / "model")
+    arguments = ["--model", str(here / "model"), "--batch", "2", "--out", str(here / "figures.json"), *wanted]
+
+    def run(repeats: str) -> int:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, "--repeats", repeats])
+        return load_script(f"eval/{name}.py").main()
+
+    assert run("0") == 2
+    assert "--repeats must be at least 1" in capsys.readouterr().err
+    assert not (here / "figures.json").exists()
+    assert run("2") == 0
+    figures = json.loads((here / "figures.json").read_text())
+    assert figures == json.loads(capsys.readouterr().out)
+    if name == "mar_loop":
+        assert figures["rows"]["published loop"]["ratio"] == 1
+        assert figures["rows"]["ours"]["ratio"] > 0
+    else:
+        assert figures["ratio"] > 0
+        assert {loop: len(seconds) for loop, seconds in figures["seconds"].items()} == {
+            "ours": 2,
+            "published loop": 2,
+        }

@@ -35,6 +35,13 @@ ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a mask of any shape."""
 
 
+def cache_argument(decoder: nn.Module) -> str:
+    """The argument by which a decoder takes keys and values: renamed in transformers 5.24."""
+    # the old name works until 5.40
+    takes = inspect.signature(type(decoder).forward).parameters
+    return "cache" if "cache" in takes else "past_key_values"
+
+
 class TransformersHost(PrefixConditioned):
     """A view of a transformers model as a `CausalNetwork`; it owns no weights and changes nothing.
 
@@ -59,9 +66,7 @@ class TransformersHost(PrefixConditioned):
                 f"attention implementation {implementation!r} takes no masks of draft tokens; load the model with "
                 "attn_implementation='sdpa', or 'eager'."
             )
-        # renamed in transformers 5.24; the old name works until 5.40
-        takes = inspect.signature(type(self.decoder).forward).parameters
-        self._cache_argument = "cache" if "cache" in takes else "past_key_values"
+        self._cache_argument = cache_argument(self.decoder)
         self._views: dict[tuple[int, ...], nn.Module] = {}
         self._state: list[tuple[int, bool]] = []
 
