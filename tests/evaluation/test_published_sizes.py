@@ -21,6 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return load_script("eval/published_sizes.py").main()
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_runs_from_end_to_end_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
