@@ -630,6 +630,7 @@ def test_bench_of_a_masked_model(varaccel: Shell, mar: Path) -> None:
 def test_bench_of_compiled_networks(varaccel: Shell, mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(MARPipeline, "compile", lambda pipe: compiled.append(pipe.transformer.dtype))
+    monkeypatch.setattr(MARPipeline, "is_compiled", property(lambda pipe: bool(compiled)))
     run = varaccel(
         *("bench", "--model", mar, "--images", 0, "--repeats", 1, "--compile", "--dtype", "bfloat16"),
         *("--num-iterations", 2, "-a", "fewer_steps:iterations=1", "--out", "bench.json"),

@@ -28,7 +28,6 @@ from varaccel.evaluation.speed.roofline import (
     WorkCounter,
     count_work,
     floor_of,
-    is_compiled,
     mean_work,
     measure_bandwidth,
 )
@@ -280,9 +279,9 @@ def test_compiled_pipelines_are_refused(family: str, monkeypatch: pytest.MonkeyP
         torch, "compile", lambda function, **_: function
     )  # the real one takes seconds to import
     pipe = new_pipeline(family)
-    assert not is_compiled(pipe)
+    assert not pipe.is_compiled
     pipe.compile()
-    assert is_compiled(pipe)
+    assert pipe.is_compiled
     with pytest.raises(InputError, match=r"before compile\(\)"):
         count_work(pipe, [0])
     with pytest.raises(InputError, match="compiled already"):
@@ -363,13 +362,16 @@ def test_a_sweep_is_shown(report: SweepReport) -> None:
 def test_eager_and_compiled_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a compiler: what `compile` sets is switched on and off, and nothing of it stays."""
     pipe = new_pipeline("c2i")
-    own, used = pipe.transformer.transform, []
+    used = []
 
-    def transform(*arguments: Any) -> torch.Tensor:
-        used.append("compiled")
-        return own(*arguments)
+    def compiled(function: Any, **_: Any) -> Any:
+        def transform(*arguments: Any) -> torch.Tensor:
+            used.append("compiled")
+            return function(*arguments)
 
-    monkeypatch.setattr(pipe, "compile", lambda: setattr(pipe, "_compiled", transform), raising=False)
+        return transform
+
+    monkeypatch.setattr(torch, "compile", compiled)
     saved: list[SweepReport] = []
     report = sweep(
         pipe,
@@ -382,7 +384,7 @@ def test_eager_and_compiled_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         progress=False,
         on_entries=saved.append,
     )
-    assert not is_compiled(pipe)
+    assert not pipe.is_compiled
     assert [(e.batch, e.compiled) for e in report.entries] == [
         *([(1, False)] * 2 + [(1, True)] * 2 + [(2, False)] * 2 + [(2, True)] * 2)
     ]

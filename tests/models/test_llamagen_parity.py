@@ -12,6 +12,7 @@ from varaccel.accelerators.plain import Plain
 from varaccel.accelerators.zipar import ZipAR
 from varaccel.engine.accelerator import plan_call
 from varaccel.engine.canvas import Canvas
+from varaccel.engine.job import eager
 from varaccel.engine.randomness import Randomness, image_generators
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.job import CausalJob
@@ -45,7 +46,7 @@ def greedy(
         guidance=guidance,
         sampling=Sampling(temperature=0),
         randomness=Randomness.draw(image_generators(canvas.batch, seed=0), canvas.num_positions),
-        transform=model.transform if static_shapes else None,
+        transforms=(lambda network: network.transform) if static_shapes else eager,
     )
     passes = plan_call(accelerator, job).run()
     assert canvas.is_full

@@ -189,7 +189,6 @@ def test_stopping_early(host: str, accelerator: Any) -> None:
 def test_compiled_networks_draw_the_same(host: str) -> None:
     pipe = new_pipeline(host)
     pipe.compile(backend="eager")
-    assert pipe._transforms.keys() == {id(pipe.transformer), id(pipe.draft_transformer)}
     for accelerator in (None, "cspd", "feature_cache"):
         ours = pipe(PROMPTS[host], seed=3, accelerator=accelerator, output_type="latent").images
         assert_same(ours, latents(host, accelerator=accelerator), atol=1e-5)

@@ -91,7 +91,7 @@ def bench(
         batches=batch or [1],
         repeats=repeats,
         seed=seed,
-        compiled=compiled,
+        compiled=pipe.is_compiled,
         drawn_together=drawn_together,
         finished=finished,
         on_rows=None if out is None else lambda rows: write_report(rows, out),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import OnStep
@@ -18,6 +19,14 @@ from varaccel.engine.session import OpenSession
 def network_of(given: object) -> object:
     """The transformer of a pipeline; anything else as it is, a network with a part of that name included."""
     return given if isinstance(given, nn.Module) else getattr(given, "transformer", given)
+
+
+Transforms = Callable[[Any], Callable[..., Tensor] | None]
+"""The compiled version of a network's pass, None for a network that is not compiled."""
+
+
+def eager(network: Any) -> None:
+    """The `Transforms` of a call in which nothing is compiled."""
 
 
 LoadNetwork = Callable[[str, torch.device, torch.dtype], object]
@@ -35,6 +44,7 @@ class Job(ABC):
         on_step: observer of every pass.
         drafters: the further networks that came with the model, by name.
         load_network: for networks that are given by name; None if the call cannot load any.
+        transforms: compiled versions of the passes of its networks.
         sessions: all that were opened, the host model's first unless the accelerator has another idea.
     """
 
@@ -44,6 +54,7 @@ class Job(ABC):
     on_step: OnStep | None = None
     drafters: Mapping[str, nn.Module] = field(default_factory=dict)
     load_network: LoadNetwork | None = None
+    transforms: Transforms = eager
     sessions: list[OpenSession] = field(default_factory=list)
 
     @property

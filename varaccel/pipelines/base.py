@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -31,6 +31,7 @@ from varaccel.nn.eval_mode import eval_mode
 from varaccel.nn.number_check import check_finite
 from varaccel.nn.signature import Paradigm, Signature
 from varaccel.pipelines.class_names import find_class
+from varaccel.pipelines.compiled import Compilation, CompiledPass
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.memory import check_images, memory_errors
 from varaccel.pipelines.offloading import bring
@@ -117,14 +118,18 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
     Class attributes:
         family: what people call the kind of model.
         job_type: the kind of job that the pipeline makes; accelerators say which kinds they can do.
+        compiled_pass: what `compile` compiles of its networks.
     """
 
     family: ClassVar[str] = "unnamed"
     job_type: ClassVar[type[Job]]
+    compiled_pass: ClassVar[CompiledPass | None] = None
 
     transformer: Any
     text_encoder: Any
     tokenizer: Any
+    _compilation: Compilation | None = None
+    _kept: Compilation | None = None  # what was compiled before `uncompile`
 
     @property
     def interrupt(self) -> bool:
@@ -153,6 +158,50 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
     def drafters(self) -> dict[str, nn.Module]:
         """The further networks that came with the model, by the names that accelerators know them by."""
         return {}
+
+    # -- compilation -----------------------------------------------------------------------------------
+
+    def compile(
+        self, mode: str | None = None, *, backend: str | Callable[..., Any] = "inductor", **options: Any
+    ) -> None:
+        """Compile the networks: the first calls after it take minutes, later ones less than before.
+
+        Compiled are the passes of the model and of whatever drafts or refines for it, and the step of a diffusion
+        head. Numbers of rows, draft tokens and cache slots that come up later need no new version. What torch.compile
+        makes is kept on disk, so another process starts faster. Where there is no compiler, a warning says so and the
+        pipeline stays as it is.
+
+        Args:
+            mode: of `torch.compile`. If None, "reduce-overhead" on a GPU, which records CUDA graphs (for LlamaGen, VAR
+                and models of transformers; MAR records the loop of its head in any case), and "default" elsewhere.
+            backend, options: further arguments of `torch.compile`.
+
+        Raises:
+            InputError: a mode that there is not, or one together with options of the compiler; a family that does not
+                say in `compiled_pass` what to compile.
+        """
+        if self.compiled_pass is None:
+            raise InputError(f"{type(self).__name__} names nothing to compile; set its compiled_pass.")
+        compilation = Compilation(mode, backend, **options)
+        if self._kept is not None and self._kept.settings == compilation.settings:
+            compilation = self._kept
+        self._kept = compilation
+        self._compilation = compilation if compilation.usable(self.transformer.device) else None
+
+    def uncompile(self) -> None:
+        """Run the networks as they were before `compile`. What was compiled is kept for the same `compile` again."""
+        self._compilation = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether calls run compiled networks."""
+        return self._compilation is not None
+
+    def _transforms(self, network: Any) -> Callable[..., Tensor] | None:
+        """The compiled pass of a network of a call, None for the eager one."""
+        if self._compilation is None or self.compiled_pass is None:
+            return None
+        return self._compilation.of(network, self.compiled_pass)
 
     # -- what a family brings --------------------------------------------------------------------------
 

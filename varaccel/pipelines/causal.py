@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,16 +23,16 @@ from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.nn.condition import Condition
-from varaccel.nn.devices import is_gpu
 from varaccel.nn.grid import Grid, line_ends
 from varaccel.nn.signature import Signature
 from varaccel.pipelines.base import NO_PROMPT, Call, Run
-from varaccel.pipelines.compiled import Compiled
+from varaccel.pipelines.compiled_passes import CAUSAL_PASS
 from varaccel.pipelines.inpainting import Source, kept_cells
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.painting import PaintingPipeline
 from varaccel.pipelines.published import load_network
 from varaccel.pipelines.step_callback import StepCallback
+from varaccel.speculation.network_drafter import LayerSubset
 from varaccel.tokenizers.neighbours import neighbour_table
 
 
@@ -74,6 +75,7 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
     """
 
     job_type: ClassVar[type[Job]] = CausalJob
+    compiled_pass = CAUSAL_PASS
     model_cpu_offload_seq = "text_encoder->transformer->vq_model"
     _optional_components = ["text_encoder", "tokenizer", "eagle_head", "draft_transformer"]  # noqa: RUF012
 
@@ -125,7 +127,6 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
     def _begin(self) -> None:
         """What a pipeline keeps from call to call; for constructors of one's own."""
         self._tables: dict[bool, Tensor] = {}
-        self._compiled: Callable[..., Tensor] | None = None
 
     @staticmethod
     def _check_vocabulary(signature: Signature, vq_model: Any) -> None:
@@ -171,15 +172,11 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
             self._tables[normalise] = table
         return table
 
-    def compile(self, **options: Any) -> None:
-        """Compile the network for fixed shapes: the first call after it takes a minute, later ones less.
-
-        Args:
-            options: of `torch.compile`; "reduce-overhead" mode (CUDA graphs) by default on a GPU.
-        """
-        if not options and is_gpu(self.transformer.device):
-            options = {"mode": "reduce-overhead"}
-        self._compiled = Compiled(self.transformer.transform, **{"fullgraph": True, **options})
+    def _transforms(self, network: Any) -> Callable[..., Tensor] | None:
+        if not isinstance(network, LayerSubset):
+            return super()._transforms(network)
+        whole = super()._transforms(network.network)
+        return None if whole is None else partial(whole, layers=network.layers)
 
     # -- the call --------------------------------------------------------------------------------------
 
@@ -444,7 +441,7 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
             sampling=run.settings.sampling,
             randomness=Randomness.draw(run.call.generators, run.canvas.num_positions, run.device),
             neighbours=self._neighbours if self._has_neighbours() else None,
-            transform=self._compiled,
+            transforms=self._transforms,
         )
 
     def _latents(self, run: Run[CausalSettings, CausalJob]) -> Tensor:

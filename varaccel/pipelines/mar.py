@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -27,7 +27,7 @@ from varaccel.hosts.masked.schedule import CosineGroups, cosine_borders
 from varaccel.models.mar import MARTransformer
 from varaccel.nn.devices import is_gpu
 from varaccel.pipelines.base import Run, TokenPipeline
-from varaccel.pipelines.compiled import Compiled
+from varaccel.pipelines.compiled_passes import DENOISING_STEP, MASKED_PASS
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.published import load_network
 from varaccel.pipelines.step_callback import StepCallback
@@ -66,6 +66,7 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
 
     family: ClassVar[str] = "mar"
     job_type: ClassVar[type[Job]] = MaskedJob
+    compiled_pass = MASKED_PASS
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["text_encoder", "tokenizer", "draft_transformer"]  # noqa: RUF012
 
@@ -109,8 +110,6 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
             head_steps=head_steps,
             head_sampler=head_sampler,
         )
-        self._transforms: dict[int, Callable[..., Tensor]] = {}  # compiled networks, by identity
-        self._step: Step = denoising_step
         self._graphs = GraphedLoop()
 
     @property
@@ -156,22 +155,13 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
         components = {"transformer": transformer, "vae": image_tokenizer, "draft_transformer": small}
         return cls._of_single_files(components, settings)
 
-    def compile(self, **options: Any) -> None:
-        """Compile the networks and the step of the head; the first call after it takes minutes, later ones less.
-
-        Compiled or not, on a GPU the whole loop of the head is recorded as one CUDA graph.
-
-        Args:
-            options: of `torch.compile`.
-        """
-        networks = filter(None, (self.transformer, self.draft_transformer))
-        # lengths grow from pass to pass, so one version for all of them
-        options = {"dynamic": True, **options}
-        self._transforms = {id(network): Compiled(network.forward, **options) for network in networks}
-        on_gpu = is_gpu(self.transformer.device)
-        # the graph is recorded for few numbers of tokens, so versions of their own pay
-        own: Any = {**options, "dynamic": False} if on_gpu else options
-        self._step = Compiled(denoising_step, **own)
+    @property
+    def _step(self) -> Step:
+        """One step of the head, compiled if the pipeline is."""
+        compiled = None
+        if self._compilation is not None:
+            compiled = self._compilation.function(self.transformer.device, DENOISING_STEP)
+        return denoising_step if compiled is None else compiled
 
     @property
     def _loop(self) -> Loop | None:

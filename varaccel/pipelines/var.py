@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -25,10 +25,8 @@ from varaccel.hosts.next_scale.published_rng import PublishedDraws
 from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
 from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.models.var import VARTransformer
-from varaccel.nn.attention_inputs import AttentionInputs
-from varaccel.nn.devices import is_gpu
 from varaccel.pipelines.base import NO_PROMPT, Run, Work
-from varaccel.pipelines.compiled import Compiled
+from varaccel.pipelines.compiled_passes import SCALE_PASS
 from varaccel.pipelines.inpainting import Source, kept_tokens
 from varaccel.pipelines.output import ImageOutput
 from varaccel.pipelines.painting import PaintingPipeline
@@ -74,6 +72,7 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
 
     family: ClassVar[str] = "var"
     job_type: ClassVar[type[Job]] = ScaleJob
+    compiled_pass = SCALE_PASS
     model_cpu_offload_seq = "text_encoder->transformer->vq_model"
     _optional_components = ["text_encoder", "tokenizer", "refiner"]  # noqa: RUF012
 
@@ -113,7 +112,6 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
             top_p=top_p,
             temperature=temperature,
         )
-        self._compiled: Callable[..., Tensor] | None = None
 
     @property
     def image_size(self) -> int:
@@ -159,17 +157,6 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
         )
         components = {"transformer": transformer, "vq_model": image_tokenizer, "refiner": small}
         return cls._of_single_files(components, settings)
-
-    def compile(self, **options: Any) -> None:
-        """Compile the network, once for every scale: the first call after it takes minutes, later ones less.
-
-        Args:
-            options: of `torch.compile`; "reduce-overhead" mode (CUDA graphs) by default on a GPU.
-        """
-        if not options and is_gpu(self.transformer.device):
-            options = {"mode": "reduce-overhead"}
-        options = {"fullgraph": True, "dynamic": False, **options}
-        self._compiled = Compiled(self.transformer.transform, rows=_rows, **options)
 
     # -- the calls -------------------------------------------------------------------------------------
 
@@ -346,7 +333,7 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
             randomness=randomness,
             schedule=Scales(self.transformer.schedule),
             cache_dtype=settings.cache_dtype,
-            transform=self._compiled,
+            transforms=self._transforms,
         )
 
     def _as_it_stands(self, run: Run[VARSettings, ScaleJob]) -> Run[VARSettings, ScaleJob]:
@@ -368,18 +355,6 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
     def _finished_scales(self, canvas: Canvas) -> int:
         ends = torch.tensor(self.transformer.schedule.borders[1:], device=canvas.written.device) - 1
         return int((canvas.written[0, ends] > 0).sum())
-
-
-def _rows(
-    x: Tensor, modulation: Sequence[Tensor], attention: AttentionInputs, tail: int | None = None
-) -> Iterator[tuple[Tensor, int]]:
-    """The arguments of `VARTransformer.transform` that have a row per image, and the axis of the rows."""
-    yield x, 0
-    for block in modulation:
-        yield block, 1
-    if attention.cache is not None:
-        yield attention.cache.keys, 1
-        yield attention.cache.values, 1
 
 
 def check_tokenizer(network: VARTransformer, vq_model: MultiScaleVQModel) -> None:

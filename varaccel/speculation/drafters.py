@@ -148,7 +148,7 @@ def open_proposer(
     session = job.open_session(draft_slots=most * (nodes - 1))
     reader: BranchReader
     if isinstance(drafter, EagleHead):
-        reader = EagleReader(drafter, session, job.canvas, entries, most)
+        reader = EagleReader(drafter, session, job.canvas, entries, most, transform=job.transforms(drafter))
         session.number_checks.append(reader.number_check)
     else:
         own = job.open_session(network=drafter, draft_slots=most * entries)

@@ -12,7 +12,7 @@ from varaccel.engine.distribution import Categorical
 from varaccel.errors import InputError
 from varaccel.hosts.causal.cache_slots import CacheSlots, lane_draft_slots, spread
 from varaccel.hosts.causal.lanes import Fronts
-from varaccel.hosts.causal.session import CausalSession
+from varaccel.hosts.causal.session import CausalSession, Transform
 from varaccel.nn.attention_inputs import prefix_mask
 from varaccel.nn.devices import HOST
 from varaccel.nn.number_check import NumberCheck
@@ -40,13 +40,21 @@ class EagleReader:
         canvas: of the call.
         draft_slots: of every lane.
         lanes: lanes that are open at once at most.
+        transform: replaces `head.transform`, for a compiled version of it.
 
     Raises:
         InputError: a call of another prefix or grid than the head has fixed.
     """
 
     def __init__(
-        self, head: EagleHead, session: CausalSession, canvas: Canvas, draft_slots: int, lanes: int
+        self,
+        head: EagleHead,
+        session: CausalSession,
+        canvas: Canvas,
+        draft_slots: int,
+        lanes: int,
+        *,
+        transform: Transform | None = None,
     ) -> None:
         self.head, self.session, self.canvas, self.draft_slots = head, session, canvas, draft_slots
         if head.config.prefix_length not in (None, session.prefix):
@@ -66,6 +74,7 @@ class EagleReader:
             mask=self._mask,
             branches_differ=self._mask is not None and session.cache_slots.branches_differ,
         )
+        self._transform = transform or head.transform
         self.passes = 0
         self.number_check = NumberCheck.of(head)
         self._fronts: Fronts | None = None
@@ -148,7 +157,7 @@ class EagleReader:
         )
         self.passes += 1
         joined = self.head.fuse(tokens.repeat(rows // tokens.shape[0], 1), features.to(self.head.dtype))
-        predicted = self.head.transform(joined, attention)
+        predicted = self._transform(joined, attention)
         self.number_check.values(predicted, self.passes)
         return predicted.to(features.dtype)  # the target's own head reads them
 

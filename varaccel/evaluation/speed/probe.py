@@ -10,7 +10,7 @@ from varaccel.engine.accelerator import Accelerator
 from varaccel.engine.job import Job
 from varaccel.engine.pass_curve import Pass, PassCurve, measure_passes
 from varaccel.evaluation.speed.peak_memory import PeakMemory
-from varaccel.evaluation.speed.roofline import Work, WorkCounter, is_compiled
+from varaccel.evaluation.speed.roofline import Work, WorkCounter
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.passes import causal_passes
 from varaccel.hosts.masked.job import MaskedJob
@@ -89,7 +89,7 @@ def pass_times(
         call: further arguments of the pipeline call.
     """
     found: list[MeasuredPasses] = []
-    device, counted = pipe.transformer.device, not is_compiled(pipe)
+    device, counted = pipe.transformer.device, not pipe.is_compiled
 
     def measure(job: Job) -> None:
         with PeakMemory(device) as memory:

@@ -177,7 +177,7 @@ def count_work(
     Raises:
         InputError: the pipeline is compiled; arguments that cannot be used.
     """
-    if is_compiled(pipe):
+    if pipe.is_compiled:
         raise InputError("a compiled network hides what it does; count on the pipeline before compile().")
     counter = WorkCounter()
     with _without_graphs(pipe), _not_counted(counter, getattr(pipe, "text_encoder", None)), counter:
@@ -216,11 +216,6 @@ def measure_bandwidth(device: torch.device) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / best_seconds(lambda: target.copy_(source), device, _COPIES)
-
-
-def is_compiled(pipe: Any) -> bool:
-    """Whether `pipe.compile()` was called."""
-    return any(vars(pipe).get(name) for name in ("_compiled", "_transforms"))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from varaccel.accelerators.notation import parse_grid
+from varaccel.errors import InputError
 from varaccel.evaluation.published import janus, llamagen, mar, var
 from varaccel.evaluation.speed.call_speed import measure_speed
 from varaccel.evaluation.speed.first_tokens import first_tokens
@@ -130,6 +131,8 @@ def _curve(piece: Piece, pipe: Any) -> Rows:
 
 def _compiled(piece: Piece, pipe: Any) -> Rows:
     pipe.compile(**piece.compile)
+    if not pipe.is_compiled:
+        raise InputError("there is no compiler here, so nothing was measured.")
     return _curve(piece, pipe)
 
 

@@ -15,7 +15,7 @@ from varaccel.accelerators import AnyAccelerator
 from varaccel.errors import InputError
 from varaccel.evaluation.speed.call_speed import beside_plain, measure_speed, naming
 from varaccel.evaluation.speed.machine import describe_machine
-from varaccel.evaluation.speed.roofline import Floor, Work, count_work, floor_of, is_compiled, mean_work
+from varaccel.evaluation.speed.roofline import Floor, Work, count_work, floor_of, mean_work
 from varaccel.evaluation.speed.sweep_report import CompileGain, Entry, SweepReport
 from varaccel.nn.devices import is_gpu
 
@@ -70,7 +70,7 @@ def sweep(
         raise InputError(f"repeats must be at least 1, got {repeats}.")
     if not compiled:
         raise InputError("compiled must name at least one of False and True.")
-    if is_compiled(pipe):
+    if pipe.is_compiled:
         raise InputError("the pipeline is compiled already; pass it as it was loaded.")
     started = SweepReport(
         model=model,
@@ -114,7 +114,6 @@ class _Sweep:
         self.device = pipe.transformer.device
         on_gpu = is_gpu(self.device)
         self.warmups = {mode: _GRAPH_WARMUPS if mode and on_gpu else 1 for mode in modes}
-        self.switch = _Switch(pipe) if True in modes else None
         self.entries: list[Entry] = []
         self.gains: list[CompileGain] = []
 
@@ -127,7 +126,7 @@ class _Sweep:
         repeats, candidates = self.started.repeats, len(self.candidates)
         counted = sum(candidates * len(self._starts(batch)) for batch in sizes)
         timed = sum(candidates * (repeats + self.warmups[mode]) for mode, _ in product(self.modes, sizes))
-        turns = 0 if self.switch is None else 2 * (repeats + self.warmups[True]) * len(sizes)
+        turns = 2 * (True in self.modes) * (repeats + self.warmups[True]) * len(sizes)
         return counted + timed + turns
 
     def add(self, batch: int, bar: Any) -> None:
@@ -136,7 +135,7 @@ class _Sweep:
         floors = [self._floor(accelerator, batch, bar) for accelerator in self.candidates]
         for mode in self.modes:
             bar.set_description(f"{'compiled' if mode else 'eager'}, batch {batch}")
-            with _compiled(self.switch if mode else None):
+            with _compiled(self.pipe, mode):
                 measured = measure_speed(
                     self.pipe,
                     self.prompts,
@@ -151,9 +150,9 @@ class _Sweep:
                 )
             timed = zip(measured.measurements, floors, strict=True)
             self.entries += [Entry(batch, mode, one, floor) for one, floor in timed]
-        if self.switch is not None:
+        if True in self.modes:
             bar.set_description(f"eager and compiled, batch {batch}")
-            self.gains.append(self._gain(self.switch, batch, bar))
+            self.gains.append(self._gain(batch, bar))
 
     def _starts(self, batch: int) -> range:
         """Where the batches of prompts begin that the rounds use."""
@@ -169,13 +168,13 @@ class _Sweep:
             bar.update()
         return floor_of(mean_work(works), self.device, self.pipe.transformer.dtype)
 
-    def _gain(self, switch: _Switch, batch: int, bar: Any) -> CompileGain:
+    def _gain(self, batch: int, bar: Any) -> CompileGain:
         """Let eager and compiled plain decoding take turns."""
         seconds: dict[bool, list[float]] = {False: [], True: []}
         prompts = list(self.prompts[:batch])
         for repeat in range(-self.warmups[True], self.started.repeats):
             for on, kept in seconds.items():
-                with _compiled(switch if on else None):
+                with _compiled(self.pipe, on):
                     output = self.pipe(
                         prompts, seed=self.started.seed, output_type="latent", **self.started.call
                     )
@@ -185,37 +184,20 @@ class _Sweep:
         return CompileGain(batch, tuple(seconds[False]), tuple(seconds[True]))
 
 
-class _Switch:
-    """Compiles a pipeline and keeps what that changed, so that it can be switched off and on again.
+@contextmanager
+def _compiled(pipe: Any, on: bool) -> Iterator[None]:
+    """Run a block with the compiled networks; with the eager ones if not `on`. What was compiled is kept.
 
     Raises:
-        InputError: it changed no attribute of the pipeline.
+        InputError: there is no compiler.
     """
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        before = dict(vars(pipe))
-        pipe.compile()
-        self.on = {name: value for name, value in vars(pipe).items() if before.get(name) is not value}
-        if not self.on:
-            raise InputError(
-                "this pipeline's compile() sets nothing that could be switched off; sweep it eagerly."
-            )
-        self.off = {name: before[name] for name in self.on}
-        self.set(False)
-
-    def set(self, on: bool) -> None:
-        vars(self.pipe).update(self.on if on else self.off)
-
-
-@contextmanager
-def _compiled(switch: _Switch | None) -> Iterator[None]:
-    """Run a block with the compiled network; with the eager one without a switch."""
-    if switch is None:
+    if not on:
         yield
         return
-    switch.set(True)
+    pipe.compile()
+    if not pipe.is_compiled:
+        raise InputError("this pipeline cannot be compiled here; sweep it eagerly.")
     try:
         yield
     finally:
-        switch.set(False)
+        pipe.uncompile()

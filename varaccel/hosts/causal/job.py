@@ -18,7 +18,7 @@ from varaccel.hosts.causal.lanes import Lanes
 from varaccel.hosts.causal.network import CausalNetwork
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.hosts.causal.schedule import Raster, StepInputs
-from varaccel.hosts.causal.session import CausalSession, Transform
+from varaccel.hosts.causal.session import CausalSession
 from varaccel.nn.condition import Condition
 from varaccel.nn.grid import Grid
 
@@ -38,7 +38,6 @@ class CausalJob(Job):
         randomness: the draws of each image and position.
         schedule: in which the positions are decided without acceleration.
         neighbours: of the codebook; None where it has no vectors.
-        transform: a compiled version of the host model's `transform`, with static shapes; None if it is not compiled.
     """
 
     network: CausalNetwork
@@ -49,7 +48,6 @@ class CausalJob(Job):
     randomness: Randomness
     schedule: Schedule[StepInputs] = field(default_factory=Raster)
     neighbours: Neighbours | None = None
-    transform: Transform | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -95,9 +93,10 @@ class CausalJob(Job):
         Args:
             draft_slots, visibility: see `CausalSession`.
         """
-        transform = self.transform if network is None else None
+        chosen = self.network if network is None else network
+        transform = self.transforms(chosen)
         session = CausalSession(
-            self.network if network is None else network,
+            chosen,
             self.condition,
             self.grids,
             guidance=self.guidance,

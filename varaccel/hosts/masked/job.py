@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from varaccel.engine.job import Job
 from varaccel.engine.loop import decode
@@ -11,7 +10,7 @@ from varaccel.hosts.masked.denoising import HeadSampling, Loop, Step, denoising_
 from varaccel.hosts.masked.guidance import MaskedGuidance
 from varaccel.hosts.masked.noise import TokenNoise
 from varaccel.hosts.masked.schedule import CosineGroups
-from varaccel.hosts.masked.session import FeatureCacheSession, MaskedSession, Transform
+from varaccel.hosts.masked.session import FeatureCacheSession, MaskedSession
 from varaccel.models.mar import MARTransformer
 from varaccel.nn.condition import Condition
 
@@ -27,7 +26,6 @@ class MaskedJob(Job):
         randomness: orders and noise of the images.
         schedule: the groups of positions that are decided together.
         step, loop: of the diffusion head, see `MaskedSession`.
-        transforms: compiled versions of networks' `forward`, by identity.
     """
 
     network: MARTransformer
@@ -38,7 +36,6 @@ class MaskedJob(Job):
     schedule: CosineGroups
     step: Step = denoising_step
     loop: Loop | None = None
-    transforms: Mapping[int, Transform] = field(default_factory=dict)
 
     def open_session(
         self,
@@ -60,7 +57,7 @@ class MaskedJob(Job):
             batch=self.canvas.batch * contexts,
             guidance=self.guidance,
             sampling=sampling or self.sampling,
-            transform=self.transforms.get(id(chosen)),
+            transform=self.transforms(chosen),
             step=self.step,
             loop=self.loop,
         )

@@ -12,7 +12,7 @@ from varaccel.engine.loop import DrawsTokens, decode
 from varaccel.hosts.next_scale.feature_map import FeatureMap
 from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
 from varaccel.hosts.next_scale.schedule import Scales
-from varaccel.hosts.next_scale.session import ScaleSession, Transform
+from varaccel.hosts.next_scale.session import ScaleSession
 from varaccel.models.var import VARTransformer
 from varaccel.nn.condition import Condition
 
@@ -29,7 +29,6 @@ class ScaleJob(Job):
         randomness: the draws of each image and position, or another stream.
         schedule: scale after scale.
         cache_dtype: number type of stored keys and values, the network's own if None.
-        transform: a compiled version of the host model's `transform`; None if it is not compiled.
     """
 
     network: VARTransformer
@@ -40,7 +39,6 @@ class ScaleJob(Job):
     randomness: DrawsTokens[Categorical]
     schedule: Scales
     cache_dtype: torch.dtype | None = None
-    transform: Transform | None = None
 
     @property
     def num_scales(self) -> int:
@@ -70,15 +68,16 @@ class ScaleJob(Job):
         """
         if sampling is not None:
             sampling.check(self.schedule.scales)
+        chosen = self.network if network is None else network
         session = ScaleSession(
-            self.network if network is None else network,
+            chosen,
             self.features,
             self.condition,
             guidance=guidance or self.guidance,
             sampling=sampling or self.sampling,
             until=until,
             cache_dtype=self.cache_dtype,
-            transform=self.transform if network is None or network is self.network else None,
+            transform=self.transforms(chosen),
         )
         self.sessions.append(session)
         return session
