@@ -11,6 +11,10 @@ from torch import Tensor
 from varaccel.nn.devices import real_type
 
 
+_MANY_TOKENS, _BLOCK = 4096, 128
+"""From so many tokens on a draw looks for a block of them first."""
+
+
 class Distribution(Protocol):
     """A distribution for each of P positions of B images."""
 
@@ -51,14 +55,14 @@ class Categorical:
         """
         if self.greedy:
             return self.logits.argmax(dim=-1)
+        size = self.logits.shape[-1]
+        if size >= _MANY_TOKENS and size % _BLOCK == 0:
+            return _drawn_in_blocks(self.logits, uniforms)
         cumulative = self.logits.to(real_type(self.logits.device)).softmax(dim=-1).cumsum(dim=-1)  # [B, P, V]
-        total = cumulative[..., -1:]
-        target = uniforms.unsqueeze(-1).to(total) * total
-        # strictly below the total: the first entry above the target then has positive probability
-        below = torch.nextafter(total, torch.zeros_like(total))
-        code = torch.searchsorted(cumulative, torch.minimum(target, below), right=True)
+        target = _below_total(uniforms, cumulative[..., -1:])
+        code = torch.searchsorted(cumulative, target, right=True)
         # logits that are no numbers are found elsewhere; until then the index must be one
-        return code.squeeze(-1).clamp(max=self.logits.shape[-1] - 1)
+        return code.squeeze(-1).clamp(max=size - 1)
 
     def by_lane(self, lanes: int) -> Categorical:
         """Distributions of all lanes of an image, [B, A * n, V], as distributions of sequences, [B * A, n, V]."""
@@ -84,3 +88,31 @@ class Categorical:
         rest = (self.probs - draft.probs).clamp(min=0)
         empty = rest.sum(dim=-1, keepdim=True) <= 0
         return Categorical(torch.where(empty, self.probs, rest).log())
+
+
+def _drawn_in_blocks(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """As `Categorical.sample`, in two steps: a block by the sums of all, then a token of it.
+
+    Sums over a whole codebook in float64 would be most of what a pass with many draft tokens takes on a processor.
+    """
+    real = real_type(logits.device)
+    probs = logits.softmax(dim=-1).unflatten(-1, (-1, _BLOCK))  # [B, P, N, K]
+    sums = probs.sum(dim=-1, dtype=real).cumsum(dim=-1)  # [B, P, N]
+    target = _below_total(uniforms, sums[..., -1:])
+    block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[-1] - 1)  # [B, P, 1]
+    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0)
+    inside = probs.gather(-2, block.unsqueeze(-1).expand(*block.shape, _BLOCK)).squeeze(-2)
+    # adding up token by token rounds otherwise than the sum of the block: its last token must not be passed
+    cumulative = torch.minimum(before + inside.to(real).cumsum(dim=-1), sums.gather(-1, block))
+    code = torch.searchsorted(cumulative, target, right=True)
+    last = (cumulative < cumulative[..., -1:]).sum(dim=-1, keepdim=True)  # the first that reaches the end
+    return (block * _BLOCK + torch.minimum(code, last)).squeeze(-1)
+
+
+def _below_total(uniforms: Tensor, total: Tensor) -> Tensor:
+    """Where to look in a cumulative distribution, [B, P, 1].
+
+    Strictly below the total [B, P, 1]: the first entry above the target then has positive probability.
+    """
+    target = uniforms.unsqueeze(-1).to(total) * total
+    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))

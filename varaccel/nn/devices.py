@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 Device = torch.device | str
 
@@ -15,6 +16,11 @@ KNOWN = (HOST, GPU, "mps", "xpu")
 def is_host(device: Device) -> bool:
     """Whether work is done when a call returns, so that looking at a result waits for nothing."""
     return torch.device(device).type == HOST
+
+
+def lies_on_host(tensor: Tensor) -> bool:
+    """`is_host` of a tensor's device, in a tenth of the time: for what is asked in every layer of every pass."""
+    return tensor.is_cpu
 
 
 def is_gpu(device: Device) -> bool:

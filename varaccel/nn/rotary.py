@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varaccel.nn.devices import HOST
+from varaccel.nn.devices import HOST, is_host
 
 
 def rotary_table(
@@ -71,6 +71,10 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     pairs = x.float().unflatten(-1, (-1, 2))  # [B, H, P, D / 2, 2]
     if rotary.dim() == 4:
         rotary = rotary.unsqueeze(1)
+    if is_host(x.device) and not torch.compiler.is_compiling() and rotary.dtype == pairs.dtype:
+        # the same products in a third of the time of a short pass; compilers leave complex numbers alone
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(rotary)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     cos, sin = rotary.unbind(-1)
     a, b = pairs.unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)

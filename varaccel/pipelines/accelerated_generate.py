@@ -20,6 +20,7 @@ from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.models.transformers_host.host import TransformersHost
 from varaccel.nn.eval_mode import eval_mode
+from varaccel.nn.packed_weights import packed_weights
 from varaccel.nn.processes import said_first
 from varaccel.pipelines.auto import AutoPipeline  # noqa: F401  makes the pipelines known
 from varaccel.pipelines.causal import new_canvas
@@ -97,7 +98,7 @@ class ImageGeneration:
         seed = said_first(host.model, int(torch.randint(MAX_SEED - batch, ())))
         canvas = new_canvas(call.grids, batch, host.device)
         bring(networks)
-        with memory_errors(batch), eval_mode(networks), torch.inference_mode():
+        with memory_errors(batch), eval_mode(networks), packed_weights(networks), torch.inference_mode():
             job = CausalJob(
                 network=host,
                 canvas=canvas,

@@ -29,6 +29,7 @@ from varaccel.errors import InputError, unknown_name
 from varaccel.nn.condition import Condition
 from varaccel.nn.eval_mode import eval_mode
 from varaccel.nn.number_check import check_finite
+from varaccel.nn.packed_weights import packed_weights
 from varaccel.nn.signature import Paradigm, Signature
 from varaccel.pipelines.class_names import find_class
 from varaccel.pipelines.compiled import Compilation, CompiledPass
@@ -319,6 +320,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
             eval_mode(networks),
             running(self) as control,
             turn_on_device(networks),
+            packed_weights(networks),
         ):
             return self._run(call, settings, control)
 

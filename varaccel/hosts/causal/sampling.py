@@ -48,7 +48,8 @@ class Sampling:
         if not self.greedy:
             logits = logits / max(self.temperature, MIN_TEMPERATURE)
         if 0 < self.top_k < logits.shape[-1]:
-            border = logits.topk(self.top_k, dim=-1).values[..., -1:]
+            # only the border is needed, and to sort what is above it would take most of the time
+            border = logits.topk(self.top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
             logits = logits.masked_fill(logits < border, -torch.inf)
         if 0 < self.top_p < 1:
             ordered, index = logits.sort(dim=-1, descending=True)
