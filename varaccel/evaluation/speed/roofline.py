@@ -23,6 +23,7 @@ from varaccel.accelerators import AnyAccelerator
 from varaccel.engine.balance import best_seconds, measure_balance
 from varaccel.errors import InputError
 from varaccel.nn.devices import is_host
+from varaccel.nn.packed_weights import MAX_ROWS, bytes_read
 
 _HOST_MEGABYTES, _DEVICE_MEGABYTES = 256, 1024
 """Size of each of the two buffers of a copy: many times the largest cache."""
@@ -35,7 +36,8 @@ class Work:
     """What a call asks of a device in its token phase.
 
     Attributes:
-        weight_bytes: bytes of weights that its matrix products and convolutions take, every time they do.
+        weight_bytes: bytes of weights that its matrix products and convolutions take, every time they do; those that
+            `varaccel.nn.packed_weights` reads at two bytes a number count as such.
         operations: floating-point operations of these and of attention; a multiply-add is two.
         network_bytes: bytes of the weights among `weight_bytes` if each is counted once.
     """
@@ -115,6 +117,8 @@ class WorkCounter(TorchDispatchMode):
         self._operations = 0
         # storages are held, so that no other tensor can come to lie at the same address
         self._weights: dict[int, torch.UntypedStorage] = {}
+        self._parameters: dict[int, nn.Parameter] = {}
+        self._few_row_bytes: dict[int, int] = {}
         self._read: dict[tuple[int, int], int] = {}
 
     @property
@@ -131,6 +135,7 @@ class WorkCounter(TorchDispatchMode):
             if isinstance(tensor, nn.Parameter):
                 storage = tensor.untyped_storage()
                 self._weights[storage.data_ptr()] = storage
+                self._parameters[storage.data_ptr()] = tensor
         formula = flop_registry.get(func._overloadpacket)
         if formula is None:
             # in inference mode composite operations arrive whole: a linear layer is not yet a product
@@ -140,19 +145,32 @@ class WorkCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         self._operations += formula(*args, **kwargs, out_val=result)
         for tensor in tensors:
-            self._note(tensor)
+            self._note(tensor, result)
         return result
 
-    def _note(self, tensor: Tensor) -> None:
-        """An operand of a product is read."""
+    def _note(self, tensor: Tensor, result: Any) -> None:
+        """An operand of a product that gave `result` is read."""
         place = tensor.untyped_storage().data_ptr()
         if place in self._weights:
             # what is expanded lies there once
             sizes = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-            size = prod(sizes) * tensor.element_size()
+            size = min(prod(sizes) * tensor.element_size(), self._packed_bytes(place, tensor, result))
             self._weight_bytes += size
             view = place, int(tensor.storage_offset())
             self._read[view] = max(size, self._read.get(view, 0))
+
+    def _packed_bytes(self, place: int, tensor: Tensor, result: Any) -> int:
+        """What is read of a weight in a product whose rows are few enough for packed ones."""
+        weight = self._parameters[place]
+        if weight.dim() != 2 or tensor.numel() != weight.numel() or not isinstance(result, Tensor):
+            return tensor.nbytes
+        if result.numel() // weight.shape[0] > MAX_ROWS:
+            return tensor.nbytes
+        if place not in self._few_row_bytes:  # looks at every number of the weight
+            paused, self.paused = self.paused, True
+            self._few_row_bytes[place] = bytes_read(weight, 1)
+            self.paused = paused
+        return self._few_row_bytes[place]
 
 
 def count_work(
