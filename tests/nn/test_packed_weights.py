@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from weakref import ref
 
 import pytest
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varaccel.nn import packed_weights as module_under_test
-from varaccel.nn.packed_weights import MAX_ROWS, bytes_read, packed_weights, usual_products
+from varaccel.nn.packed_weights import (
+    MAX_ROWS,
+    bytes_read,
+    packed_weights,
+    round_to_float16,
+    usual_products,
+)
 
 pytestmark = pytest.mark.skipif(
     not module_under_test._on_processor(), reason="packed weights are for x86 processors"
@@ -38,7 +44,7 @@ def run(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The weights that were packed."""
     seen: list[Tensor] = []
     pack = module_under_test._pack
@@ -48,7 +54,7 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         return pack(weight, bias)
 
     monkeypatch.setattr(module_under_test, "_pack", noted)
-    yield seen
+    return seen
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["float16 numbers", "float32 numbers"])
@@ -59,9 +65,13 @@ def test_products_are_those_of_the_layer(
 ) -> None:
     layer = linear(bias=bias, half=half)
     x = torch.randn(shape)
-    expected = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+    expected = F.linear(
+        x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()
+    )
     found = run(layer, x)
-    assert packings and found.shape == expected.shape and found.dtype == torch.float32
+    assert packings
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -150,9 +160,10 @@ def test_weights_are_packed_once(packings: list[Tensor]) -> None:
 def test_networks_are_as_they_were() -> None:
     network = nn.Sequential(linear(), nn.SiLU(), linear(160, 192))
     before = copy.deepcopy(network.state_dict())
-    with pytest.raises(ZeroDivisionError), packed_weights([network, network]):
+    with packed_weights([network, network]):
         assert "forward" in vars(network[0])
-        1 / 0  # noqa: B018
+    with pytest.raises(ZeroDivisionError), packed_weights([network]):
+        raise ZeroDivisionError
     assert not any("forward" in vars(m) for m in network.modules())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert list(before) == list(network.state_dict())
@@ -183,7 +194,8 @@ def test_gradients_are_those_of_the_layer(packings: list[Tensor]) -> None:
     layer = linear()
     with packed_weights([layer]):
         layer(torch.randn(2, 160)).sum().backward()
-    assert layer.weight.grad is not None and not packings
+    assert layer.weight.grad is not None
+    assert not packings
 
 
 def test_networks_larger_than_their_share_of_memory_are_left_alone(
@@ -200,15 +212,15 @@ def test_blocks_of_several_threads() -> None:
     results: list[Tensor] = []
 
     def work() -> None:
-        for _ in range(50):
-            results.append(run(layer, x))
+        results.extend(run(layer, x) for _ in range(50))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(results) == 200 and all(torch.equal(result, expected) for result in results)
+    assert len(results) == 200
+    assert all(torch.equal(result, expected) for result in results)
     assert "forward" not in vars(layer)
 
 
@@ -221,7 +233,8 @@ def test_a_copy_made_meanwhile_has_weights_of_its_own(copied: Callable[[nn.Linea
         other = copied(layer)
         other.weight.data.zero_()
         other.bias.data.zero_()
-        assert not other(x).any() and layer(x).any()
+        assert not other(x).any()
+        assert layer(x).any()
 
 
 def test_packed_weights_go_with_their_layer() -> None:
@@ -251,3 +264,14 @@ def test_bytes_that_a_product_reads() -> None:
     assert bytes_read(linear(half=False).weight, 2) == 192 * 160 * 4
     assert bytes_read(linear().weight, MAX_ROWS + 1) == 192 * 160 * 4
     assert bytes_read(nn.Linear(4, 4).weight, 1) == 64
+
+
+def test_rounded_weights_are_those_of_float16() -> None:
+    network = nn.Sequential(linear(half=False), linear(160, 192, half=False), nn.Linear(4, 4))
+    with torch.no_grad():
+        network[1].weight[0, 0] = 1e6
+    before = copy.deepcopy(network)
+    assert round_to_float16(network) == 2
+    assert torch.equal(network[0].weight, before[0].weight.half().float())
+    assert torch.equal(network[1].weight, before[1].weight), "numbers beyond float16 would be lost"
+    assert bytes_read(network[0].weight, 2) == network[0].weight.nbytes // 2

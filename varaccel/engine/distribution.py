@@ -10,7 +10,6 @@ from torch import Tensor
 
 from varaccel.nn.devices import real_type
 
-
 _MANY_TOKENS, _BLOCK = 4096, 128
 """From so many tokens on a draw looks for a block of them first."""
 

@@ -77,11 +77,30 @@ def usual_products() -> Iterator[None]:
         _OFF.reset(token)
 
 
+def round_to_float16(network: nn.Module) -> int:
+    """Round the weights of linear layers that can be packed to the nearest numbers of float16, for good.
+
+    They stay in float32, and so does all arithmetic; only packed they take two bytes. A layer with numbers beyond
+    float16 is left as it is.
+
+    Returns:
+        layers that hold numbers of float16 now.
+    """
+    layers = 0
+    for module in network.modules():
+        if type(module) is nn.Linear and _can_be_packed(module.weight):
+            rounded = module.weight.detach().to(torch.float16)
+            if bool(rounded.isfinite().all()):
+                module.weight.data.copy_(rounded)
+                layers += 1
+    return layers
+
+
 def bytes_read(weight: Tensor, rows: int) -> int:
     """Bytes of a weight matrix that a product over `rows` rows reads in `packed_weights`."""
-    if 0 < rows <= MAX_ROWS and _can_be_packed(weight) and weight.numel() >= MIN_NUMBERS:
-        if _has_float16_products() and _is_float16(weight):
-            return weight.numel() * 2
+    few = 0 < rows <= MAX_ROWS and _can_be_packed(weight) and weight.numel() >= MIN_NUMBERS
+    if few and _has_float16_products() and _is_float16(weight):
+        return weight.numel() * 2
     return weight.nbytes
 
 
@@ -175,7 +194,7 @@ def _installed(network: nn.Module) -> list[tuple[nn.Linear, _Layer]]:
         if not layer.uses:
             if "forward" in vars(module):
                 continue  # hooked: its weights come and go
-            module.forward = _Forward(module, layer)  # type: ignore[method-assign]
+            module.forward = _Forward(module, layer)  # type: ignore[method-assign,assignment]
         layer.uses += 1
         layer.checked = False
         layers.append((module, layer))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from varaccel.errors import InputError
+
 # importing a family makes its pipeline known
 from varaccel.pipelines import chameleon, emu3, glm_image, imagegpt, janus, llamagen, mar, var
+from varaccel.pipelines.base import TokenPipeline
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.published import load_named
 
@@ -30,7 +33,9 @@ class AutoPipeline:
         raise TypeError("AutoPipeline is not instantiated; use AutoPipeline.from_pretrained(name).")
 
     @staticmethod
-    def from_pretrained(name: str | os.PathLike[str], **options: Any) -> LoadablePipeline:
+    def from_pretrained(
+        name: str | os.PathLike[str], *, quantize: str | None = None, **options: Any
+    ) -> LoadablePipeline:
         """Load a model.
 
         Args:
@@ -39,6 +44,8 @@ class AutoPipeline:
                 diffusers' layout, or in transformers' for models with image tokens (`deepseek-community/Janus-Pro-7B`).
                 `varaccel models` lists the names. A bare name means the model of the list, also where there is a
                 folder of that name (a warning says so); `./NAME`, `NAME/` and path objects mean the folder.
+            quantize: "float16" for smaller weights on a processor, see `TokenPipeline.quantize`; None for those of the
+                files.
             options: see `LoadablePipeline.from_pretrained`: `dtype=torch.bfloat16` or `dtype="bfloat16"`,
                 `device_map`, settings such as `guidance_scale`, components, and those of the hub.
 
@@ -46,4 +53,9 @@ class AutoPipeline:
             CheckpointError: nothing there, or nothing that this library can load.
             InputError: an unknown option, number type or device.
         """
-        return load_named(name, **options)
+        pipe = load_named(name, **options)
+        if quantize is not None:
+            if not isinstance(pipe, TokenPipeline):
+                raise InputError(f"a {type(pipe).__name__} has no quantize; leave it out.")
+            pipe.quantize(quantize)
+        return pipe

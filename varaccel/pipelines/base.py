@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from varaccel.errors import InputError, unknown_name
 from varaccel.nn.condition import Condition
 from varaccel.nn.eval_mode import eval_mode
 from varaccel.nn.number_check import check_finite
-from varaccel.nn.packed_weights import packed_weights
+from varaccel.nn.packed_weights import packed_weights, round_to_float16
 from varaccel.nn.signature import Paradigm, Signature
 from varaccel.pipelines.class_names import find_class
 from varaccel.pipelines.compiled import Compilation, CompiledPass
@@ -251,6 +251,29 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
     def _written(self, run: Run[SettingsT, JobT]) -> Tensor:
         """The pass that decided each token, [B, h, w], or [B, N] if the tokens are not one grid."""
         return run.canvas.written
+
+    def quantize(self, kind: str = "float16") -> Self:
+        """Make calls on a processor read smaller weights, for good: for models whose files hold float32.
+
+        Their linear layers read every number at four bytes, and a decoding pass takes as long as that. Rounded to
+        float16 they are read at two, see `varaccel.nn.packed_weights`; all arithmetic stays in float32. Shipped models
+        are stored as float16: for them nothing changes.
+
+        Args:
+            kind: "float16", of the networks that decide tokens.
+
+        Raises:
+            InputError: another kind, or networks that are not in float32 on a processor.
+        """
+        if kind != "float16":
+            raise unknown_name("quantize", str(kind), ["float16"])
+        networks = [part for part in self._parts("tokens") if isinstance(part, nn.Module)]
+        if not sum(round_to_float16(network) for network in networks):
+            raise InputError(
+                "quantize is for float32 weights on a CPU; for another device load the model with dtype=torch.float16 or "
+                "torch.bfloat16."
+            )
+        return self
 
     def check_images(self, count: int) -> None:
         """Refuse, before anything is made, more images in one call than the memory of the device holds.
