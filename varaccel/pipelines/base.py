@@ -270,8 +270,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         networks = [part for part in self._parts("tokens") if isinstance(part, nn.Module)]
         if not sum(round_to_float16(network) for network in networks):
             raise InputError(
-                "quantize is for float32 weights on a CPU; for another device load the model with dtype=torch.float16 or "
-                "torch.bfloat16."
+                "quantize is for float32 weights on a CPU; for another device load the model with dtype=torch.float16."
             )
         return self
 
