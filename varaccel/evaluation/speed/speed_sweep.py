@@ -113,7 +113,7 @@ class _Sweep:
         self.candidates = beside_plain(accelerators)
         self.device = pipe.transformer.device
         on_gpu = is_gpu(self.device)
-        self.warmups = {mode: _GRAPH_WARMUPS if mode and on_gpu else 1 for mode in modes}
+        self.warmups = {mode: _GRAPH_WARMUPS if mode and on_gpu else 1 for mode in (False, True)}
         self.entries: list[Entry] = []
         self.gains: list[CompileGain] = []
 
