@@ -561,26 +561,35 @@ def draw_cspd() -> Drawing:
 
 
 def draw_auto() -> Drawing:
-    d = Drawing(
-        310, "How Auto chooses for LlamaGen: by the tokens that the machine reads in the time of one."
-    )
+    d = Drawing(310, "How Auto chooses for LlamaGen: by the time that passes over several tokens take.")
 
     def node(x: float, y: float, width: float, lines: Sequence[str], fill: str, ink: str) -> None:
         d.box(x, y, width, 22 * len(lines) + 10, fill, ink, 6)
         for index, line in enumerate(lines):
             d.text(x + width / 2, y + 16 + 22 * index, line, size=14)
 
-    node(70, 12, 280, ["f: tokens per image that the", "machine reads in the time of one"], GREY_LIGHT, FAINT)
-    node(12, 104, 120, ["f below 2"], BLUE_LIGHT, BLUE)
-    node(150, 104, 258, ["f of 2 or more:", "a drafter of ≤ 1/10 of the weights?"], BLUE_LIGHT, BLUE)
-    node(12, 210, 120, ["one token", "per pass"], GREEN_LIGHT, GREEN)
-    node(150, 210, 122, ["no: Jacobi,", "window f"], GREEN_LIGHT, GREEN)
-    node(286, 210, 122, ["yes: chain of", "f - 1 tokens"], GREEN_LIGHT, GREEN)
-    d.line(140, 66, 80, 102, FAINT, arrow=True)
-    d.line(270, 66, 275, 102, FAINT, arrow=True)
-    d.line(72, 136, 72, 208, FAINT, arrow=True)
-    d.line(240, 158, 212, 208, FAINT, arrow=True)
-    d.line(318, 158, 346, 208, FAINT, arrow=True)
+    node(
+        40,
+        12,
+        340,
+        ["in the first call: passes over 1, 4 and 16", "tokens, and with a small drafter, are timed"],
+        GREY_LIGHT,
+        FAINT,
+    )
+    node(
+        40,
+        104,
+        340,
+        ["seconds of a pass / tokens that it decides,", "on record by window and chain"],
+        BLUE_LIGHT,
+        BLUE,
+    )
+    node(12, 210, 124, ["no 10 % gain:", "one token"], GREEN_LIGHT, GREEN)
+    node(148, 210, 124, ["least: Jacobi,", "its window"], GREEN_LIGHT, GREEN)
+    node(284, 210, 124, ["least: drafter,", "its chain"], GREEN_LIGHT, GREEN)
+    d.line(210, 66, 210, 102, FAINT, arrow=True)
+    for x in (74, 210, 346):
+        d.line(x, 158, x, 208, FAINT, arrow=True)
     d.text(12, 288, "all three draw the same image for a seed", anchor="start", size=14)
     return d
 

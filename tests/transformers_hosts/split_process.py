@@ -14,7 +14,6 @@ import runpy
 import socket
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,7 +69,8 @@ def draw_as(rank: int, port: int, folders: list[Path], out: Path) -> None:
     }
     os.environ.update({name: str(value) for name, value in names.items()})
     # measured by each; jacobi with other windows would wait for the other process for ever
-    auto.measure_balance = lambda *_: SimpleNamespace(free_tokens=16 * (rank + 1))
+    measured = auto.pass_seconds
+    auto.pass_seconds = lambda *what: measured(*what) * 0 + 1 + rank * what[1].window
     told: dict[str, Any] = {}
     for folder in folders:
         whole = CASES[folder.name].pipeline()

@@ -7,8 +7,11 @@ from typing import ClassVar, get_args
 
 from varaccel.engine.accelerator import Accelerator, register
 from varaccel.engine.counts import SpeculationStats
+from varaccel.engine.loop import decode
 from varaccel.engine.options import check_choice, check_row_window, positive_integer, settle
+from varaccel.engine.randomness import RasterNoise
 from varaccel.hosts.causal.job import CausalJob
+from varaccel.hosts.causal.schedule import Raster
 from varaccel.speculation.jacobi_proposer import Coupling, Fill, JacobiProposer
 from varaccel.speculation.loop import Verifier, speculate, verify_by
 from varaccel.speculation.rejection import Exact
@@ -59,6 +62,8 @@ class Jacobi(Accelerator[CausalJob]):
         return self.row_window is None
 
     def run(self, job: CausalJob) -> SpeculationStats:
+        if self.window == 1 and self.coupling == "gumbel" and self.row_window is None:
+            return _one_by_one(job)
         lanes = job.lanes(self.row_window)
         window = min(self.window, lanes.width)
         most = lanes.most_open(job.canvas.num_positions)
@@ -67,3 +72,15 @@ class Jacobi(Accelerator[CausalJob]):
         proposer = JacobiProposer(job, lanes, window, self.coupling, self.fill, noise)
         verify: Verifier = verify_by(Exact()) if noise is None else proposer.verify_by_noise
         return speculate(session, job.canvas, lanes, proposer, verify, job.randomness, job.on_step)
+
+
+def _one_by_one(job: CausalJob) -> SpeculationStats:
+    """A window of one token drafts and verifies nothing: the plain loop, with the same noise and so the same image."""
+    session = job.open_session()
+    draws = RasterNoise(job.randomness.gumbel(job.vocab_size), job.randomness)
+    order = job.schedule if isinstance(job.schedule, Raster) else Raster()
+    passes = decode(session, job.canvas, order, draws, job.on_step)
+    stats = SpeculationStats.start(job.canvas.batch, job.device)
+    stats.passes += passes
+    stats.attempts += passes - 1
+    return stats

@@ -28,15 +28,6 @@ class Balance:
     bandwidth: float
     itemsize: int
 
-    @property
-    def free_tokens(self) -> float:
-        """Rows of a matrix product that cost no more than its weights do to be read.
-
-        A pass over n rows with W weights takes about max(W * itemsize / bandwidth, 2 * W * n / rate); both
-        are equal at this n. It does not depend on the size of the model.
-        """
-        return self.rate * self.itemsize / (2 * self.bandwidth)
-
 
 @lru_cache(maxsize=8)
 def measure_balance(device: torch.device, dtype: torch.dtype) -> Balance:

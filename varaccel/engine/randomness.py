@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from varaccel.engine.distribution import Distribution
+from varaccel.engine.distribution import Categorical, Distribution
 from varaccel.engine.options import as_integer
 from varaccel.engine.seeds import MAX_SEED, seeded_generator
 from varaccel.errors import InputError
@@ -143,13 +143,14 @@ class GumbelNoise:
         )
         self._noise = torch.empty(len(generators), 0, vocab_size, dtype=torch.float32, device=device)
 
-    def at(self, positions: Tensor) -> Tensor:
-        """Noise of `positions` [B, P]: [B, P, V] float32. Synchronises with the device.
+    def at(self, positions: Tensor, before: int | None = None) -> Tensor:
+        """Noise of `positions` [B, P]: [B, P, V] float32.
 
         Args:
             positions: places outside the image get the noise of its border; their draws are not used.
+            before: a position that is beyond all of them; None to ask the device, which synchronises with it.
         """
-        wanted = min(int(positions.max()) + 1, self.positions)
+        wanted = min(int(positions.max()) + 1 if before is None else before, self.positions)
         while self._noise.shape[1] < wanted:
             shape = (min(self.BLOCK, self.positions - self._noise.shape[1]), self.vocab_size)
             rows = [
@@ -160,6 +161,27 @@ class GumbelNoise:
             self._noise = torch.cat([self._noise, block], dim=1)
         batch = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
         return self._noise[batch, positions.clamp(0, wanted - 1)]
+
+
+class RasterNoise:
+    """Draws of raster order, one position a pass, with Gumbel noise: those of every loop that drafts with it.
+
+    Args:
+        noise: of the call.
+        randomness: of the call; position 0 is drawn with its number, as where drafts are verified.
+    """
+
+    def __init__(self, noise: GumbelNoise, randomness: Randomness) -> None:
+        self.noise, self.randomness = noise, randomness
+        self._decided = 0
+
+    def sample(self, distribution: Categorical, positions: Tensor) -> Tensor:
+        """Token ids [B, 1] of the next position, which `positions` [1] names."""
+        self._decided += 1
+        if self._decided == 1:
+            return self.randomness.sample(distribution, positions)
+        everywhere = positions.expand(len(self.noise.generators), -1)
+        return distribution.perturbed(self.noise.at(everywhere, self._decided)).argmax(dim=-1)
 
 
 def image_generators(

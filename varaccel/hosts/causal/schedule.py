@@ -77,10 +77,16 @@ def prepare(groups: Sequence[Group], device: torch.device) -> list[StepInputs]:
 
 @dataclass(frozen=True)
 class Raster:
-    """Row by row, left to right, one position per pass."""
+    """Row by row, left to right, one position per pass.
+
+    Attributes:
+        start: the first position that is decided; those before it must have been read.
+    """
+
+    start: int = 0
 
     def step_inputs(self, canvas: Canvas) -> list[StepInputs]:
-        groups = [Group((p,), (p - 1,)) for p in range(canvas.num_positions)]
+        groups = [Group((p,), (p - 1,)) for p in range(self.start, canvas.num_positions)]
         return prepare(groups, canvas.written.device)
 
 

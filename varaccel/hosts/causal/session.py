@@ -135,6 +135,16 @@ class CausalSession:
             self._prefix_features = self._prefill()
         return self._prefix_features
 
+    def assume_read(self, positions: int) -> None:
+        """Take the condition and so many positions for read, whatever the empty cache says of them.
+
+        Passes then take as long as in the middle of an image, which their results are not: for measurements.
+        """
+        assert self._inputs is not None, "nothing has been read yet"
+        self._prefix_features, self._inputs = torch.zeros_like(self._inputs), None
+        self.cache_slots.usable[:, self.cache_slots.base : self.cache_slots.base + positions] = True
+        self._frontier = positions
+
     @torch.inference_mode()
     def predict(self, canvas: Canvas, inputs: StepInputs) -> Categorical:
         """The distribution of `inputs.positions`, [B, P, V], after guidance and filters.
