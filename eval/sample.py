@@ -36,7 +36,7 @@ def main() -> int:
         summary = started.draw()
         if started.state.is_main_process:
             print(
-                f"{summary.images} images in {started.run.images}: {summary.passes:.4g} passes per call, "
+                f"{summary.images} images in {started.run.images}: {summary.passes:.4g} passes per batch, "
                 f"{summary.tokens_per_pass:.2f} tokens per pass, "
                 f"{'lossless' if summary.lossless else 'approximate'}"
             )

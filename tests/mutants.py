@@ -207,7 +207,7 @@ MUTANTS: dict[str, Mutant] = {
     "guidance-of-first-only": Mutant(
         "guidance is applied to the first token, not to drafted and verified ones",
         "hosts/causal/session.py",
-        "        rows = self.rows_per_pass if self._still_guided(starts) else self.batch\n",
+        "        rows = self.cache_slots.rows if self._still_guided(starts) else self.batch\n",
         "        rows = self.batch\n",
         (f"{FILTERED}[speculative]", f"{CONDITIONS}::test_lossless[guided-modulated-jacobi none]"),
     ),

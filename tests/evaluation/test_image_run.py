@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests.scripts import ROOT, load_script
 from tests.tiny import CLASSES, PROMPTS, pipeline
-from varaccel import InputError, Plain, ZipAR
+from varaccel import InputError, Jacobi, Plain, ZipAR
 from varaccel.evaluation.metrics.rounding import compare_batch_sizes
 from varaccel.evaluation.sampling import folder_lock
 from varaccel.evaluation.sampling import image_run as image_run
@@ -176,8 +176,10 @@ _SCRIPT = """
 import sys
 from pathlib import Path
 from tests.evaluation.test_image_run import drawn
+from varaccel.accelerators.jacobi import Jacobi
 for model in sys.argv[2:]:
     drawn(Path(sys.argv[1]) / model, model, count=45)
+drawn(Path(sys.argv[1]) / "jacobi", "c2i", Jacobi(4, "none"), count=45)
 """
 
 
@@ -203,6 +205,44 @@ def test_two_processes_write_the_same_files(tmp_path: Path) -> None:
         assert len(one) == 45
         assert one == two
         assert len(list((tmp_path / "two" / model / "statistics").iterdir())) == 12
+    drawn(tmp_path / "one" / "jacobi", "c2i", Jacobi(4, "none"), count=45)
+    assert contents(tmp_path / "one" / "jacobi") == contents(tmp_path / "two" / "jacobi")
+    assert len(list((tmp_path / "two" / "jacobi" / "statistics").iterdir())) == 6, "calls of two batches"
+
+
+def test_calls_of_several_batches_are_the_same_in_any_order_and_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = Jacobi(4, "none")
+    whole = drawn(tmp_path / "whole", accelerator=accelerator, count=21, batch_size=2)
+    assert whole.settings.images_per_call == 4
+    told = [json.loads(whole.statistics_path(batch).read_text()) for batch in range(whole.batches)]
+    assert [(one["images"], one["batch_size"]) for one in told] == [*[(4, 2)] * 5, (1, 1)]
+    summary = whole.summary()
+    assert summary.passes == sum(one["passes"] for one in told) / 11
+    assert 1 < summary.tokens_per_pass == pytest.approx(16 / summary.passes)
+
+    run = new_run(tmp_path / "run", accelerator=accelerator, count=21, batch_size=2)
+    pipe = pipeline("c2i")
+    for batch in (5, 3, 1):
+        run.begin()
+        run._draw_batch(pipe, accelerator, batch)
+    save, saved = Image.Image.save, 0
+
+    def killed(self: Any, *args: Any, **options: Any) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 7:
+            raise KeyboardInterrupt
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.draw(pipe, accelerator, progress=False)
+    monkeypatch.undo()
+    assert run.finished_images() == 9 + 6
+    drawn(tmp_path / "run", accelerator=accelerator, count=21, batch_size=2)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("model", CALLS)

@@ -12,6 +12,7 @@ from varaccel.engine.options import check_choice, check_row_window, positive_int
 from varaccel.engine.randomness import RasterNoise
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.schedule import Raster
+from varaccel.speculation.batch import Speculation
 from varaccel.speculation.jacobi_proposer import Coupling, Fill, JacobiProposer
 from varaccel.speculation.loop import Verifier, speculate, verify_by
 from varaccel.speculation.rejection import Exact
@@ -45,6 +46,7 @@ class Jacobi(Accelerator[CausalJob]):
     name: ClassVar[str] = "jacobi"
     job_type = CausalJob
     summary: ClassVar[str] = "the model's own last answers as draft tokens; training-free"
+    continuous: ClassVar[bool] = True
 
     window: int = 16
     coupling: Coupling = "gumbel"
@@ -62,8 +64,9 @@ class Jacobi(Accelerator[CausalJob]):
         return self.row_window is None
 
     def run(self, job: CausalJob) -> SpeculationStats:
-        if self.window == 1 and self.coupling == "gumbel" and self.row_window is None:
-            return _one_by_one(job)
+        return speculate(job, self._start) if self.continuous else _one_by_one(job)
+
+    def _start(self, job: CausalJob) -> Speculation:
         lanes = job.lanes(self.row_window)
         window = min(self.window, lanes.width)
         most = lanes.most_open(job.canvas.num_positions)
@@ -71,7 +74,7 @@ class Jacobi(Accelerator[CausalJob]):
         noise = job.randomness.gumbel(job.vocab_size) if self.coupling == "gumbel" else None
         proposer = JacobiProposer(job, lanes, window, self.coupling, self.fill, noise)
         verify: Verifier = verify_by(Exact()) if noise is None else proposer.verify_by_noise
-        return speculate(session, job.canvas, lanes, proposer, verify, job.randomness, job.on_step)
+        return Speculation(session, lanes, proposer, verify, noise)
 
 
 def _one_by_one(job: CausalJob) -> SpeculationStats:

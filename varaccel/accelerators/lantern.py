@@ -13,6 +13,7 @@ from varaccel.engine.distribution import Categorical
 from varaccel.engine.options import check_choice, check_integer, check_number, check_row_window, settle
 from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
+from varaccel.speculation.batch import Speculation
 from varaccel.speculation.drafters import Tree, check_drafting, open_proposer, resolve_drafter, resolve_shape
 from varaccel.speculation.loop import Draws, Verifier, speculate, verify_by
 from varaccel.speculation.rejection import VerificationResult
@@ -50,6 +51,7 @@ class Lantern(Accelerator[CausalJob]):
     name: ClassVar[str] = "lantern"
     job_type = CausalJob
     summary: ClassVar[str] = "a drafter proposes tokens, nearby ones in the codebook may stand for each other"
+    continuous: ClassVar[bool] = True
 
     k: int = 10
     delta: float | None = None
@@ -102,20 +104,25 @@ class Lantern(Accelerator[CausalJob]):
         if job.neighbours is None:
             raise InputError("this model has no codebook of vectors, which LANTERN needs; use Speculative.")
         table = job.neighbours(self.k, self.normalise).to(job.device)
-        session, lanes, proposer = open_proposer(
-            job,
-            self.row_window,
-            resolve_drafter(self.drafter, job),
-            shape,
-            "deterministic" if isinstance(shape, DynamicTree) else "without_replacement",
-            self.adaptive,
-        )
+        drafter = resolve_drafter(self.drafter, job)
         verify: Verifier
-        if session.sampling.greedy:
+        if job.sampling.greedy:
             verify = verify_greedily(RelaxedGreedy(table, self.k, self._delta, self.multiplier))
         else:
             verify = verify_by(Relaxed(table, self.k, self._delta, self.multiplier, self.residual))
-        return speculate(session, job.canvas, lanes, proposer, verify, job.randomness, job.on_step)
+
+        def start(part: CausalJob) -> Speculation:
+            session, lanes, proposer = open_proposer(
+                part,
+                self.row_window,
+                drafter,
+                shape,
+                "deterministic" if isinstance(shape, DynamicTree) else "without_replacement",
+                self.adaptive,
+            )
+            return Speculation(session, lanes, proposer, verify)
+
+        return speculate(job, start)
 
 
 def verify_greedily(rule: RelaxedGreedy) -> Verifier:

@@ -10,6 +10,7 @@ from varaccel.engine.counts import SpeculationStats
 from varaccel.engine.options import check_choice, check_row_window, settle
 from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
+from varaccel.speculation.batch import Speculation
 from varaccel.speculation.drafters import Tree, check_drafting, open_proposer, resolve_drafter, resolve_shape
 from varaccel.speculation.loop import (
     Verifier,
@@ -59,6 +60,7 @@ class Speculative(Accelerator[CausalJob]):
     name: ClassVar[str] = "speculative"
     job_type = CausalJob
     summary: ClassVar[str] = "a drafter proposes tokens, the model verifies them"
+    continuous: ClassVar[bool] = True
 
     drafter: object = "auto"
     tree: Tree = 4
@@ -92,17 +94,22 @@ class Speculative(Accelerator[CausalJob]):
             draw_mode = "deterministic"
         elif verification == "k_sequential":
             draw_mode = "independent"
-        noise = job.randomness.gumbel(job.vocab_size) if verification == "gumbel" else None
-        session, lanes, proposer = open_proposer(
-            job, self.row_window, resolve_drafter(self.drafter, job), shape, draw_mode, self.adaptive, noise
-        )
-        verify: Verifier
-        if session.sampling.greedy:
-            verify = verify_by(Greedy())
-        elif noise is not None:
-            verify = verify_by_noise(noise)
-        elif verification == "matching":
-            verify = verify_by_matching(job.randomness)
-        else:
-            verify = verify_by(KSequential() if verification == "k_sequential" else Exact())
-        return speculate(session, job.canvas, lanes, proposer, verify, job.randomness, job.on_step)
+        drafter = resolve_drafter(self.drafter, job)
+
+        def start(part: CausalJob) -> Speculation:
+            noise = part.randomness.gumbel(part.vocab_size) if verification == "gumbel" else None
+            session, lanes, proposer = open_proposer(
+                part, self.row_window, drafter, shape, draw_mode, self.adaptive, noise
+            )
+            verify: Verifier
+            if session.sampling.greedy:
+                verify = verify_by(Greedy())
+            elif noise is not None:
+                verify = verify_by_noise(noise)
+            elif verification == "matching":
+                verify = verify_by_matching(part.randomness)
+            else:
+                verify = verify_by(KSequential() if verification == "k_sequential" else Exact())
+            return Speculation(session, lanes, proposer, verify, noise)
+
+        return speculate(job, start)

@@ -31,6 +31,9 @@ def generate(
     ),
     seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", help="Images of each prompt.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images decoded at once, which bounds memory; all by default.")
+    ] = None,
     guidance_scale: GuidanceScale = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -74,6 +77,7 @@ def generate(
     call = call_options(
         pipe,
         model,
+        batch_size=batch_size,
         guidance_scale=guidance_scale,
         temperature=temperature,
         top_k=top_k,

@@ -17,6 +17,8 @@ class Canvas:
     `written` serves every question about progress: which positions are empty, which cache slots may be looked
     at, which pass wrote a token. Taking a decision back is setting it to 0.
 
+    Images whose places in a batch are taken by others when they are finished count their passes from their own first.
+
     Attributes:
         tokens: [B, N] int64 token ids, or [B, N, C] vectors for continuous models; 0 where empty.
         written: [B, N] int32, number of the pass that decided the position, counted from 1; 0 = empty.
@@ -71,15 +73,32 @@ class Canvas:
         """Whether every position of every image is decided. Synchronises with the device."""
         return bool((self.written > 0).all())
 
+    def part(self, images: slice | Tensor) -> Canvas:
+        """The canvas of some images: a view of the same memory for a slice, a copy for their numbers [n]."""
+        fixed = None if self.fixed is None else self.fixed[images]
+        return Canvas(self.tokens[images], self.written[images], fixed)
+
+    def put_rows(self, rows: Tensor, other: Canvas) -> None:
+        """Rows `rows` [n] become those of `other`, in order."""
+        self.tokens[rows], self.written[rows] = other.tokens, other.written
+        if self.fixed is not None and other.fixed is not None:
+            self.fixed = self.fixed.index_copy(0, rows, other.fixed)  # it may be one row, expanded
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Only rows `rows` [n] stay, in this order."""
+        kept = self.part(rows)
+        self.tokens, self.written, self.fixed = kept.tokens, kept.written, kept.fixed
+
     def show_fixed(self, positions: Tensor) -> None:
         """Count some fixed positions, [N] bool, as decided in the first pass, for schedules that only read them."""
         if self.fixed is not None:
             self.written.masked_fill_(self.fixed & positions & (self.written == 0), 1)
 
-    def write(self, positions: Tensor, values: Tensor, step: int) -> None:
+    def write(self, positions: Tensor, values: Tensor, step: int | Tensor) -> None:
         """Decide positions in pass `step`.
 
         Args:
+            step: one for all, or [B, 1] int32 with that of each image, for a list of positions per row.
             positions: [P] shared by the batch, or [B, P] with one list per row; in a list per row, -1 is
                 padding and its value is ignored.
             values: [B, P] token ids or [B, P, C] vectors; ignored where the token is fixed.
@@ -97,7 +116,10 @@ class Canvas:
         written = torch.cat([self.written, torch.zeros_like(self.written[:, :1])], dim=1)
         index = target if values.dim() == 2 else target.unsqueeze(-1).expand_as(values)
         tokens.scatter_(1, index, values)
-        written.scatter_(1, target, step)
+        if isinstance(step, Tensor):
+            written.scatter_(1, target, step.expand_as(target))
+        else:
+            written.scatter_(1, target, step)
         self.tokens.copy_(tokens[:, :-1])
         self.written.copy_(written[:, :-1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,39 @@ class StageStats:
 
     passes: int
     stages: tuple[Stage, ...]
+
+
+def added_counts(told: Sequence[Counts]) -> Counts:
+    """What is told of the batches of a call, one after the other, as if told of all of their images."""
+    first = told[0]
+    if len(told) == 1:
+        return first
+    if isinstance(first, int):
+        return sum(one for one in told if isinstance(one, int))
+    if isinstance(first, StageStats):
+        stages = [one.stages for one in told if isinstance(one, StageStats)]
+        return StageStats(
+            sum(one.passes for one in told if isinstance(one, StageStats)),
+            tuple(
+                Stage(
+                    same[0].name,
+                    sum(stage.seconds for stage in same),
+                    sum(stage.passes for stage in same),
+                    same[0].tokens,
+                    max(stage.cache_bytes for stage in same),
+                )
+                for same in zip(*stages, strict=True)
+            ),
+        )
+    several = [one for one in told if isinstance(one, SpeculationStats)]
+    verified = [one.verified for one in several if one.verified is not None]
+    return SpeculationStats(
+        torch.cat([one.passes for one in several]),
+        torch.cat([one.attempts for one in several]),
+        torch.cat([one.accepted for one in several]),
+        sum(one.draft_passes for one in several),
+        torch.cat(verified) if verified else None,
+    )
 
 
 Counts = int | SpeculationStats | StageStats

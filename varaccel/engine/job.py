@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import OnStep
 from varaccel.engine.network import Network
 from varaccel.engine.session import OpenSession
+from varaccel.errors import InputError
 
 
 def network_of(given: object) -> object:
@@ -41,6 +42,7 @@ class Job(ABC):
         network: the host model.
         canvas: to be filled.
         rows: rows that a pass reads per token: images, times the branches of guidance (two, as a rule).
+        batch_size: images that may be decoded at once, for continuous accelerators; all if None.
         on_step: observer of every pass.
         drafters: the further networks that came with the model, by name.
         load_network: for networks that are given by name; None if the call cannot load any.
@@ -51,6 +53,7 @@ class Job(ABC):
     network: Network
     canvas: Canvas
     rows: int
+    batch_size: int | None = None
     on_step: OnStep | None = None
     drafters: Mapping[str, nn.Module] = field(default_factory=dict)
     load_network: LoadNetwork | None = None
@@ -80,6 +83,18 @@ class Job(ABC):
         for session in self.sessions:
             for check in session.number_checks:
                 check.report()
+
+    def part(self, images: Sequence[int]) -> Self:
+        """The job of some of the images, with a canvas and sessions of its own.
+
+        Raises:
+            InputError: a kind of job that has no parts.
+        """
+        raise InputError(f"a {type(self).__name__} does all images at once; leave batch_size out.")
+
+    def release(self) -> None:
+        """Free what only decoding needs, when the canvas is full."""
+        self.sessions.clear()
 
     @abstractmethod
     def decode(self) -> int:

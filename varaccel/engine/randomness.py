@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from varaccel.engine.seeds import MAX_SEED, seeded_generator
 from varaccel.errors import InputError
 from varaccel.nn.devices import real_type
 
+ValueT = TypeVar("ValueT")
 
-@dataclass(frozen=True)
+
+@dataclass
 class Randomness:
     """Uniform numbers for every position of every image, drawn ahead.
 
@@ -44,6 +47,30 @@ class Randomness:
         rows = [uniform_numbers((positions,), g, device) for g in generators]
         seeds = [torch.randint(2**62, (2,), generator=g, device=g.device).tolist() for g in generators]
         return cls(torch.stack(rows), tuple(s[0] for s in seeds), tuple(s[1] for s in seeds))
+
+    def part(self, images: Sequence[int]) -> Randomness:
+        """The numbers of some images."""
+        index = torch.tensor(images, device=self.uniforms.device)
+        return Randomness(
+            self.uniforms[index],
+            tuple(self.stream_seeds[i] for i in images),
+            tuple(self.noise_seeds[i] for i in images),
+        )
+
+    def put_rows(self, rows: Tensor, other: Randomness) -> None:
+        """Rows `rows` [n] become those of `other`, in order; streams and noise that were opened stay as they are."""
+        self.uniforms = self.uniforms.index_copy(0, rows, other.uniforms)
+        self.stream_seeds = tuple(_with_rows(self.stream_seeds, rows, other.stream_seeds))
+        self.noise_seeds = tuple(_with_rows(self.noise_seeds, rows, other.noise_seeds))
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Only rows `rows` [n] stay, in this order; streams and noise that were opened stay as they are."""
+        kept = self.part(rows.tolist())
+        self.uniforms, self.stream_seeds, self.noise_seeds = (
+            kept.uniforms,
+            kept.stream_seeds,
+            kept.noise_seeds,
+        )
 
     def at(self, positions: Tensor) -> Tensor:
         """The numbers of `positions` ([P] or [B, P], -1 = padding): [B, P]."""
@@ -97,29 +124,53 @@ def _seeded(seeds: Sequence[int]) -> list[torch.Generator]:
     return [seeded_generator(seed) for seed in seeds]
 
 
+def _with_rows(values: Sequence[ValueT], rows: Tensor, others: Sequence[ValueT]) -> list[ValueT]:
+    """`values` with those of `others` at `rows`."""
+    found = list(values)
+    for row, value in zip(rows.tolist(), others, strict=True):
+        found[row] = value
+    return found
+
+
 class Stream:
     """Uniform numbers per image and pass, drawn some passes ahead in one copy to the device.
 
-    Every image passes through the same number of passes from its own point of view, alone or in a batch, so
-    its numbers do not depend on the batch.
+    Every image passes through the same number of passes from its own point of view, alone or in a batch, or in a place
+    of one that another image has left, so its numbers do not depend on the batch.
     """
 
     AHEAD = 16
 
     def __init__(self, generators: Sequence[torch.Generator], width: int, device: torch.device) -> None:
-        self.generators, self.width, self.device = generators, width, device
+        self.generators, self.width, self.device = list(generators), width, device
         self._block = torch.empty(0, dtype=torch.float32, device=device)
         self._next = self.AHEAD
 
     def next(self) -> Tensor:
         """[B, width] in [0, 1) for the next pass, of the type of `Randomness.uniforms`."""
         if self._next == self.AHEAD:
-            shape = (self.AHEAD, self.width)
-            rows = [uniform_numbers(shape, g, self.device) for g in self.generators]
-            self._block = torch.stack(rows, dim=1)
+            self._block = self._drawn(self.generators, self.AHEAD)
             self._next = 0
         self._next += 1
         return self._block[self._next - 1]
+
+    def put_rows(self, rows: Tensor, other: Stream) -> None:
+        """Rows `rows` [n] become those of `other`, in order, of which nothing was asked yet."""
+        self.generators = _with_rows(self.generators, rows, other.generators)
+        left = self.AHEAD - self._next
+        if left:  # numbers of a generator are the same in one block or several
+            self._block[self._next :, rows] = self._drawn(other.generators, left)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Only rows `rows` [n] stay, in this order."""
+        self.generators = [self.generators[row] for row in rows.tolist()]
+        if self._next < self.AHEAD:
+            self._block = self._block[:, rows]
+
+    def _drawn(self, generators: Sequence[torch.Generator], passes: int) -> Tensor:
+        """[passes, B, width]."""
+        rows = [uniform_numbers((passes, self.width), g, self.device) for g in generators]
+        return torch.stack(rows, dim=1)
 
 
 class GumbelNoise:
@@ -136,7 +187,7 @@ class GumbelNoise:
         self, generators: Sequence[torch.Generator], positions: int, vocab_size: int, device: torch.device
     ) -> None:
         self.generators, self.positions, self.vocab_size, self.device = (
-            generators,
+            list(generators),
             positions,
             vocab_size,
             device,
@@ -151,6 +202,29 @@ class GumbelNoise:
             before: a position that is beyond all of them; None to ask the device, which synchronises with it.
         """
         wanted = min(int(positions.max()) + 1 if before is None else before, self.positions)
+        self._draw(wanted)
+        batch = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
+        return self._noise[batch, positions.clamp(0, wanted - 1)]
+
+    def part(self, images: Sequence[int]) -> GumbelNoise:
+        """The noise of some images, before any was asked for."""
+        generators = [self.generators[i] for i in images]
+        return GumbelNoise(generators, self.positions, self.vocab_size, self.device)
+
+    def put_rows(self, rows: Tensor, other: GumbelNoise) -> None:
+        """Rows `rows` [n] become those of `other`, in order."""
+        self._draw(other._noise.shape[1])
+        other._draw(self._noise.shape[1])
+        self.generators = _with_rows(self.generators, rows, other.generators)
+        self._noise[rows] = other._noise
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Only rows `rows` [n] stay, in this order."""
+        self.generators = [self.generators[row] for row in rows.tolist()]
+        self._noise = self._noise[rows]
+
+    def _draw(self, wanted: int) -> None:
+        """Draw block after block until there are `wanted` positions."""
         while self._noise.shape[1] < wanted:
             shape = (min(self.BLOCK, self.positions - self._noise.shape[1]), self.vocab_size)
             rows = [
@@ -159,8 +233,6 @@ class GumbelNoise:
             ]
             block = torch.stack(rows).to(self.device).log_().neg_()
             self._noise = torch.cat([self._noise, block], dim=1)
-        batch = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
-        return self._noise[batch, positions.clamp(0, wanted - 1)]
 
 
 class RasterNoise:

@@ -36,22 +36,25 @@ class Statistics:
         lossless: whether it keeps the distribution of plain decoding.
         images: images made.
         tokens: tokens per image; of an interrupted call, as many as every image has.
-        passes: forward passes of the host model, prefill included; all images share them, so where they
-            advance at their own pace it is the number that the slowest needed.
-        rows: network rows per pass, 2 per image while guided, or more if guidance has more branches.
+        passes: forward passes of the host model in the call, prefill included. Images that are decoded at once share
+            them, so where they advance at their own pace it is the number that the slowest needed. Of a call in
+            several batches all passes of all of them, and those that only read the condition of an image that takes
+            the place of a finished one.
+        rows: network rows per pass, at most: 2 per image while guided, or more if guidance has more branches.
         cache_bytes: size of the key-value cache.
         seconds: wall-clock time by phase: text (and the image that is painted into, to tokens), tokens (prefill and
             steps), decode (tokens to pixels).
         first_pass_seconds: the part of seconds["tokens"] until the first pass has decided its tokens: the prefill of a
             raster model, the first scale of a next-scale one, the first iteration of a masked one. 0 if the call was
             stopped before.
-        image_passes: passes that each image needed, empty if all need the same.
+        image_passes: passes that each image took part in, its own prefill included; empty if all need the same.
         accepted: of each image, draft tokens that paid off per pass and chain or tree; empty without drafting.
         draft_passes: forward passes of the drafter.
         kept: of each image, share of the draft tokens that were kept, where a rule keeps or replaces each.
         stages: shares of the networks, if several took turns.
         interrupted: whether the call was stopped before its images were whole.
         device, dtype: where and in which precision the host model ran.
+        batch_size: images that were decoded at once, at most; 0 for all.
     """
 
     accelerator: str
@@ -72,6 +75,7 @@ class Statistics:
     interrupted: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+    batch_size: int = 0
 
     @property
     def label(self) -> str:
@@ -80,7 +84,12 @@ class Statistics:
 
     @property
     def tokens_per_pass(self) -> float:
-        return self.tokens / self.passes
+        """How many times fewer passes these are than with a token per pass, in batches of the same size.
+
+        For images that are all decoded at once: tokens of an image over passes.
+        """
+        batches = -(-self.images // (self.batch_size or self.images))
+        return self.tokens * batches / self.passes
 
     @property
     def total_seconds(self) -> float:
@@ -108,8 +117,9 @@ class Statistics:
             drafted += f", {self.draft_passes} drafter passes"
         stages = "".join(f"; {stage}" for stage in self.stages)
         stopped = "; interrupted, the images are not whole" if self.interrupted else ""
+        at_once = f", {self.batch_size} at once," if 0 < self.batch_size < self.images else ""
         return (
-            f"{self.label}: {self.images} images of {self.tokens} tokens in {self.passes} "
+            f"{self.label}: {self.images} images of {self.tokens} tokens{at_once} in {self.passes} "
             f"passes ({self.tokens_per_pass:.2f} tokens per pass{drafted}), {self.total_seconds:.2f} s "
             f"({phases}){stages}{stopped}"
         )

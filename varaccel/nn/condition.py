@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from varaccel.errors import InputError
@@ -55,6 +57,18 @@ class Condition:
     @property
     def batch(self) -> int:
         return self.values.shape[0]
+
+    def part(self, images: Sequence[int] | slice) -> Condition:
+        """The condition of some images."""
+        index: Tensor | slice = (
+            images if isinstance(images, slice) else torch.tensor(images, device=self.values.device)
+        )
+        return replace(
+            self,
+            values=self.values[index],
+            mask=None if self.mask is None else self.mask[index],
+            negative=tuple(branch.part(images) for branch in self.negatives) or None,
+        )
 
     def repeat_interleave(self, times: int) -> Condition:
         """The condition of `times` images of each row, beside each other."""

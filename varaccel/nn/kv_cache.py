@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -81,6 +83,20 @@ class KVCache:
         old_keys = self.keys[layer, :rows, :, :length].to(keys.dtype)
         old_values = self.values[layer, :rows, :, :length].to(values.dtype)
         return torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
+
+    def put_rows(self, rows: Tensor, other: KVCache, length: int) -> None:
+        """The first `length` slots of rows `rows` [n] become those of `other`, in order; the rest stays."""
+        self.keys[:, rows, :, :length] = other.keys[:, :, :, :length]
+        self.values[:, rows, :, :length] = other.values[:, :, :, :length]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Only rows `rows`, which must ascend, stay. They move within the memory that there is, which stays as it is:
+        a smaller copy would need more than the call had so far."""
+        for target, source in enumerate(rows):
+            if target != source:
+                self.keys[:, target] = self.keys[:, source]
+                self.values[:, target] = self.values[:, source]
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy keys and values of all layers from slots `source` [B, M] to slots `target` [B, M]."""

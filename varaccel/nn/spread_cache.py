@@ -73,6 +73,16 @@ class SpreadCache(KVCache):
         device, index = self._places[layer]
         return self.parts[device].beside(index, keys, values, length)
 
+    def put_rows(self, rows: Tensor, other: KVCache, length: int) -> None:
+        assert isinstance(other, SpreadCache)
+        for device, part in self.parts.items():
+            part.put_rows(rows.to(device), other.parts[device], length)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        for part in self.parts.values():
+            part.keep_rows(rows)
+        self._batch = len(rows)
+
     def move(self, source: Tensor, target: Tensor) -> None:
         for device, part in self.parts.items():
             part.move(source.to(device), target.to(device))

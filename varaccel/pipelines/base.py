@@ -8,7 +8,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from varaccel.accelerators import AnyAccelerator, resolve_accelerator
 from varaccel.engine.accelerator import plan_call
 from varaccel.engine.canvas import Canvas
-from varaccel.engine.counts import Counts, SpeculationStats, StageStats
+from varaccel.engine.counts import Counts, SpeculationStats, StageStats, added_counts
 from varaccel.engine.job import Job
 from varaccel.engine.loop import OnStep, Step
 from varaccel.engine.network import Network
@@ -49,6 +49,26 @@ NO_PROMPT = "\0no prompt"
 """What stands for "no prompt" among prompts; recognised by identity, so that nobody can write it."""
 
 
+@dataclass
+class _Cost:
+    """What the passes of a call took: their number, and the most rows and bytes of a cache at a time.
+
+    Attributes:
+        before: passes of the parts of the call that are done.
+    """
+
+    passes: int = 0
+    rows: int = 0
+    cache_bytes: int = 0
+    before: int = 0
+
+    def add(self, job: Job) -> None:
+        """Count the sessions of a job."""
+        if job.sessions:
+            self.rows = max(self.rows, job.sessions[0].rows_per_pass)
+            self.cache_bytes = max(self.cache_bytes, job.cache_bytes)
+
+
 class Interrupted(Exception):
     """Raised inside the decoding loop when the call is stopped."""
 
@@ -65,6 +85,7 @@ class Call:
         output_type: one of `OUTPUT_TYPES`.
         return_dict: False for a plain tuple.
         callback: called after every pass.
+        batch_size: images that are decoded at once, at most; all if None.
     """
 
     prompts: list[str | int]
@@ -74,11 +95,24 @@ class Call:
     output_type: str
     return_dict: bool
     callback: StepCallback | None
+    batch_size: int | None = None
 
     @property
     def images(self) -> int:
         """Images of the call, B."""
         return len(self.generators)
+
+    @property
+    def at_once(self) -> int:
+        """Images that are decoded at once."""
+        return self.images if self.batch_size is None else min(self.batch_size, self.images)
+
+    def part(self, images: slice) -> Call:
+        """The call for some of the images."""
+        prompts = [prompt for prompt in self.prompts for _ in range(self.num_images_per_prompt)]
+        return replace(
+            self, prompts=prompts[images], num_images_per_prompt=1, generators=self.generators[images]
+        )
 
 
 SettingsT = TypeVar("SettingsT")
@@ -99,6 +133,7 @@ class Run(Generic[SettingsT, JobT]):
         device: where it runs.
         canvas: what is decided so far; set by `_new_canvas`.
         job: the call as accelerators see it; set by `_job`.
+        parts: of a call in several batches the runs of each, on views of the canvas; none of a call in one.
     """
 
     call: Call
@@ -107,6 +142,19 @@ class Run(Generic[SettingsT, JobT]):
     device: torch.device
     canvas: Canvas = field(init=False)
     job: JobT = field(init=False)
+    parts: list[Run[SettingsT, JobT]] = field(default_factory=list)
+
+    def split(self) -> None:
+        """Make `parts` of as many images as are decoded at once, if there are more."""
+        size, total = self.call.at_once, self.call.images
+        if size == total:
+            return
+        for first in range(0, total, size):
+            images = slice(first, first + size)
+            condition = None if self.condition is None else self.condition.part(images)
+            part: Run[SettingsT, JobT] = Run(self.call.part(images), self.settings, condition, self.device)
+            part.canvas = self.canvas.part(images)
+            self.parts.append(part)
 
 
 class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
@@ -299,6 +347,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         output_type: str,
         return_dict: bool,
         callback: StepCallback | None,
+        batch_size: int | None = None,
     ) -> Call:
         """The arguments that all families share.
 
@@ -308,6 +357,8 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         """
         prompts = self._prompts(prompt)
         num_images_per_prompt = positive_integer("num_images_per_prompt", num_images_per_prompt)
+        if batch_size is not None:
+            batch_size = positive_integer("batch_size", batch_size)
         if output_type not in OUTPUT_TYPES:
             raise unknown_name("output_type", str(output_type), OUTPUT_TYPES)
         check_callback(callback)
@@ -323,6 +374,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
             output_type,
             return_dict,
             callback,
+            batch_size,
         )
 
     def _generate(self, call: Call, settings: SettingsT) -> ImageOutput | tuple[Any, Statistics]:
@@ -337,7 +389,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         """
         networks = [*self._networks(), *call.accelerator.networks()]
         with (
-            memory_errors(call.images),
+            memory_errors(call.at_once),
             torch.no_grad(),
             eval_mode(networks),
             running(self) as control,
@@ -375,10 +427,11 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
             condition = condition.repeat_interleave(call.num_images_per_prompt)
         run: Run[SettingsT, JobT] = Run(call, settings, condition, device)
         run.canvas = self._new_canvas(run)
+        run.split()
         clock.lap("text")
 
         first = Stopwatch(device)
-        accelerator, passes, counts = self._decode(run, first, control)
+        accelerator, cost, counts = self._decode(run, first, control)
         clock.lap("tokens")
 
         latent = call.output_type == "latent"
@@ -393,9 +446,10 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
             images=call.images,
             tokens=decided,
             interrupted=decided < run.canvas.num_positions,
-            passes=passes,
-            rows=run.job.sessions[0].rows_per_pass,
-            cache_bytes=run.job.cache_bytes,
+            batch_size=call.at_once,
+            passes=cost.passes,
+            rows=cost.rows,
+            cache_bytes=cost.cache_bytes,
             seconds=clock.laps,
             first_pass_seconds=first.laps.get("pass", 0.0),
             **_of_counts(counts),
@@ -408,13 +462,12 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
 
     def _decode(
         self, run: Run[SettingsT, JobT], first: Stopwatch, control: RunningCall
-    ) -> tuple[AnyAccelerator, int, Counts | None]:
-        """Fill `run.canvas`; what did it, in how many passes, and what it tells, None if it was stopped.
+    ) -> tuple[AnyAccelerator, _Cost, Counts | None]:
+        """Fill `run.canvas`; what did it, at which cost, and what it tells, None if it was stopped.
 
         `first` gets a lap called "pass" after the first one.
         """
-        passes = 0
-        counts: Counts | None = None
+        cost = _Cost()
         mode = torch.is_inference_mode_enabled()
         drafters = run.call.accelerator.networks()
         self._bring("tokens", *drafters)
@@ -422,15 +475,14 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         with self.progress_bar(total=100) as bar:
 
             def on_step(step: Step) -> None:
-                nonlocal passes
-                passes = step.number
+                cost.passes = step.number
                 if not first.laps:  # waits for the device, this once
                     first.lap("pass")
                 bar.update(int(100 * step.progress) - bar.n)
                 if run.call.callback is not None:
                     # the caller's code: its tensors are to be as elsewhere
                     with torch.inference_mode(mode), torch.no_grad(), control.waiting():
-                        shown = self._shown_to_callback(self._as_it_stands(run), control)
+                        shown = self._shown_to_callback(self._all_as_it_stands(run), control)
                         returned = run.call.callback(self, step.number - 1, step.decided, dict(shown))
                         check_returned(shown, returned)
                         self._bring("tokens", *drafters)  # where a preview or a call within had its turn
@@ -439,13 +491,62 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
 
             # Several per cent faster than no_grad where passes are small. The canvas was made outside, so that what
             # becomes of it can be changed and learned from.
+            told: list[Counts] = []
+            counts: Counts | None = None
             with torch.inference_mode():
                 run.job = self._job(run, on_step)
+                if run.parts:
+                    at_once = run.call.at_once
+                    rows = run.job.rows * at_once // run.call.images
+                    run.job = replace(run.job, batch_size=at_once, rows=rows)
                 plan = plan_call(run.call.accelerator, run.job)
+                jobs = self._part_jobs(run, cost, on_step)
+                if plan.accelerator.continuous or not run.parts:
+                    jobs = [run.job]
                 with contextlib.suppress(Interrupted):
-                    counts = plan.run()
-                run.job.report_numbers()
-        return plan.accelerator, counts.passes if isinstance(counts, StageStats) else passes, counts
+                    for job in jobs:
+                        try:
+                            told.append(plan_call(plan.accelerator, job).run())
+                        finally:
+                            cost.add(job)
+                        if run.parts:
+                            job.report_numbers()
+                            job.release()
+                    counts = added_counts(told)
+                job.report_numbers()
+            if isinstance(counts, StageStats):
+                cost.passes = counts.passes
+        return plan.accelerator, cost, counts
+
+    @staticmethod
+    def _part_jobs(run: Run[SettingsT, JobT], cost: _Cost, on_step: OnStep) -> list[JobT]:
+        """The jobs of the parts of a call, which are done one after the other and tell of the whole."""
+        images, first = run.call.images, 0
+        jobs = []
+        for part in run.parts:
+
+            def observe(step: Step, first: int = first, count: int = part.call.images) -> None:
+                if step.number == 1:
+                    cost.before = cost.passes
+                shown = step.positions.expand(count, -1)
+                positions = shown.new_full((images, shown.shape[1]), -1)
+                positions[first : first + count] = shown
+                progress = (first + step.progress * count) / images
+                on_step(Step(cost.before + step.number, progress, positions, run.canvas))
+
+            of_part = run.job.part(range(first, first + part.call.images))
+            part.job = replace(of_part, canvas=part.canvas, on_step=observe)
+            jobs.append(part.job)
+            first += part.call.images
+        return jobs
+
+    def _all_as_it_stands(self, run: Run[SettingsT, JobT]) -> Run[SettingsT, JobT]:
+        if not run.parts:
+            return self._as_it_stands(run)
+        still = copy.copy(run)
+        still.parts = [self._as_it_stands(part) for part in run.parts]
+        still.canvas = run.canvas.part(torch.arange(run.canvas.batch, device=run.device))
+        return still
 
     def _as_it_stands(self, run: Run[SettingsT, JobT]) -> Run[SettingsT, JobT]:
         """The run with a canvas that stays as it is now, for whoever looks at it later or from another thread."""
@@ -476,7 +577,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
     def _shown(self, run: Run[SettingsT, JobT]) -> Any:
         """The canvas so far as images of the call's output type; arrays if that is "latent"."""
         self._bring("pixels")
-        pixels = self._pixels(run)
+        pixels = torch.cat([self._pixels(part) for part in run.parts or [run]])
         check_finite(pixels, self.image_tokenizer, pixels.dtype, "pixels")
         return to_output(pixels, run.call.output_type)
 

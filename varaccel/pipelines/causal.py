@@ -192,6 +192,7 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
         guidance_scale: float | Sequence[float] | None = None,
         guidance_interval: int = -1,
         num_images_per_prompt: int = 1,
+        batch_size: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         temperature: float | None = None,
@@ -216,6 +217,9 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
                 `Guidance`.
             guidance_interval: see `Guidance`.
             num_images_per_prompt: images of each prompt, at least 1.
+            batch_size: images that are decoded at once, at most, which bounds memory; all if None. With accelerators
+                whose images advance at their own pace the place of a finished one is taken by the next at once. No
+                image depends on it but for rounding.
             seed: image i uses seed + i and can be made again alone with it.
             generator: instead of a seed: one generator, or one per image.
             temperature, top_k, top_p: see `Sampling`; the model's own defaults if None.
@@ -245,6 +249,7 @@ class CausalPipeline(PaintingPipeline[CausalSettings, CausalJob], abstract=True)
             output_type=output_type,
             return_dict=return_dict,
             callback=callback_on_step_end,
+            batch_size=batch_size,
         )
         return self._generate(call, settings)
 

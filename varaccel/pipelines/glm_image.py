@@ -167,6 +167,7 @@ class GlmImagePipeline(SizedTransformersPipeline):
         guidance_scale: float | Sequence[float] | None = None,
         guidance_interval: int = -1,
         num_images_per_prompt: int = 1,
+        batch_size: int | None = None,
         num_inference_steps: int | None = None,
         decoder_guidance_scale: float | None = None,
         seed: int | None = None,
@@ -224,6 +225,7 @@ class GlmImagePipeline(SizedTransformersPipeline):
             output_type=output_type,
             return_dict=return_dict,
             callback=callback_on_step_end,
+            batch_size=batch_size,
         )
         return self._generate(call, settings)
 

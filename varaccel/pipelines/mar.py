@@ -179,6 +179,7 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
         guidance_scale: float | None = None,
         guidance_schedule: GuidanceSchedule | None = None,
         num_images_per_prompt: int = 1,
+        batch_size: int | None = None,
         num_iterations: int | None = None,
         head_steps: int | None = None,
         head_sampler: Sampler | None = None,
@@ -198,6 +199,8 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
             guidance_scale, guidance_schedule: how strictly to follow the prompt, see `MaskedGuidance`; a scale of 1
                 switches guidance off and halves the work. The model's own defaults if None.
             num_images_per_prompt: images of each prompt, at least 1.
+            batch_size: images that are decoded at once, at most, which bounds memory; all if None. No image depends on
+                it but for rounding.
             num_iterations: in how many passes the tokens are decided, at most one per token.
             head_steps, head_sampler, temperature, final_noise: see `HeadSampling`.
             seed: image i uses seed + i and can be made again alone with it.
@@ -240,6 +243,7 @@ class MARPipeline(TokenPipeline[MARSettings, MaskedJob]):
             output_type=output_type,
             return_dict=return_dict,
             callback=callback_on_step_end,
+            batch_size=batch_size,
         )
         return self._generate(call, settings)
 

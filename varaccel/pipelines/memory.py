@@ -37,7 +37,7 @@ def memory_errors(images: int) -> Iterator[None]:
     """Turn an allocation failure inside the block into `OutOfMemory`.
 
     Args:
-        images: images of the call, for the advice.
+        images: images that the call decodes at once, for the advice.
     """
     try:
         yield
@@ -73,5 +73,5 @@ def check_images(images: int, pixels: int, device: torch.device) -> None:
 
 
 def _advice(images: int) -> str:
-    fewer = f"make fewer than {images} images in one call, or " if images > 1 else ""
+    fewer = f"decode fewer than {images} images at once (batch_size), or " if images > 1 else ""
     return f"out of memory: {fewer}load the model with dtype=torch.bfloat16."

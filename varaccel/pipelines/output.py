@@ -48,12 +48,13 @@ class ImageOutput(BaseOutput):
             raise InputError(
                 "a next-scale model decides whole maps at once, so there is no map of passes to draw."
             )
+        passes = max(1, int(self.written.max()))  # of the image that took most
         images: Sequence[Image.Image | None] = [None] * len(self.written)
         if overlay:
             if not isinstance(self.images, list):
                 raise InputError("an overlay needs PIL images; make them with output_type='pil'.")
             images = self.images
         return [
-            acceptance_map(written, self.stats.passes, size, image=image, legend=legend)
+            acceptance_map(written, passes, size, image=image, legend=legend)
             for written, image in zip(self.written, images, strict=True)
         ]

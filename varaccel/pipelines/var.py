@@ -167,6 +167,7 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
         *,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
+        batch_size: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         temperature: float | Sequence[float] | None = None,
@@ -187,6 +188,8 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
             guidance_scale: how strictly to follow the prompt, see `ScaleGuidance`; 1 switches guidance off and
                 halves the work. The model's own default if None.
             num_images_per_prompt: images of each prompt, at least 1.
+            batch_size: images that are decoded at once, at most, which bounds memory; all if None. No image depends on
+                it but for rounding.
             seed: image i uses seed + i and can be made again alone with it.
             generator: instead of a seed: one generator, or one per image.
             temperature, top_k, top_p: see `ScaleSampling`; the model's own defaults if None.
@@ -221,6 +224,7 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
             output_type=output_type,
             return_dict=return_dict,
             callback=callback_on_step_end,
+            batch_size=batch_size,
         )
         return self._generate(call, settings)
 

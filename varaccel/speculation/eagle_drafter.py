@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
 from varaccel.errors import InputError
-from varaccel.hosts.causal.cache_slots import CacheSlots, lane_draft_slots, spread
+from varaccel.hosts.causal.cache_slots import CacheSlots, branch_rows, lane_draft_slots, spread
 from varaccel.hosts.causal.lanes import Fronts
 from varaccel.hosts.causal.session import CausalSession, Transform
 from varaccel.nn.attention_inputs import prefix_mask
@@ -85,10 +86,7 @@ class EagleReader:
 
     def begin(self, roots: Tensor, fronts: Fronts) -> Categorical:
         self._fronts = fronts
-        if self._pairs is None:
-            self._read_prefix()
-        assert self._pairs is not None
-        tokens, positions, features = self._pairs
+        tokens, positions, features = self._unread()
         predicted = self._read(tokens, positions, features)  # [R, P, dim]
         here = (positions.unsqueeze(1) == (fronts.start - 1).unsqueeze(-1)) & fronts.open.unsqueeze(-1)
         found, column = here.to(torch.uint8).max(dim=-1)  # [B, A]
@@ -130,6 +128,37 @@ class EagleReader:
             taken.flatten(1, 2),
         )
 
+    def put_rows(self, rows: Tensor, other: EagleReader) -> None:
+        mine, theirs = self._unread(), other._unread()
+        wide = max(mine[0].shape[1], theirs[0].shape[1])
+        tokens, positions, features = _filled_up(mine, wide)
+        new_tokens, new_positions, new_features = _filled_up(theirs, wide)
+        branches = len(new_features) // len(new_tokens)
+        if len(features) < branches * len(tokens):
+            # Beyond the guidance interval the other branches are not read. These images never need them again.
+            features = features.repeat(branches, 1, 1)
+        target = branch_rows(rows, len(features), len(tokens))
+        self._pairs = (
+            tokens.index_copy(0, rows, new_tokens),
+            positions.index_copy(0, rows, new_positions),
+            features.index_copy(0, target, new_features),
+        )
+        self.cache_slots.put_rows(rows, other.cache_slots)
+        self.passes += other.passes
+
+    def keep_rows(self, rows: Tensor) -> None:
+        tokens, positions, features = self._unread()
+        of_branches = branch_rows(rows, len(features), len(tokens))
+        self._pairs = (tokens[rows], positions[rows], features[of_branches])
+        self.cache_slots.keep_rows(rows, len(tokens))
+
+    def _unread(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs that the head has not read yet."""
+        if self._pairs is None:
+            self._read_prefix()
+        assert self._pairs is not None
+        return self._pairs
+
     def _read_prefix(self) -> None:
         features, pairs = self.session.prefix_features, self.cache_slots.prefix
         if pairs:
@@ -164,3 +193,14 @@ class EagleReader:
     def _distribution(self, features: Tensor, positions: Tensor) -> Categorical:
         assert self._fronts is not None
         return self.session.distribution(features, positions).by_lane(self._fronts.start.shape[1])
+
+
+def _filled_up(pairs: tuple[Tensor, Tensor, Tensor], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs with as many columns as `width`; those that are added stand nowhere."""
+    tokens, positions, features = pairs
+    missing = width - tokens.shape[1]
+    return (
+        F.pad(tokens, (0, missing)),
+        F.pad(positions, (0, missing), value=-1),
+        F.pad(features, (0, 0, 0, missing)),
+    )

@@ -110,6 +110,15 @@ class JacobiProposer:
                 self._distributions, target, distributions.view(batch, open_, *distributions.shape[1:])
             )
 
+    def put_rows(self, rows: Tensor, other: JacobiProposer) -> None:
+        self._drafts[rows] = other._drafts
+        if self._distributions is not None and other._distributions is not None:
+            self._distributions[rows] = other._distributions
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self._drafts = self._drafts[rows]
+        self._distributions = None if self._distributions is None else self._distributions[rows]
+
     def _lane(self, fronts: Fronts) -> Tensor:
         return fronts.start.clamp(min=0) // self.lanes.width
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch import Tensor
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.counts import SpeculationStats
 from varaccel.engine.distribution import Categorical
-from varaccel.engine.loop import OnStep, Step
 from varaccel.engine.randomness import GumbelNoise, Randomness, Stream
 from varaccel.hosts.causal.cache_slots import lane_draft_slots, spread
-from varaccel.hosts.causal.lanes import Fronts, Lanes
+from varaccel.hosts.causal.job import CausalJob
+from varaccel.hosts.causal.lanes import Fronts
 from varaccel.hosts.causal.session import CausalSession, DraftInputs
+from varaccel.speculation.batch import Batch, Start
 from varaccel.speculation.rejection import Rule, VerificationResult, match
 from varaccel.speculation.tree import DraftTree
 
@@ -150,55 +151,43 @@ class Proposer(Protocol):
         """Learn what became of the draft tokens."""
         ...
 
+    def put_rows(self, rows: Tensor, other: Self) -> None:
+        """What it knows of images `rows` [n] becomes what `other` knows of its own, in order, which has drafted
+        nothing. Canvas, target session and noise are seen to elsewhere."""
+        ...
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Only images `rows` [n], which must ascend, stay."""
+        ...
+
 
 @torch.inference_mode()
-def speculate(
-    session: CausalSession,
-    canvas: Canvas,
-    lanes: Lanes,
-    proposer: Proposer,
-    verify: Verifier,
-    randomness: Randomness,
-    on_step: OnStep | None = None,
-) -> SpeculationStats:
-    """Fill the canvas by drafting and verifying. Every image, and every lane of it, has its own pace.
+def speculate(job: CausalJob, start: Start) -> SpeculationStats:
+    """Fill the job's canvas by drafting and verifying. Every image, and every lane of it, has its own pace.
 
-    The first pass reads the condition and decides position 0 as plain decoding does. Every later pass reads,
-    for each open lane, its last token and a tree of draft tokens; the rule walks down the tree and yields the
+    The first pass of an image reads its condition and decides position 0 as plain decoding does. Every later pass
+    reads, for each open lane, its last token and a tree of draft tokens; the rule walks down the tree and yields the
     distribution of one more token. So each pass decides at least one token per open lane.
 
+    With more images than `job.batch_size`, the row of a finished image is given to the next, see `Batch`.
+
     The device is asked once per pass how far the images are.
+
+    Args:
+        start: opens sessions, proposer and verifier for some images of the job.
     """
-    width = proposer.nodes
-    most = lanes.most_open(canvas.num_positions)
-    stream = randomness.stream(most * (width + 1 + proposer.draws))
-    first = torch.zeros(1, dtype=torch.int64, device=canvas.written.device)
-    canvas.write(first, session.first_distribution().sample(randomness.at(first)), 1)
-    stats = SpeculationStats.start(canvas.batch, canvas.written.device)
-    stats.passes += 1
-    step = 1
-    if on_step is not None:
-        on_step(Step(step, 1 / canvas.num_positions, first, canvas))
-    while not canvas.is_full:
-        step += 1
-        fronts = lanes.fronts(canvas, step, fixed=session.static_shapes)
-        draws = _draws(stream, most, fronts.start.shape[1], width)
+    batch = Batch(job, start)
+    while batch.advance():
+        work, canvas = batch.work, batch.canvas
+        fronts = work.lanes.fronts(canvas, batch.steps, fixed=work.session.static_shapes)
+        most = work.lanes.most_open(canvas.num_positions)
+        draws = _draws(batch.stream, most, fronts.start.shape[1], work.proposer.nodes)
         roots = canvas.tokens.gather(1, fronts.source.clamp(min=0))
-        tree = proposer.propose(roots, fronts, draws)
-        outcome = _verify_step(session, canvas, fronts, tree, verify, draws)
-        proposer.observe(outcome, draws)
-        positions = outcome.positions.view(canvas.batch, -1)
-        canvas.write(positions, outcome.tokens.view(canvas.batch, -1), step)
-        open_ = fronts.open.sum(1)
-        written = (positions >= 0).sum(1)
-        stats.passes += open_ > 0
-        stats.attempts += open_
-        stats.accepted += written - open_
-        if on_step is not None:
-            progress = float((canvas.written > 0).float().mean())
-            on_step(Step(step, progress, positions, canvas))
-    stats.draft_passes = proposer.passes
-    return stats
+        tree = work.proposer.propose(roots, fronts, draws)
+        outcome = _verify_step(work.session, canvas, fronts, tree, work.verify, draws)
+        work.proposer.observe(outcome, draws)
+        batch.write(outcome)
+    return batch.stats
 
 
 def _draws(stream: Stream, most: int, lanes: int, nodes: int) -> Draws:

@@ -106,6 +106,12 @@ class NetworkReader:
     def observe(self, outcome: StepResult) -> None:
         pass
 
+    def put_rows(self, rows: Tensor, other: NetworkReader) -> None:
+        self.session.put_rows(rows, other.session)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self.session.keep_rows(rows)
+
     def _read(
         self,
         tokens: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -57,6 +57,14 @@ class BranchReader(Protocol):
 
     def observe(self, outcome: StepResult) -> None:
         """Learn what became of the draft tokens."""
+        ...
+
+    def put_rows(self, rows: Tensor, other: Self) -> None:
+        """See `Proposer`."""
+        ...
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """See `Proposer`."""
         ...
 
 
@@ -180,6 +188,14 @@ class StaticProposer:
         changed = torch.where(accepted >= depth, longer, (depth - 1).clamp(min=1))
         self._depths.scatter_(1, lane, torch.where(fronts.open, changed, depth))
 
+    def put_rows(self, rows: Tensor, other: StaticProposer) -> None:
+        self.reader.put_rows(rows, other.reader)
+        self._depths[rows] = other._depths
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self.reader.keep_rows(rows)
+        self._depths = self._depths[rows]
+
     def _lane(self, fronts: Fronts) -> Tensor:
         return fronts.start.clamp(min=0) // self.lane_width
 
@@ -302,3 +318,9 @@ class DynamicProposer:
 
     def observe(self, outcome: StepResult, draws: Draws) -> None:
         self.reader.observe(outcome)
+
+    def put_rows(self, rows: Tensor, other: DynamicProposer) -> None:
+        self.reader.put_rows(rows, other.reader)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self.reader.keep_rows(rows)

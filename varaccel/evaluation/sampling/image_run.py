@@ -1,10 +1,11 @@
 """Many images for an evaluation: the same files however the work was split, and after whatever interruption.
 
-Image i has seed `seed` + i, and the images of a pass are decided by the batch size alone: batch b holds images
-b·B to b·B + B - 1. Processes share batches, never parts of them, and an interrupted batch is drawn again whole. So
-files are bit-identical for any number of processes on one kind of device, on a CPU with equally many threads in each;
-another batch size draws the same random numbers, and only rounding can make a difference (see
-`varaccel.evaluation.metrics.rounding`).
+Image i has seed `seed` + i, and call c draws images c·C to c·C + C - 1, B of them at once. C is the batch size B, or
+up to four times as much for accelerators whose images have their own pace: in a call the place of a finished image is
+taken by the next, so which images share a pass is decided by the call alone. Processes share calls, never parts of
+them, and an interrupted call is made again whole. So files are bit-identical for any number of processes and
+interruptions on one kind of device, on a CPU with equally many threads in each; another batch size draws the same
+random numbers, and only rounding can make a difference (see `varaccel.evaluation.metrics.rounding`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class RunSummary:
 
     Attributes:
         images: drawn.
-        passes: forward passes of the model per call, the mean over calls.
+        passes: forward passes of the model per batch of images, the mean over batches.
         tokens_per_pass: tokens of an image over `passes`.
         seconds: wall-clock time of all calls by phase, added up over processes; of runs beside other work no figure
             of speed.
@@ -85,7 +85,8 @@ class ImageRun:
 
     @property
     def batches(self) -> int:
-        return -(-self.settings.count // self.settings.batch_size)
+        """Calls of the run, of one batch or several each."""
+        return -(-self.settings.count // self.settings.images_per_call)
 
     def image_path(self, index: int) -> Path:
         return self.images / f"{index:0{self._digits}}.png"
@@ -94,12 +95,12 @@ class ImageRun:
         return self.folder / STATISTICS / f"{batch:0{self._digits}}.json"
 
     def indices(self, batch: int) -> range:
-        """The images of a batch."""
-        start = batch * self.settings.batch_size
-        return range(start, min(start + self.settings.batch_size, self.settings.count))
+        """The images of a call."""
+        size = self.settings.images_per_call
+        return range(batch * size, min(batch * size + size, self.settings.count))
 
     def missing(self) -> list[int]:
-        """Batches of which anything is not there yet."""
+        """Calls of which anything is not there yet."""
         return [
             batch
             for batch in range(self.batches)
@@ -245,11 +246,14 @@ class ImageRun:
 
     def _draw_batch(self, pipe: Any, accelerator: AnyAccelerator, batch: int) -> None:
         indices = self.indices(batch)
+        size = self.settings.batch_size
+        several = {"batch_size": size} if self.settings.images_per_call > size else {}
         output = pipe(
             self.prompts[indices.start : indices.stop],
             seed=self.settings.seed + indices.start,
             accelerator=accelerator,
             output_type="raw",
+            **several,
             **self.settings.call,
         )
         pixels = to_pixels(output.images, self.settings.image_size, self.settings.rounding).cpu().numpy()
@@ -270,7 +274,8 @@ class ImageRun:
             for batch in range(self.batches)
             if self.statistics_path(batch).is_file()
         ]
-        passes = fmean(one["passes"] for one in told)
+        batches = sum(-(-one["images"] // (one.get("batch_size") or one["images"])) for one in told)
+        passes = sum(one["passes"] for one in told) / batches
         phases = told[0]["seconds"]
         return RunSummary(
             images=sum(one["images"] for one in told),

@@ -51,7 +51,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("where and how")
     group.add_argument(
-        "--batch-size", type=int, default=_BATCH_SIZE, help="images per call (default %(default)s)"
+        "--batch-size",
+        type=int,
+        default=_BATCH_SIZE,
+        help="images that are drawn at once (default %(default)s)",
     )
     group.add_argument("--device", choices=(_AUTO, "cpu", "cuda"), default=_AUTO)
     group.add_argument(

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 
 from varaccel.accelerators import AnyAccelerator
+from varaccel.accelerators.auto import Auto
 from varaccel.errors import InputError, unknown_name
 from varaccel.evaluation.digests import text_digest, weights_digest
 from varaccel.nn.devices import is_host
@@ -19,6 +20,10 @@ from varaccel.pipelines.pixels import Rounding
 from varaccel.version import __version__
 
 SETTINGS = "run.json"
+BATCHES = 4
+"""Most batches in a call of an accelerator whose images have their own pace; what is interrupted is lost."""
+CALLS = 4
+"""Fewest calls that are made of several batches, so that processes can share them."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,9 @@ class RunSettings:
         prompts: digest of the prompts.
         count: images.
         seed: of the first image.
-        batch_size: images per call.
+        batch_size: images that are decoded at once.
+        images_per_call: a multiple of it; with accelerators that give the place of a finished image to the next, a call
+            of several batches waits for its slowest image once.
         image_size: side that images are resized to before they are rounded (bicubic, no antialiasing, as
             LlamaGen's published sampler does); None: as they are.
         rounding: to 8 bits, see `to_uint8`.
@@ -53,6 +60,7 @@ class RunSettings:
     count: int
     seed: int
     batch_size: int
+    images_per_call: int = 0
     image_size: int | None = None
     rounding: Rounding = "nearest"
     dtype: str = "float32"
@@ -67,6 +75,8 @@ class RunSettings:
         for name in ("count", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.images_per_call:  # runs of before this was a setting
+            object.__setattr__(self, "images_per_call", self.batch_size)
         if self.image_size is not None and self.image_size < 1:
             raise InputError(f"image_size must be at least 1, got {self.image_size}.")
         if self.rounding not in ("nearest", "down"):
@@ -90,6 +100,10 @@ class RunSettings:
             prompts: one per image.
             others: further attributes.
         """
+        if "batch_size" in others and (accelerator.continuous or isinstance(accelerator, Auto)):
+            size = others["batch_size"]
+            batches = max(1, min(BATCHES, len(prompts) // (CALLS * max(1, size))))
+            others.setdefault("images_per_call", batches * size)
         # as they come back from a file
         plain = json.loads(json.dumps([accelerator.options(), dict(call)], default=str))
         device = pipe.transformer.device.type

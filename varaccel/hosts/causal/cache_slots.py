@@ -147,6 +147,25 @@ class CacheSlots:
             length=length,
         )
 
+    def put_rows(self, images: Tensor, other: CacheSlots) -> None:
+        """The rows of images `images` [n], in all branches, become those of `other`, which has read its prefix only."""
+        mine = branch_rows(images, self.rows, self.rows * len(images) // other.rows)
+        self.cache.put_rows(mine, other.cache, self.prefix)
+        self.usable[mine] = other.usable
+        self.branches_differ |= other.branches_differ
+        self._positional = _with_rows(self._positional, mine, other._positional, self.rows)
+        self._modulation = _with_rows(self._modulation, mine, other._modulation, self.rows)
+
+    def keep_rows(self, images: Tensor, batch: int) -> None:
+        """Of `batch` images only `images` [n], which must ascend, stay, in all branches."""
+        rows = branch_rows(images, self.rows, batch)
+        self.cache.keep_rows(rows.tolist())
+        self._positional, self._modulation = (
+            table if table is None or len(table) == 1 else table[rows]
+            for table in (self._positional, self._modulation)
+        )
+        self.usable = self.usable[rows]
+
     def keep(self, draft_slots: Tensor, positions: Tensor) -> None:
         """Move draft tokens from draft slots to the slots of their positions.
 
@@ -161,6 +180,23 @@ class CacheSlots:
         self.cache.move(source, target)
         self.usable.scatter_(1, target, True)
         self.usable[:, self.spare] = False
+
+
+def branch_rows(images: Tensor, rows: int, batch: int) -> Tensor:
+    """Which of `rows` rows, those of `batch` images in branch after branch, belong to `images` [n]: in that order."""
+    return (torch.arange(0, rows, batch, device=images.device).unsqueeze(1) + images).flatten()
+
+
+def _with_rows(table: Tensor | None, rows: Tensor, other: Tensor | None, total: int) -> Tensor | None:
+    """A table of `total` rows, or 1 that they share, whose rows `rows` become those of `other`."""
+    if table is None or other is None:
+        return table
+    # one row may be that of all, or of the only one
+    if len(table) == len(other) == 1 and (total == 1 or torch.equal(table, other)):
+        return other
+    return table.expand(total, *table.shape[1:]).index_copy(
+        0, rows, other.expand(len(rows), *other.shape[1:])
+    )
 
 
 def _with_padding(table: Tensor | None) -> Tensor | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
 
+import torch
 from torch import Tensor
 
 from varaccel.engine.job import Job
@@ -55,6 +57,17 @@ class CausalJob(Job):
         size = self.network.signature().vocab_size
         assert size is not None, "a causal host predicts token ids"
         return size
+
+    def part(self, images: Sequence[int]) -> Self:
+        return replace(
+            self,
+            canvas=self.canvas.part(torch.tensor(images, device=self.device)),
+            rows=len(images) * self.guidance.branches,
+            batch_size=None,
+            sessions=[],
+            condition=self.condition.part(images),
+            randomness=self.randomness.part(images),
+        )
 
     @property
     def grid(self) -> Grid:

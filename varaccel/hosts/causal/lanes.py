@@ -63,8 +63,8 @@ class Lanes:
         """The largest number of lanes that are ever open at once."""
         return min(positions // self.width, math.ceil(self.width / self.lag))
 
-    def fronts(self, canvas: Canvas, step: int, *, fixed: bool = False) -> Fronts:
-        """What is open before pass `step`.
+    def fronts(self, canvas: Canvas, step: int | Tensor, *, fixed: bool = False) -> Fronts:
+        """What is open before pass `step`, or [B, 1] that of each image.
 
         Args:
             fixed: always return `most_open` lanes, so that shapes never change; otherwise the number that

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
-from varaccel.hosts.causal.cache_slots import CacheSlots, Visibility
+from varaccel.hosts.causal.cache_slots import CacheSlots, Visibility, branch_rows
 from varaccel.hosts.causal.guidance import Guidance
 from varaccel.hosts.causal.network import CausalNetwork
 from varaccel.hosts.causal.sampling import Sampling
@@ -106,7 +106,8 @@ class CausalSession:
         )
         self._frontier = 0  # positions before it are all encoded, in every row
         self._prefix_features: Tensor | None = None
-        self.reads = 0  # forward passes of the network, the prefill included
+        self.reads = 0  # forward passes of the network, prefills included
+        self._cost = (rows, self.cache.nbytes)
         self.number_check = NumberCheck.of(network)
         self.number_checks = [self.number_check]  # with those of drafters that read this session's features
 
@@ -116,8 +117,8 @@ class CausalSession:
 
     @property
     def rows_per_pass(self) -> int:
-        """Network rows of a guided pass."""
-        return self.cache_slots.rows
+        """Network rows of a guided pass, as long as no image was dropped."""
+        return self._cost[0]
 
     @property
     def condition_mask(self) -> Tensor | None:
@@ -126,7 +127,7 @@ class CausalSession:
 
     @property
     def cache_bytes(self) -> int:
-        return self.cache.nbytes
+        return self._cost[1]
 
     @property
     def prefix_features(self) -> Tensor:
@@ -174,7 +175,7 @@ class CausalSession:
             features [R, F, dim], R = G * B with G branches while guided; those of position p predict position p + 1.
         """
         _ = self.prefix_features  # the condition is encoded before anything else
-        rows = self.rows_per_pass if self._still_guided(starts) else self.batch
+        rows = self.cache_slots.rows if self._still_guided(starts) else self.batch
         if self.static_shapes:
             length = None
         elif length is None:
@@ -189,6 +190,34 @@ class CausalSession:
         )
         self.reads += 1
         return self._transform(x.repeat(rows // self.batch, 1, 1), attention)
+
+    def put_rows(self, images: Tensor, other: CausalSession) -> None:
+        """Images `images` [n] become those of a session of the same call that has read nothing but their condition."""
+        mine, theirs = self.prefix_features, other.prefix_features
+        rows = branch_rows(images, len(mine), self.batch)
+        self._prefix_features = mine.index_copy(0, rows, theirs)
+        if self._mask is not None or other._mask is not None:
+            masks = (self._used_slots(), other._used_slots())
+            self._mask = masks[0].index_copy(0, rows, masks[1])
+        self.cache_slots.put_rows(images, other.cache_slots)
+        self.reads += other.reads
+        for own, new in zip(self.number_checks, other.number_checks, strict=True):
+            own.join(new)
+
+    def keep_rows(self, images: Tensor) -> None:
+        """Only images `images` [n], which must ascend, stay."""
+        features = self.prefix_features
+        rows = branch_rows(images, len(features), self.batch)
+        self._prefix_features = features[rows]
+        self._mask = None if self._mask is None else self._mask[rows]
+        self.cache_slots.keep_rows(images, self.batch)
+        self.batch = len(images)
+
+    def _used_slots(self) -> Tensor:
+        """[R, prefix] bool."""
+        if self._mask is not None:
+            return self._mask.bool()
+        return torch.ones(self.cache_slots.rows, self.prefix, dtype=torch.bool, device=self.cache.device)
 
     def _still_guided(self, starts: Tensor | None) -> bool:
         if starts is None or self.guidance.interval < 0:
@@ -236,7 +265,7 @@ class CausalSession:
 
     def _features(self, canvas: Canvas, inputs: StepInputs) -> Tensor:
         """Features [R, P, dim] that predict the positions, of the conditional rows or of all."""
-        rows = self.rows_per_pass if self._guided(inputs) else self.batch
+        rows = self.cache_slots.rows if self._guided(inputs) else self.batch
         first = self.prefix_features[:rows, -1:]
         if inputs.host is not None and inputs.host.positions == (0,):
             return first

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
 
 from varaccel.engine.job import Job
 from varaccel.engine.loop import decode
@@ -36,6 +40,23 @@ class MaskedJob(Job):
     schedule: CosineGroups
     step: Step = denoising_step
     loop: Loop | None = None
+
+    def part(self, images: Sequence[int]) -> Self:
+        noise = self.randomness.part(images)
+        return replace(
+            self,
+            canvas=self.canvas.part(torch.tensor(images, device=self.device)),
+            rows=self.rows // self.canvas.batch * len(images),
+            batch_size=None,
+            sessions=[],
+            condition=self.condition.part(images),
+            randomness=noise,
+            schedule=replace(self.schedule, permutation=noise.permutation),
+        )
+
+    def release(self) -> None:
+        super().release()
+        self.randomness.forget()
 
     def open_session(
         self,

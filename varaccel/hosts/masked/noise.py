@@ -52,6 +52,16 @@ class TokenNoise:
     def batch(self) -> int:
         return self.start.shape[0]
 
+    def part(self, images: Sequence[int]) -> TokenNoise:
+        """The numbers of some images."""
+        index = torch.tensor(images, device=self.start.device)
+        seeds = tuple(self.seeds[i] for i in images)
+        return TokenNoise(self.permutation[index], self.start[index], self.uniforms[index], seeds)
+
+    def forget(self) -> None:
+        """Free the noise of denoising steps, which is drawn again if it is asked for."""
+        self._steps.clear()
+
     def other(self) -> TokenNoise:
         """The same images with other noise: paths that are not aligned with these."""
         generators = [seeded_generator((seed + 2**61) % 2**62) for seed in self.seeds]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ class Noise(Protocol):
     """Gumbel noise by position, such as `GumbelNoise`."""
 
     def at(self, positions: Tensor) -> Tensor: ...
+
+    def part(self, images: Sequence[int]) -> Self: ...
 
 
 class FeatureMap:
@@ -42,6 +45,11 @@ class FeatureMap:
         self._smooth = smooth
         self._logits: Tensor | None = None
         self._seen: list[Tensor] = []  # entry s - 1: what scale s sees
+
+    def part(self, images: Sequence[int]) -> FeatureMap:
+        """An empty map for some of the images."""
+        smooth = None if self._smooth is None else self._smooth.part(images)
+        return FeatureMap(self.quantizer, len(images), smooth)
 
     def copy(self) -> FeatureMap:
         """The map as it is now; following a canvas further with one of the two leaves the other as it is."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
 from varaccel.engine.distribution import Categorical
 from varaccel.engine.job import Job
 from varaccel.engine.loop import DrawsTokens, decode
+from varaccel.engine.randomness import Randomness
+from varaccel.errors import InputError
 from varaccel.hosts.next_scale.feature_map import FeatureMap
+from varaccel.hosts.next_scale.published_rng import ONE_BATCH
 from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
 from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.hosts.next_scale.session import ScaleSession
@@ -48,6 +53,20 @@ class ScaleJob(Job):
     def cache_bytes(self) -> int:
         # sessions follow each other, and each frees its cache before the next makes its own
         return max((session.cache_bytes for session in self.sessions), default=0)
+
+    def part(self, images: Sequence[int]) -> Self:
+        if not isinstance(self.randomness, Randomness):
+            raise InputError(ONE_BATCH)
+        return replace(
+            self,
+            canvas=self.canvas.part(torch.tensor(images, device=self.device)),
+            rows=self.rows // self.canvas.batch * len(images),
+            batch_size=None,
+            sessions=[],
+            condition=None if self.condition is None else self.condition.part(images),
+            features=self.features.part(images),
+            randomness=self.randomness.part(images),
+        )
 
     def open_session(
         self,

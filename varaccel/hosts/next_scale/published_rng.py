@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Never
 
 import torch
 from torch import Tensor
 
 from varaccel.engine.distribution import Categorical
+from varaccel.errors import InputError
+
+ONE_BATCH = (
+    "published_rng draws the numbers of one batch together; leave batch_size out, or make several calls."
+)
 
 
 @dataclass
@@ -52,3 +59,11 @@ class PublishedNoise:
     def at(self, positions: Tensor) -> Tensor:
         """Noise [B, P, V] for positions [B, P]."""
         return self.draws._exponential(*positions.shape, self.vocab_size).log_().neg_()
+
+    def part(self, images: Sequence[int]) -> Never:
+        """Refuse to split: numbers belong to the batch.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(ONE_BATCH)
