@@ -71,9 +71,9 @@ MUTANTS: dict[str, Mutant] = {
     "stream-repeats": Mutant(
         "the random stream repeats its numbers after 16 passes",
         "engine/randomness.py",
-        "            shape = (self.AHEAD, self.width)\n",
-        "            shape = (self.AHEAD, self.width)\n"
-        "            self.generators = _seeded([g.initial_seed() for g in self.generators])\n",
+        "            self._block = self._drawn(self.generators, self.AHEAD)\n",
+        "            self.generators = _seeded([g.initial_seed() for g in self.generators])\n"
+        "            self._block = self._drawn(self.generators, self.AHEAD)\n",
         (f"{CHAIN}[speculative]", f"{CHAIN}[jacobi-none]", f"{LONG}::test_an_eagle_head[2]"),
     ),
     "noise-repeats": Mutant(

@@ -35,8 +35,8 @@ from varaccel.engine.distribution import Categorical
 from varaccel.hosts.causal.sampling import Sampling
 from varaccel.speculation.drafters import LayerSkip
 from varaccel.speculation.jacobi_proposer import JacobiProposer
-from varaccel.speculation.loop import Draws, StepResult
 from varaccel.speculation.rejection import Exact, VerificationResult
+from varaccel.speculation.step import Draws, StepResult
 from varaccel.speculation.tree import DraftTree, DynamicTree
 
 # a smaller choice of the same methods runs in tests/hosts/causal/test_conditions.py, which is in the fast lane

@@ -19,8 +19,8 @@ from varaccel.hosts.causal.sampling import Sampling
 from varaccel.nn.attention_inputs import AttentionInputs, prefix_mask
 from varaccel.speculation import proposers as drafting
 from varaccel.speculation.eagle_drafter import EagleReader
-from varaccel.speculation.loop import Draws, StepResult
 from varaccel.speculation.proposers import DynamicProposer, StaticProposer
+from varaccel.speculation.step import Draws, StepResult
 from varaccel.speculation.tree import DraftTree, DynamicTree, Topology
 
 NO_DRAWS = Draws(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))

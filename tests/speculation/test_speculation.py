@@ -45,8 +45,8 @@ from varaccel.pipelines.acceptance_map import pass_colors
 from varaccel.speculation import loop as speculation
 from varaccel.speculation import proposers as drafting
 from varaccel.speculation.drafters import LayerSkip
-from varaccel.speculation.loop import StepResult
 from varaccel.speculation.proposers import StaticProposer, draw_children
+from varaccel.speculation.step import StepResult
 from varaccel.speculation.tree import DynamicTree, Topology
 
 HOSTS = ("c2i", "t2i")

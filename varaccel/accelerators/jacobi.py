@@ -14,8 +14,9 @@ from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.schedule import Raster
 from varaccel.speculation.batch import Speculation
 from varaccel.speculation.jacobi_proposer import Coupling, Fill, JacobiProposer
-from varaccel.speculation.loop import Verifier, speculate, verify_by
+from varaccel.speculation.loop import speculate, verify_by
 from varaccel.speculation.rejection import Exact
+from varaccel.speculation.step import Verifier
 
 
 @register

@@ -15,9 +15,10 @@ from varaccel.errors import InputError
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.speculation.batch import Speculation
 from varaccel.speculation.drafters import Tree, check_drafting, open_proposer, resolve_drafter, resolve_shape
-from varaccel.speculation.loop import Draws, Verifier, speculate, verify_by
+from varaccel.speculation.loop import speculate, verify_by
 from varaccel.speculation.rejection import VerificationResult
 from varaccel.speculation.relaxed import Relaxed, RelaxedGreedy, Residual
+from varaccel.speculation.step import Draws, Verifier
 from varaccel.speculation.tree import DraftTree, DynamicTree
 
 

@@ -13,13 +13,13 @@ from varaccel.hosts.causal.job import CausalJob
 from varaccel.speculation.batch import Speculation
 from varaccel.speculation.drafters import Tree, check_drafting, open_proposer, resolve_drafter, resolve_shape
 from varaccel.speculation.loop import (
-    Verifier,
     speculate,
     verify_by,
     verify_by_matching,
     verify_by_noise,
 )
 from varaccel.speculation.rejection import Exact, Greedy, KSequential
+from varaccel.speculation.step import Verifier
 from varaccel.speculation.tree import DrawMode, DynamicTree
 
 Verification = Literal["auto", "recursive", "k_sequential", "matching", "gumbel"]

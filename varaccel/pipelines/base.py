@@ -500,13 +500,15 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
                     rows = run.job.rows * at_once // run.call.images
                     run.job = replace(run.job, batch_size=at_once, rows=rows)
                 plan = plan_call(run.call.accelerator, run.job)
-                jobs = self._part_jobs(run, cost, on_step)
+                parts = [
+                    (job, plan_call(plan.accelerator, job)) for job in self._part_jobs(run, cost, on_step)
+                ]
                 if plan.accelerator.continuous or not run.parts:
-                    jobs = [run.job]
+                    parts = [(run.job, plan)]
                 with contextlib.suppress(Interrupted):
-                    for job in jobs:
+                    for job, planned in parts:
                         try:
-                            told.append(plan_call(plan.accelerator, job).run())
+                            told.append(planned.run())
                         finally:
                             cost.add(job)
                         if run.parts:

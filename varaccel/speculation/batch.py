@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +16,7 @@ from varaccel.engine.randomness import GumbelNoise
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.lanes import Lanes
 from varaccel.hosts.causal.session import CausalSession
-
-if TYPE_CHECKING:
-    from varaccel.speculation.loop import Proposer, StepResult, Verifier
+from varaccel.speculation.step import Proposer, StepResult, Verifier
 
 
 @dataclass

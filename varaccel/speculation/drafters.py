@@ -17,9 +17,9 @@ from varaccel.hosts.causal.network import CausalNetwork, LayeredNetwork
 from varaccel.hosts.causal.session import CausalSession
 from varaccel.models.eagle import EagleHead
 from varaccel.speculation.eagle_drafter import EagleReader
-from varaccel.speculation.loop import Proposer
 from varaccel.speculation.network_drafter import LayerSubset, NetworkReader
 from varaccel.speculation.proposers import BranchReader, DynamicProposer, StaticProposer
+from varaccel.speculation.step import Proposer
 from varaccel.speculation.tree import NOT_CONSECUTIVE, DrawMode, DynamicTree, Topology, resolve_tree
 
 Tree = int | str | Topology | DynamicTree | Mapping[str, int] | Sequence[Sequence[int]]

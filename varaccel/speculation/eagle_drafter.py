@@ -17,9 +17,9 @@ from varaccel.hosts.causal.session import CausalSession, Transform
 from varaccel.nn.attention_inputs import prefix_mask
 from varaccel.nn.devices import HOST
 from varaccel.nn.number_check import NumberCheck
-from varaccel.speculation.loop import StepResult
 from varaccel.speculation.network_drafter import draft_positions
 from varaccel.speculation.proposers import Branch
+from varaccel.speculation.step import StepResult
 
 if TYPE_CHECKING:
     from varaccel.models.eagle import EagleHead

@@ -12,8 +12,9 @@ from varaccel.engine.randomness import GumbelNoise
 from varaccel.hosts.causal.job import CausalJob
 from varaccel.hosts.causal.lanes import Fronts, Lanes
 from varaccel.nn.grid import positions_above
-from varaccel.speculation.loop import Draws, StepResult, draw_by_noise
+from varaccel.speculation.loop import draw_by_noise
 from varaccel.speculation.rejection import VerificationResult, match
+from varaccel.speculation.step import Draws, StepResult
 from varaccel.speculation.tree import DraftTree, Topology
 
 Coupling = Literal["none", "gumbel", "maximal"]

@@ -14,8 +14,8 @@ from varaccel.hosts.causal.network import LayeredNetwork
 from varaccel.hosts.causal.session import CausalSession, DraftInputs
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.kv_cache import KVCache
-from varaccel.speculation.loop import StepResult
 from varaccel.speculation.proposers import Branch
+from varaccel.speculation.step import StepResult
 
 
 class LayerSubset:

@@ -14,7 +14,7 @@ from varaccel.engine.distribution import Categorical
 from varaccel.engine.randomness import GumbelNoise
 from varaccel.hosts.causal.lanes import Fronts
 from varaccel.nn.devices import HOST
-from varaccel.speculation.loop import Draws, StepResult
+from varaccel.speculation.step import Draws, StepResult
 from varaccel.speculation.tree import Beam, DraftTree, DrawMode, DynamicTree, Topology
 
 
