@@ -19,6 +19,7 @@ from varaccel.accelerators.speculative import Speculative
 from varaccel.accelerators.zipar import ZipAR
 from varaccel.engine.loop import Step
 from varaccel.engine.randomness import GumbelNoise, Randomness, Stream, image_generators
+from varaccel.hosts.causal import cache_slots
 from varaccel.hosts.causal.cache_slots import CacheSlots
 from varaccel.nn.kv_cache import KVCache
 from varaccel.speculation import batch as batching
@@ -136,7 +137,8 @@ def test_a_place_is_taken_as_soon_as_it_is_free() -> None:
         ends = [0] * batch_size
         for count in stats.image_passes:
             ends[ends.index(min(ends))] += count - 1  # without the pass that reads its condition
-        conditions = 1 + 7 - batch_size  # those of the first images are read in one pass, the others one by one
+        # the conditions of the first images are read in one pass, those of the others one by one
+        conditions = 1 + 7 - batch_size
         assert stats.passes == conditions + max(ends)
 
 
@@ -150,7 +152,11 @@ def test_fixed_shapes_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch)
         shapes.add((x.shape[0], x.shape[1], attention.length, attention.mask.shape[2:]))
         return pipe.transformer.transform(x, attention)
 
-    monkeypatch.setattr(pipe, "_compiled", watched)
+    monkeypatch.setattr(
+        pipe,
+        "_transforms",
+        lambda network: watched if network is pipe.transformer else network.transform,
+    )
     out = draw(name, HALF_GUIDED, batch_size=3)
     assert [i for i, one in enumerate(expected) if not torch.equal(out.images[i], one.images[0])] == []
     assert len(shapes) <= 2, "guided and not"
@@ -191,15 +197,13 @@ def test_images_through_the_queue_follow_the_distribution(monkeypatch: pytest.Mo
     for accelerator in (Jacobi(4, "none"), Speculative("small", tree=3)):
         out = GUIDED_IMAGES.draw(accelerator, batch_size=128)
         assert misfit(out.images, GUIDED_IMAGES.distribution) < LIMIT
-    put = CacheSlots.put_rows
 
-    def keeping_the_old_slots(self: CacheSlots, images: Tensor, other: CacheSlots) -> None:
-        old = self.usable.clone()
-        put(self, images, other)
-        self.usable |= old
+    def image_after_image(images: Tensor, rows: int, batch: int) -> Tensor:
+        return (images.unsqueeze(1) + torch.arange(0, rows, batch)).flatten()
 
-    monkeypatch.setattr(CacheSlots, "put_rows", keeping_the_old_slots)
-    out = GUIDED_IMAGES.draw(Jacobi(4, "none", row_window=2), batch_size=128)
+    # of several images that begin at once, some would read the condition of the other branch
+    monkeypatch.setattr(cache_slots, "branch_rows", image_after_image)
+    out = GUIDED_IMAGES.draw(Jacobi(4, "none"), batch_size=128)
     assert misfit(out.images, GUIDED_IMAGES.distribution) > LIMIT
 
 
