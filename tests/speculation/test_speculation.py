@@ -44,6 +44,7 @@ from varaccel.nn.grid import Grid
 from varaccel.pipelines.acceptance_map import pass_colors
 from varaccel.speculation import loop as speculation
 from varaccel.speculation import proposers as drafting
+from varaccel.speculation.batch import Batch
 from varaccel.speculation.drafters import LayerSkip
 from varaccel.speculation.proposers import StaticProposer, draw_children
 from varaccel.speculation.step import StepResult
@@ -570,6 +571,7 @@ def test_depth_follows_what_was_accepted(
         proposers.append(self)
 
     monkeypatch.setattr(StaticProposer, "__init__", remember)
+    monkeypatch.setattr(Batch, "_drop", lambda self, rows: None)  # so that each image keeps its row
     draw("c2i", Speculative("small", tree=tree, row_window=row_window, adaptive=True))
     (proposer,) = proposers
     deepest = proposer.topology.max_depth

@@ -158,8 +158,10 @@ class Auto(Accelerator[Job]):
 
     def plan(self, job: Job) -> Plan:
         if isinstance(job, CausalJob):
-            times = PassTimes(job)
-            return (_fastest(job, times) if self.lossless else _rows(job, times)).plan(job)
+            size = job.batch_size
+            at_once = job if size is None else job.part(range(min(size, job.canvas.batch)))
+            times = PassTimes(at_once)
+            return (_fastest(at_once, times) if self.lossless else _rows(at_once, times)).plan(job)
         if self.lossless:
             return Plain().plan(job)
         if isinstance(job, MaskedJob):

@@ -47,7 +47,6 @@ class Jacobi(Accelerator[CausalJob]):
     name: ClassVar[str] = "jacobi"
     job_type = CausalJob
     summary: ClassVar[str] = "the model's own last answers as draft tokens; training-free"
-    continuous: ClassVar[bool] = True
 
     window: int = 16
     coupling: Coupling = "gumbel"
@@ -59,6 +58,11 @@ class Jacobi(Accelerator[CausalJob]):
         check_choice("Jacobi coupling", self.coupling, get_args(Coupling))
         check_choice("Jacobi fill", self.fill, get_args(Fill))
         settle(self, row_window=check_row_window(self.row_window))
+
+    @property
+    def continuous(self) -> bool:
+        """A window of one token whose noise belongs to its position is plain decoding: all images keep step."""
+        return self.window > 1 or self.coupling != "gumbel" or self.row_window is not None
 
     @property
     def lossless(self) -> bool:

@@ -52,7 +52,6 @@ class Lantern(Accelerator[CausalJob]):
     name: ClassVar[str] = "lantern"
     job_type = CausalJob
     summary: ClassVar[str] = "a drafter proposes tokens, nearby ones in the codebook may stand for each other"
-    continuous: ClassVar[bool] = True
 
     k: int = 10
     delta: float | None = None
@@ -86,6 +85,10 @@ class Lantern(Accelerator[CausalJob]):
                 'residual "dynamic" is for the draft tokens of a dynamic tree, a static tree draws them; '
                 'use "paper", "static" or "static_b".'
             )
+
+    @property
+    def continuous(self) -> bool:
+        return True
 
     @property
     def lossless(self) -> bool:

@@ -60,7 +60,6 @@ class Speculative(Accelerator[CausalJob]):
     name: ClassVar[str] = "speculative"
     job_type = CausalJob
     summary: ClassVar[str] = "a drafter proposes tokens, the model verifies them"
-    continuous: ClassVar[bool] = True
 
     drafter: object = "auto"
     tree: Tree = 4
@@ -78,6 +77,10 @@ class Speculative(Accelerator[CausalJob]):
                 "k_sequential verification needs independently drawn draft tokens, a dynamic tree takes the "
                 "likeliest; give a chain or static tree, or another verification."
             )
+
+    @property
+    def continuous(self) -> bool:
+        return True
 
     @property
     def lossless(self) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ class _BlockNoise(GumbelNoise):
         return super().at(positions % size, size)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _TrialRandomness(Randomness):
     """Draws that belong to no image."""
 
@@ -81,6 +83,10 @@ class TrialJob(CausalJob):
             "sessions": [],
         }
         return cls(**known, decided=decided)
+
+    def part(self, images: Sequence[int]) -> Self:
+        """The trial itself: its images are in one batch, and what it starts again from must be the canvas in use."""
+        return dataclasses.replace(self, sessions=[])
 
     def open_session(
         self,

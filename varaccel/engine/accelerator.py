@@ -39,14 +39,17 @@ class Accelerator(ABC, Generic[JobT]):
         name: what the user types.
         job_type: the kind of job that it can do: `CausalJob`, `ScaleJob`, `MaskedJob`, or `Job` for all.
         summary: one line for lists and help texts.
-        continuous: whether `run` decodes `job.batch_size` images at a time, each at its own pace, and gives the place
-            of a finished one to the next. Others get jobs of so many images, one after the other.
     """
 
     name: ClassVar[str]
     job_type: ClassVar[type[Job]]
     summary: ClassVar[str]
-    continuous: ClassVar[bool] = False
+
+    @property
+    def continuous(self) -> bool:
+        """Whether `run` decodes `job.batch_size` images at a time, each at its own pace, and gives the place of a
+        finished one to the next. Others get jobs of so many images, one after the other."""
+        return False
 
     @property
     @abstractmethod

@@ -179,7 +179,8 @@ class Batch:
         """Take note of a pass that decided `positions` [n, P], and tell the observer."""
         self._passes += 1
         canvas = self.job.canvas
-        canvas.tokens[self._index], canvas.written[self._index] = self.canvas.tokens, self.canvas.written
+        if self.canvas is not canvas:
+            canvas.tokens[self._index], canvas.written[self._index] = self.canvas.tokens, self.canvas.written
         # the one time that the device is waited for
         self._counts: list[int] = (self.canvas.written > 0).sum(1).tolist()
         if self.job.on_step is not None:
