@@ -211,8 +211,8 @@ def test_what_the_head_has_read(host: str, guidance: float, monkeypatch: pytest.
     readers: list[EagleReader] = []
     build = EagleReader.__init__
 
-    def remember(self: EagleReader, *args: Any) -> None:
-        build(self, *args)
+    def remember(self: EagleReader, *args: Any, **options: Any) -> None:
+        build(self, *args, **options)
         readers.append(self)
 
     monkeypatch.setattr(EagleReader, "__init__", remember)
