@@ -5,13 +5,16 @@
 
 Sizes have random weights: time does not depend on them. Both draw with the same guidance and filters, take turns, and
 the ratio is that of the medians. What differs: attention over the slots in use instead of all, without a mask where all
-are seen and without copies of keys and values, and what a call needs before its first pass. With --tokens both stop
-after so many, which leaves out the part of an image in which our passes have most slots to look at.
+are seen and without copies of keys and values; on a CPU weights that are packed for few rows; draws without float64
+copies; what a call needs before its first pass. With --tokens both stop after so many, which leaves out the part of an
+image in which our passes have most slots to look at. The floor is the time to read what a pass reads of the weights, as
+often as there are passes.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from typing import Any
 
@@ -36,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=2000)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--quantize", choices=["float16"], help="smaller weights on a CPU, for both loops")
     return parser.parse_args()
 
 
@@ -58,6 +62,8 @@ def load(options: argparse.Namespace) -> tuple[Any, list[str | int]]:
         pipe = AutoPipeline.from_pretrained(options.model)
         prompts = list(examples(pipe, ["a red sphere"] * options.batch))
     pipe.to(options.device, getattr(torch, options.dtype))
+    if options.quantize:
+        pipe.quantize(options.quantize)
     pipe.set_progress_bar_config(disable=True)
     return pipe, prompts
 
@@ -70,6 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from varaccel.evaluation.published.llamagen import published_loop
     from varaccel.evaluation.speed.first_tokens import first_tokens
     from varaccel.evaluation.speed.machine import describe_machine
+    from varaccel.evaluation.speed.roofline import Work, WorkCounter, floor_of
 
     pipe, prompts = load(options)
     model = pipe.transformer
@@ -80,13 +87,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with torch.inference_mode():
         given = pipe._condition(prompts)
 
+    call = {"guidance_scale": options.guidance_scale, **filters}
+
     def ours() -> float:
-        call = {"guidance_scale": options.guidance_scale, **filters}
         return first_tokens(pipe, prompts, options.tokens, **call).seconds["tokens"]
 
     def theirs() -> float:
-        call = {"cfg": options.guidance_scale, "tokens": tokens, **filters}
-        return seconds_of(lambda: published_loop(model, given.values, given.mask, **call), options.device)
+        same = {"cfg": options.guidance_scale, "tokens": tokens, **filters}
+        return seconds_of(lambda: published_loop(model, given.values, given.mask, **same), options.device)
+
+    def work(count: int) -> Work:
+        with WorkCounter() as counter:
+            first_tokens(pipe, prompts, count, **call)
+        return counter.work
+
+    few, more = work(2), work(3)  # apart by one pass
+    one = Work(more.weight_bytes - few.weight_bytes, more.operations - few.operations, more.network_bytes)
+    floor = floor_of(one, model.device, model.dtype).seconds * tokens
 
     seconds = in_turns({"ours": ours, "published loop": theirs}, options.repeats)
     return {
@@ -94,9 +111,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "batch": options.batch,
         "tokens": tokens,
         "dtype": options.dtype,
+        "quantize": options.quantize,
         "machine": describe_machine(model.device),
         "seconds": seconds,
         "ratio": median_ratio(seconds["published loop"], seconds["ours"]),
+        "floor": floor,
+        "share of the floor": floor / statistics.median(seconds["ours"]),
     }
 
 
