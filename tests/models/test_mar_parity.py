@@ -18,7 +18,13 @@ from tests.scripts import ROOT
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import decode
 from varaccel.errors import CheckpointError, InputError
-from varaccel.hosts.masked.denoising import HeadSampling, Process, denoising_step, step_table
+from varaccel.hosts.masked.denoising import (
+    HeadSampling,
+    Process,
+    denoising_step,
+    step_coefficients,
+    step_table,
+)
 from varaccel.hosts.masked.distribution import DiffusionDistribution
 from varaccel.hosts.masked.guidance import MaskedGuidance
 from varaccel.hosts.masked.noise import TokenNoise
@@ -111,7 +117,7 @@ def test_guided_head() -> None:
     """The noise is guided, the variance that of each half; tokens of the second half are those of the first."""
     head, golden = network().head, tensors("diffusion_head")
     modulations = head.modulations(head.time_embed(golden["cfg.t"]), head.cond_embed(golden["z"]))
-    noise, place = head.step(golden["x_t"][:4], modulations)
+    noise, place = head.step(golden["x_t"][:4], modulations).chunk(2, -1)
     conditional, unconditional = noise.chunk(2)
     guided = unconditional + golden["cfg.scale"] * (conditional - unconditional)
     close(torch.cat([torch.cat([guided, guided]), place], 1), golden["cfg.out"], 1e-5)
@@ -129,14 +135,20 @@ def test_one_step(steps: int, index: int, guided: bool) -> None:
         head.time_embed(schedule.timesteps[index : index + 1]), head.cond_embed(golden["z"])
     )
     rows = 4 if guided else 8
-    mean, log_variance, start = denoising_step(
+    row = step_coefficients(step_table(schedule, "ddpm"))[index].tolist()
+    x = golden["x_t"][:rows]
+    guidance = torch.full_like(x, float(golden["cfg.scale"]))
+    mean, place, start = denoising_step(
         head,
-        golden["x_t"][:rows],
+        x,
         modulations,
-        step_table(schedule, "ddpm")[index].float(),
-        torch.full((rows, 1), float(golden["cfg.scale"])) if guided else None,
+        row,
+        torch.cat([guidance, torch.ones_like(x)], 1) if guided else None,
         None,
+        True,
     )
+    assert start is not None
+    log_variance = 2 * (place * row[2] + row[3])
     prefix = f"s{steps}.i{index}." + ("cfg." if guided else "")
     expected = {
         name: golden[prefix + name][:rows] for name in ("mean", "log_variance", "pred_xstart", "variance")

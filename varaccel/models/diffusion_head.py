@@ -7,7 +7,7 @@ Parameter names are those of the published checkpoints.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -46,10 +46,9 @@ class ResidualBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """[R, width] -> same; `modulation` [R, 3 width]: shift, scale and gate."""
-        shift, scale, gate = modulation.chunk(3, -1)
-        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.in_ln(x), 1 + scale)))
+    def forward(self, x: Tensor, shift: Tensor, factor: Tensor, gate: Tensor) -> Tensor:
+        """[R, width] -> same; `shift`, `factor` = 1 + scale and `gate`, [R, width], modulate it."""
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.in_ln(x), factor)))
 
 
 class FinalLayer(nn.Module):
@@ -59,10 +58,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """[R, width] -> [R, outputs]; `modulation` [R, 2 width]: shift and scale."""
-        shift, scale = modulation.chunk(2, -1)
-        return self.linear(torch.addcmul(shift, F.layer_norm(x, (self.width,), eps=1e-6), 1 + scale))
+    def forward(self, x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+        """[R, width] -> [R, outputs]; `shift` and `factor` = 1 + scale, [R, width], modulate it."""
+        return self.linear(torch.addcmul(shift, F.layer_norm(x, (self.width,), eps=1e-6), factor))
 
 
 class DiffusionHead(nn.Module):
@@ -94,30 +92,34 @@ class DiffusionHead(nn.Module):
             conditions: [R, width], from `cond_embed`.
 
         Returns:
-            one tensor per block, [T, R, 3 width], and [T, R, 2 width] of the final layer.
+            [T, R, width] each: shift, 1 + scale and gate of every block, shift and 1 + scale of the final layer.
         """
         hidden = F.silu(times + conditions)
         blocks = cast(Iterable[ResidualBlock], self.res_blocks)
         layers = [block.adaLN_modulation[1] for block in blocks]
-        return [layer(hidden) for layer in (*layers, self.final_layer.adaLN_modulation[1])]
+        result: list[Tensor] = []
+        for layer in (*layers, self.final_layer.adaLN_modulation[1]):
+            output = layer(hidden)
+            output.narrow(-1, self.width, self.width).add_(1)  # once for all steps
+            result += output.split(self.width, -1)
+        return result
 
-    def step(self, x: Tensor, modulations: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The predicted noise and the place of the variance, each [R, C] float32, of noisy tokens.
+    def step(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        """The predicted noise and the place of the variance of noisy tokens, side by side, [R, 2 C] float32.
 
         Args:
             x: [M, C]; R is a multiple of M, rows beyond M are those of the same tokens under further conditions.
-            modulations: [R, ...] of one time step.
+            modulations: [R, width] each, of one time step.
         """
         rows = modulations[-1].shape[0] // x.shape[0]
         hidden = self.input_proj(x.to(self.input_proj.weight.dtype))
         if rows > 1:
-            hidden = hidden.repeat(rows, 1)
-        for block, modulation in zip(self.res_blocks, modulations, strict=False):
-            hidden = block(hidden, modulation)
-        noise, place = self.final_layer(hidden, modulations[-1]).float().chunk(2, -1)
-        return noise, place
+            hidden = torch.cat([hidden] * rows)  # in a third of the time of `repeat`
+        parts = iter(modulations)
+        for block in self.res_blocks:
+            hidden = block(hidden, next(parts), next(parts), next(parts))
+        return self.final_layer(hidden, next(parts), next(parts)).float()
 
     def forward(self, x: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
         """[R, C] noisy tokens at [R] time steps of the 1000, under [R, condition_dim] -> [R, 2 C] float32."""
-        modulations = self.modulations(self.time_embed(timesteps), self.cond_embed(conditions))
-        return torch.cat(self.step(x, modulations), -1)
+        return self.step(x, self.modulations(self.time_embed(timesteps), self.cond_embed(conditions)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from varaccel.hosts.masked.denoising import denoising_step
+from varaccel.hosts.masked.denoising import Coefficients, denoising_step
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.kv_cache import KVCache
 from varaccel.pipelines.compiled import CompiledPass, Size
@@ -80,9 +80,10 @@ def _masked_sizes(
 def _denoising_sizes(
     x: Tensor,
     modulations: Sequence[Tensor],
-    row: Tensor,
+    row: Coefficients,
     scale: Tensor | None,
     before: Tensor | None,
+    keep: bool = False,
 ) -> Iterator[Size]:
     """Tokens of a pass."""
     for each in (x, *modulations, scale, before):

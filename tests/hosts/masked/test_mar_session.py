@@ -104,11 +104,11 @@ class GaussianHead(nn.Module):
         self.calls += 1
         return [times.expand(-1, conditions.shape[0], -1)]
 
-    def step(self, x: Tensor, modulations: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
         level = modulations[0]
         centred = x.double() - level.sqrt() * MEAN
         predicted = (1 - level).sqrt() * centred / (level * STD**2 + 1 - level)
-        return predicted.float(), torch.full_like(x, self.place)
+        return torch.cat([predicted.float(), torch.full_like(predicted.float(), self.place)], -1)
 
 
 def start(count: int = 64) -> Tensor:
@@ -139,7 +139,8 @@ def test_ddim_is_that_of_diffusers() -> None:
     assert torch.equal(scheduler.timesteps.flip(0), DiffusionSchedule.respaced(1000, "linear").timesteps)
     theirs = x
     for step in scheduler.timesteps:
-        said, _ = head.step(theirs, head.modulations(head.time_embed(step[None])[None], theirs))
+        told = head.modulations(head.time_embed(step[None])[None], theirs)
+        said, _ = head.step(theirs, told).chunk(2, -1)
         theirs = scheduler.step(said[0] if said.dim() == 3 else said, step, theirs).prev_sample
     torch.testing.assert_close(sampled(1000, "ddim", x), theirs, atol=1e-3, rtol=0)
 
@@ -181,7 +182,8 @@ def test_dpm_solver_is_that_of_diffusers(steps: int) -> None:
     head, x = GaussianHead(), start()
     theirs = x
     for step in scheduler.timesteps:
-        said, _ = head.step(theirs, head.modulations(head.time_embed(step[None])[None], theirs))
+        told = head.modulations(head.time_embed(step[None])[None], theirs)
+        said, _ = head.step(theirs, told).chunk(2, -1)
         theirs = scheduler.step(said[0] if said.dim() == 3 else said, step, theirs).prev_sample
     torch.testing.assert_close(sampled(steps, "dpm++", x), theirs, atol=1e-3, rtol=0)
     if steps > 2:
@@ -222,21 +224,22 @@ def test_temperature_scales_noise_but_not_the_start() -> None:
             process = Process.of(head, "linear", HeadSampling(3, temperature, final_noise=final_noise))
             value = x
             for k in (2, 1, 0):
-                mean, log_variance, _ = denoising_step(
+                row = process.table[k]
+                mean, place, _ = denoising_step(
                     head,
                     value,
                     head.modulations(process.times[k : k + 1], nothing),
-                    process.table[k],
+                    row,
                     None,
                     None,
                 )
-                mean, log_variance = mean.reshape(x.shape), log_variance.reshape(x.shape)
-                spread = temperature * (log_variance / 2).exp() * numbers[k]
+                mean, log_std = mean.reshape(x.shape), (place * row[2] + row[3]).reshape(x.shape)
+                spread = temperature * log_std.exp() * numbers[k]
                 value = mean + (spread if k or final_noise else 0)
             out = process.run(nothing, x, numbers, record=True)
             torch.testing.assert_close(out.value, value)
             torch.testing.assert_close(out.mean, mean)
-            torch.testing.assert_close(out.log_std, log_variance / 2 + math.log(temperature))
+            torch.testing.assert_close(out.log_std, log_std + math.log(temperature))
             assert torch.equal(out.value, out.mean) == (not final_noise)
 
 
@@ -801,7 +804,7 @@ def test_a_session_for_each_call_of_the_network() -> None:
         calls["transform"] += 1
         return network()(*arguments, **options)
 
-    def step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         calls["step"] += 1
         return denoising_step(*arguments)
 

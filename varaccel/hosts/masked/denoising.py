@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, get_args
@@ -94,41 +94,56 @@ def step_table(schedule: DiffusionSchedule, sampler: Sampler) -> Tensor:
     return torch.stack([*columns, schedule.log_posterior, earlier], 1)
 
 
+def step_coefficients(table: Tensor) -> Tensor:
+    """The step table with what follows from a step's output multiplied out, [n, 7] float64 of [n, 7] float64.
+
+    With noise eps and place p of the variance, the next token is A x + B eps + e x0_before with x0 = a x - b eps, and
+    its log standard deviation is F p + G: columns A, B, F, G, e, a, b.
+    """
+    inverse, scale, start, noisy, largest, smallest, earlier = table.unbind(1)
+    deviation = ((largest - smallest) / 4, (largest + smallest) / 4)
+    return torch.stack([start * inverse + noisy, -start * scale, *deviation, earlier, inverse, scale], 1)
+
+
+Coefficients = Sequence[float] | Tensor
+"""One row of `step_coefficients`, as numbers or as a tensor [7]."""
+
+
 def denoising_step(
     head: DiffusionHead,
     x: Tensor,
-    modulations: list[Tensor],
-    row: Tensor,
+    modulations: Sequence[Tensor],
+    row: Coefficients,
     scale: Tensor | None,
     before: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """One step of M tokens.
 
     Args:
         x: [M, C] float32.
         modulations: of this step, R = M rows, or 2 M with guidance: [conditional; unconditional].
-        row: [7] of the step table, float32.
-        scale: [M, 1] guidance scale, None without guidance.
+        row: of this step.
+        scale: [M, 2 C] guidance scale of the noise, and 1 for the places of the variance, which are those of the
+            conditional rows, as published. None without guidance.
         before: [M, C], x0 of the step before, None where it does not count.
+        keep: also work out x0.
 
     Returns:
-        mean and log-variance of the next token, and x0, [M, C] float32. The variance is that of the conditional rows,
-        as published.
+        mean of the next token, place of its variance, and x0 or None, [M, C] float32.
     """
-    noise, place = head.step(x, modulations)
+    output = head.step(x, modulations)
     if scale is not None:
-        conditional, unconditional = noise.chunk(2)
-        noise = unconditional + scale * (conditional - unconditional)
-        place = place[: x.shape[0]]
-    start = row[0] * x - row[1] * noise
-    mean = row[2] * start + row[3] * x
+        conditional, unconditional = output.chunk(2)
+        output = torch.lerp(unconditional, conditional, scale)
+    noise, place = output.chunk(2, -1)
+    mean = row[0] * x + row[1] * noise
     if before is not None:
-        mean = mean + row[6] * before
-    share = (place + 1) / 2
-    return mean, share * row[4] + (1 - share) * row[5], start
+        mean = mean + row[4] * before
+    return mean, place, row[5] * x - row[6] * noise if keep else None
 
 
-Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Step = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 Loop = Callable[["Process", Tensor, Tensor, "Tensor | None", "Tensor | None", int, int, bool], "Denoised"]
 """The arguments of `Process.run_eagerly`, its process first."""
 
@@ -158,7 +173,7 @@ class Process:
         head: the network.
         sampling: how to draw.
         times: [n, 1, width], embedded time steps.
-        table: [n, 7] float32, see `step_table`.
+        table: n rows of `step_coefficients`, numbers or float32 tensors as `step` takes them.
         step: `denoising_step`, or a compiled version of it.
         loop: replaces `run_eagerly`, such as a `GraphedLoop`.
     """
@@ -166,7 +181,7 @@ class Process:
     head: DiffusionHead
     sampling: HeadSampling
     times: Tensor
-    table: Tensor
+    table: Sequence[Coefficients]
     step: Step = denoising_step
     loop: Loop | None = None
 
@@ -181,7 +196,12 @@ class Process:
     ) -> Process:
         """The process of a head that was trained on the schedule `kind`, on the head's device."""
         device = head.input_proj.weight.device
-        timesteps, table = _tables(sampling.steps, kind, sampling.sampler, device)
+        timesteps, numbers = _tables(sampling.steps, kind, sampling.sampler, device)
+        # a compiled step would be compiled anew for every number
+        table: Sequence[Coefficients] = numbers
+        if step is not denoising_step:
+            rows = torch.tensor(numbers, dtype=torch.float32).to(device)
+            table = rows.unbind()
         return cls(head, sampling, head.time_embed(timesteps).unsqueeze(1), table, step, loop)
 
     @property
@@ -231,26 +251,29 @@ class Process:
         embedded = self.head.cond_embed(conditions.to(self.head.cond_embed.weight.dtype))
         x = x.float()
         total = torch.zeros_like(x)
-        mean, log_variance = x, total
+        mean, place = x, total
         start: Tensor | None = None
         keep = self.sampling.sampler == "dpm++"
+        temperature = self.sampling.temperature
+        if scale is not None:
+            scale = torch.cat([scale.expand_as(x), torch.ones_like(x)], 1)
         together = self._together(embedded)
         for top in range(first, last - 1, -together):
             bottom = max(last, top - together + 1)
             modulations = self.head.modulations(self.times[bottom : top + 1], embedded)
+            parts = list(zip(*(part.unbind() for part in modulations), strict=True))
             for k in range(top, bottom - 1, -1):
-                here = [part[k - bottom] for part in modulations]
-                mean, log_variance, start = self.step(
-                    self.head, x, here, self.table[k], scale, start if keep else None
+                row = self.table[k]
+                mean, place, start = self.step(
+                    self.head, x, parts[k - bottom], row, scale, start if keep else None, keep
                 )
-                if record and k:
-                    total = total + log_variance / 2
                 x = mean
+                if record and k:
+                    total = total + (place * row[2] + row[3])
                 if noise is not None and (k or self.sampling.final_noise):
-                    x = torch.addcmul(
-                        mean, (log_variance / 2).exp(), noise[k], value=self.sampling.temperature
-                    )
-        log_std = log_variance / 2 + math.log(self.sampling.temperature)
+                    deviation = (place * row[2] + row[3]).exp()
+                    x = torch.addcmul(mean, deviation, noise[k], value=temperature)
+        log_std = place * self.table[last][2] + (self.table[last][3] + math.log(temperature))
         return Denoised(x, mean, log_std, total)
 
     def _together(self, embedded: Tensor) -> int:
@@ -262,7 +285,9 @@ class Process:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # the tables outlive the call, which may run in that mode
-def _tables(steps: int, kind: NoiseSchedule, sampler: Sampler, device: torch.device) -> tuple[Tensor, Tensor]:
+@torch.inference_mode(False)  # the time steps outlive the call, which may run in that mode
+def _tables(
+    steps: int, kind: NoiseSchedule, sampler: Sampler, device: torch.device
+) -> tuple[Tensor, list[list[float]]]:
     schedule = DiffusionSchedule.respaced(steps, kind)
-    return schedule.timesteps.to(device), step_table(schedule, sampler).float().to(device)
+    return schedule.timesteps.to(device), step_coefficients(step_table(schedule, sampler)).tolist()
