@@ -19,7 +19,7 @@ from varaccel.evaluation.speed.peak_memory import PeakMemory
 
 _COMMON = {
     *("accelerator", "options", "lossless", "images", "tokens", "passes", "rows", "cache_bytes", "seconds"),
-    *("device", "dtype", "tokens_per_pass", "total_seconds", "first_pass_seconds"),
+    *("device", "dtype", "tokens_per_pass", "total_seconds", "first_pass_seconds", "batch_size"),
 }
 """What the statistics of every call hold; whatever else they hold belongs to the accelerator."""
 
