@@ -79,6 +79,9 @@ def with_drafters(kind: str) -> Any:
     return pipe
 
 
+pytestmark = pytest.mark.timeout(900)  # compilers take their time on a machine with other work
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CALLS)
 def test_any_sequence_of_batch_sizes_equals_eager_and_a_second_round_compiles_nothing(kind: str) -> None:
