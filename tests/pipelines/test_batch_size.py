@@ -124,3 +124,19 @@ def test_what_batches_tell_is_added_up() -> None:
     assert added.verified is not None
     assert added.verified.tolist() == [5, 10, 15]
     assert added.draft_passes == 8
+
+
+@pytest.mark.parametrize("name", ["c2i", "var-class", "mar-class"])
+def test_a_part_counts_its_own_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline(name)
+    rows: list[tuple[int, int]] = []
+    run = type(pipe).job_type.decode
+
+    def noted(job: Any) -> int:
+        rows.append((job.rows, job.canvas.batch))
+        return run(job)
+
+    monkeypatch.setattr(type(pipe).job_type, "decode", noted)
+    few = FEW_STEPS if name == "mar-class" else {}
+    pipe([0] * 7, seed=0, batch_size=3, guidance_scale=2.0, output_type="latent", **few)
+    assert rows == [(6, 3), (6, 3), (2, 1)]

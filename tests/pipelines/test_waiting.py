@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.tiny import eagle_head, new_pipeline, transformer
+from tests.pipelines.test_compiled import with_drafters
 from varaccel import CoDe, FeatureCache, FewerSteps, Jacobi, Speculative, ZipAR
 from varaccel.nn.number_check import NumberCheck
 
@@ -45,12 +45,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def questions(kind: str, fixed: bool, **options: Any) -> list[int]:
     """Numbers asked for in each pass after the first two, with the shapes of a compiled pipeline if `fixed`."""
-    pipe: Any = new_pipeline(kind)
-    if kind == "c2i":
-        drafters = {"eagle_head": eagle_head(pipe.transformer), "draft_transformer": transformer("c2i", 1)}
-        pipe.register_modules(**drafters)
-    elif kind == "var-class":
-        pipe.register_modules(refiner=new_pipeline(kind).transformer)
+    pipe = with_drafters(kind)
     if fixed:
         name = "forward" if kind.startswith("mar") else "transform"
         pipe._transforms = lambda network: getattr(network, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Literal, get_args
@@ -52,9 +51,6 @@ wherever they were measured (docs/bench.json), and trying them takes time too.""
 
 REFINER_SHARE = 0.5
 """The largest refiner that is chosen, as a share of the model's weights."""
-
-Seconds = Callable[[Accelerator[CausalJob]], float]
-"""What a pass of a method takes."""
 
 _TIMES: WeakKeyDictionary[nn.Module | Network, dict[object, float]] = WeakKeyDictionary()
 
@@ -158,8 +154,7 @@ class Auto(Accelerator[Job]):
 
     def plan(self, job: Job) -> Plan:
         if isinstance(job, CausalJob):
-            size = job.batch_size
-            at_once = job if size is None else job.part(range(min(size, job.canvas.batch)))
+            at_once = job if job.batch_size is None else job.part(range(job.at_once))
             times = PassTimes(at_once)
             return (_fastest(at_once, times) if self.lossless else _rows(at_once, times)).plan(job)
         if self.lossless:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -84,12 +84,29 @@ class Job(ABC):
             for check in session.number_checks:
                 check.report()
 
+    @property
+    def at_once(self) -> int:
+        """Images that are decoded at once, those that `rows` counts."""
+        total = self.canvas.batch
+        return total if self.batch_size is None else min(total, self.batch_size)
+
     def part(self, images: Sequence[int]) -> Self:
         """The job of some of the images, with a canvas and sessions of its own.
 
         Raises:
             InputError: a kind of job that has no parts.
         """
+        return replace(
+            self,
+            canvas=self.canvas.part(torch.tensor(images, device=self.device)),
+            rows=self.rows // self.at_once * len(images),
+            batch_size=None,
+            sessions=[],
+            **self._of_images(images),
+        )
+
+    def _of_images(self, images: Sequence[int]) -> dict[str, Any]:
+        """What else a kind of job holds of some of its images, by the names of its attributes."""
         raise InputError(f"a {type(self).__name__} does all images at once; leave batch_size out.")
 
     def release(self) -> None:

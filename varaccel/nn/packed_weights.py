@@ -126,7 +126,8 @@ class _Layer:
         """The layer at few rows."""
         if not self.checked:
             with self._lock:
-                self._check(self._layer)
+                if not self.checked:  # else another thread has done it meanwhile
+                    self._check(self._layer)
         return self._product(x)
 
     @property
@@ -182,8 +183,7 @@ def _installed(network: nn.Module) -> list[tuple[nn.Linear, _Layer]]:
     """Put the layers of a network in place, under the lock; those that were."""
     modules = [m for m in network.modules() if type(m) is nn.Linear and m.weight.numel() >= MIN_NUMBERS]
     modules = [m for m in modules if _can_be_packed(m.weight)]
-    room = LARGEST_SHARE * psutil.virtual_memory().total
-    if sum(module.weight.nbytes for module in modules) > room:
+    if sum(module.weight.nbytes for module in modules) > LARGEST_SHARE * _memory():
         return []
     layers = []
     for module in modules:
@@ -268,6 +268,12 @@ def _can_be_packed(weight: Tensor) -> bool:
 def _is_float16(weight: Tensor) -> bool:
     """Whether float16 says every number without rounding."""
     return torch.equal(weight.to(torch.float16).to(torch.float32), weight)
+
+
+@lru_cache(maxsize=1)
+def _memory() -> int:
+    """Bytes of this machine, asked for once and not in every call."""
+    return psutil.virtual_memory().total
 
 
 @lru_cache(maxsize=1)

@@ -79,7 +79,7 @@ class Batch:
     def __init__(self, job: CausalJob, start: Start) -> None:
         self.job, self._start = job, start
         total, device = job.canvas.batch, job.device
-        self._size = min(total, job.batch_size or total)
+        self._size = job.at_once
         # rows that are prefilled beside the batch at once, so that memory for their caches stays small
         self._most = max(1, self._size // 4)
         self._waiting = deque(range(self._size, total))

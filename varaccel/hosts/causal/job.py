@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Self
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from varaccel.engine.job import Job
@@ -58,16 +57,8 @@ class CausalJob(Job):
         assert size is not None, "a causal host predicts token ids"
         return size
 
-    def part(self, images: Sequence[int]) -> Self:
-        return replace(
-            self,
-            canvas=self.canvas.part(torch.tensor(images, device=self.device)),
-            rows=len(images) * self.guidance.branches,
-            batch_size=None,
-            sessions=[],
-            condition=self.condition.part(images),
-            randomness=self.randomness.part(images),
-        )
+    def _of_images(self, images: Sequence[int]) -> dict[str, Any]:
+        return {"condition": self.condition.part(images), "randomness": self.randomness.part(images)}
 
     @property
     def grid(self) -> Grid:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
-
-import torch
+from typing import Any
 
 from varaccel.engine.job import Job
 from varaccel.engine.loop import decode
@@ -41,18 +39,13 @@ class MaskedJob(Job):
     step: Step = denoising_step
     loop: Loop | None = None
 
-    def part(self, images: Sequence[int]) -> Self:
+    def _of_images(self, images: Sequence[int]) -> dict[str, Any]:
         noise = self.randomness.part(images)
-        return replace(
-            self,
-            canvas=self.canvas.part(torch.tensor(images, device=self.device)),
-            rows=self.rows // self.canvas.batch * len(images),
-            batch_size=None,
-            sessions=[],
-            condition=self.condition.part(images),
-            randomness=noise,
-            schedule=replace(self.schedule, permutation=noise.permutation),
-        )
+        return {
+            "condition": self.condition.part(images),
+            "randomness": noise,
+            "schedule": replace(self.schedule, permutation=noise.permutation),
+        }
 
     def release(self) -> None:
         super().release()

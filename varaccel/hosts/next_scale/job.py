@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,19 +54,14 @@ class ScaleJob(Job):
         # sessions follow each other, and each frees its cache before the next makes its own
         return max((session.cache_bytes for session in self.sessions), default=0)
 
-    def part(self, images: Sequence[int]) -> Self:
+    def _of_images(self, images: Sequence[int]) -> dict[str, Any]:
         if not isinstance(self.randomness, Randomness):
             raise InputError(ONE_BATCH)
-        return replace(
-            self,
-            canvas=self.canvas.part(torch.tensor(images, device=self.device)),
-            rows=self.rows // self.canvas.batch * len(images),
-            batch_size=None,
-            sessions=[],
-            condition=None if self.condition is None else self.condition.part(images),
-            features=self.features.part(images),
-            randomness=self.randomness.part(images),
-        )
+        return {
+            "condition": None if self.condition is None else self.condition.part(images),
+            "features": self.features.part(images),
+            "randomness": self.randomness.part(images),
+        }
 
     def open_session(
         self,
