@@ -260,24 +260,32 @@ def true_distributions(
 @hosts
 @lossless
 def test_distributions_are_those_of_a_pass_without_a_cache(
-    host: str, name: str, outcomes: list[StepResult]
+    host: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every pass, wherever the image went: after the root and after each accepted draft token."""
+    passes: list[tuple[StepResult, list[int]]] = []
+    write = Batch.write
+
+    def watched(batch: Batch, outcome: StepResult) -> None:
+        passes.append((outcome, list(batch._images)))  # rows of finished images are dropped
+        write(batch, outcome)
+
+    monkeypatch.setattr(Batch, "write", watched)
     for distribution in DISTRIBUTIONS:
-        outcomes.clear()
+        passes.clear()
         out = draw(host, LOSSLESS[name], **distribution)
         guidance = Guidance(distribution["guidance_scale"], distribution.get("guidance_interval", -1))
         truth = true_distributions(
             drafting_pipeline(host), PROMPTS[host], out.images.flatten(1), guidance, Sampling()
         )
         compared = 0
-        for outcome in outcomes:
+        for outcome, images in passes:
             found = outcome.distribution.logits.log_softmax(-1)
-            for row in range(3):
+            for row, image in enumerate(images):
                 committed = int(outcome.committed[row])
                 nodes, positions = outcome.path[row, :committed], outcome.positions[row, :committed]
                 assert (nodes >= 0).all()
-                torch.testing.assert_close(found[row, nodes], truth[row, positions], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(found[row, nodes], truth[image, positions], atol=1e-4, rtol=1e-4)
                 compared += committed
         assert compared == 3 * (POSITIONS - 1)
 

@@ -55,6 +55,17 @@ class _TrialRandomness(Randomness):
         return self.noises[vocab_size]
 
 
+@dataclass
+class _TrialCanvas(Canvas):
+    """What is decided never counts as decided: every pass begins at the same position, and no image is ever finished,
+    however few positions are left."""
+
+    def write(self, positions: Tensor, values: Tensor, step: int | Tensor) -> None:
+        written = self.written.clone()
+        super().write(positions, values, step)
+        self.written.copy_(written)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialJob(CausalJob):
     """A call that has come half-way: same networks, condition, rows, guidance and sampling, other canvas and draws.
@@ -76,7 +87,7 @@ class TrialJob(CausalJob):
         drawn = _TrialRandomness.draw(generators, canvas.num_positions, job.device)
         known = {each.name: getattr(job, each.name) for each in dataclasses.fields(job)}
         known |= {
-            "canvas": Canvas(canvas.tokens.clone(), written, canvas.fixed),
+            "canvas": _TrialCanvas(canvas.tokens.clone(), written, canvas.fixed),
             "randomness": drawn,
             "schedule": Raster(decided + 1),
             "on_step": None,
@@ -101,10 +112,7 @@ class TrialJob(CausalJob):
 
     def pass_seconds(self, accelerator: Accelerator[CausalJob]) -> float:
         """Seconds of a pass of a method that decides from left to right, with all that it does beside the pass:
-        drafting, noise, verifying, the canvas.
-
-        Every pass begins at the same position again, so that the end of the image is never reached.
-        """
+        drafting, noise, verifying, the canvas."""
         compiled = self.transforms(self.network) is not None
         # the first step makes what is missing; a compiled pass is made, then recorded as a graph
         wanted = 1 + 2 * compiled + TIMED
@@ -114,7 +122,6 @@ class TrialJob(CausalJob):
         def on_step(step: Step) -> None:
             wait_for(self.device)
             stamps.append(time.perf_counter())
-            self.canvas.written[:, self.decided :] = 0
             if len(stamps) == wanted:
                 raise _Enough
 

@@ -112,8 +112,8 @@ def register(cls: AcceleratorT) -> AcceleratorT:
 
 
 def fitting(job_type: type[Job]) -> list[str]:
-    """Names of the registered accelerators that can do jobs of this kind."""
-    return [name for name, cls in ACCELERATORS.items() if issubclass(job_type, cls.job_type)]
+    """Names of the registered accelerators that can do jobs of this kind, in the order of the alphabet."""
+    return sorted(name for name, cls in ACCELERATORS.items() if issubclass(job_type, cls.job_type))
 
 
 def make_accelerator(name: str, options: Mapping[str, object] | None = None) -> AnyAccelerator:
