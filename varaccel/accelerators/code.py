@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 from varaccel.accelerators.plain import Plain
 from varaccel.engine.accelerator import Accelerator, Plan, register
@@ -14,9 +14,9 @@ from varaccel.engine.network import check_substitute
 from varaccel.engine.options import positive_integer, settle
 from varaccel.errors import InputError
 from varaccel.hosts.next_scale.job import ScaleJob
+from varaccel.hosts.next_scale.network import NextScaleNetwork
 from varaccel.hosts.next_scale.relay import Relay
-from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
-from varaccel.models.var import VARTransformer
+from varaccel.hosts.next_scale.sampling import Sampling, ScaleGuidance
 
 
 @register
@@ -74,7 +74,7 @@ class CoDe(Accelerator[ScaleJob]):
     def run(self, job: ScaleJob) -> StageStats:
         count = self._count(job)
         refiner = None if count == job.num_scales else resolve_refiner(self.refiner, job)
-        guidance, sampling = self._refiner_guidance(), self._refiner_sampling(job)
+        guidance, sampling = self._refiner_guidance(job), self._refiner_sampling(job)
         relay = Relay(
             (
                 lambda: job.open_session(until=count),
@@ -95,15 +95,15 @@ class CoDe(Accelerator[ScaleJob]):
             raise InputError(f"draft_scales must be from 1 to the model's {scales} scales, got {count}.")
         return count
 
-    def _refiner_guidance(self) -> ScaleGuidance | None:
+    def _refiner_guidance(self, job: ScaleJob) -> ScaleGuidance | None:
         scale = self.refiner_guidance_scale
-        return None if scale is None else ScaleGuidance(scale)
+        return None if scale is None else dataclasses.replace(job.guidance, scale=scale)
 
-    def _refiner_sampling(self, job: ScaleJob) -> ScaleSampling | None:
+    def _refiner_sampling(self, job: ScaleJob) -> Sampling | None:
         """The call's sampling with what was asked for; None if nothing was."""
         names = ("temperature", "top_k", "top_p")
         given = {n: v for n in names if (v := getattr(self, f"refiner_{n}")) is not None}
-        return dataclasses.replace(job.sampling, **given) if given else None
+        return dataclasses.replace(cast("Any", job.sampling), **given) if given else None
 
 
 @register
@@ -130,7 +130,7 @@ class Refiner(Accelerator[ScaleJob]):
         return decode(session, job.canvas, job.schedule, job.randomness, job.on_step)
 
 
-def resolve_refiner(refiner: object, job: ScaleJob) -> VARTransformer:
+def resolve_refiner(refiner: object, job: ScaleJob) -> NextScaleNetwork:
     """The refiner's network, if it can take over from the job's.
 
     Args:

@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from varaccel.errors import CheckpointError, InputError, unknown_name
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.checkpoints import load_strict, read_published_weights
+from varaccel.nn.condition import Condition
 from varaccel.nn.kv_cache import KVCache
+from varaccel.nn.residual import Residual, add
 from varaccel.nn.scale_schedule import SCALES_256, SCALES_512, ScaleSchedule
 from varaccel.nn.signature import Signature
 
@@ -67,6 +69,10 @@ class Modulation:
             self.start.expand(rows, -1, -1),
         )
 
+    def part(self, rows: slice) -> Modulation:
+        """The modulation of some rows."""
+        return Modulation(tuple(b[:, rows] for b in self.blocks), self.head[:, rows], self.start[rows])
+
     def beside(self, other: Modulation) -> Modulation:
         """The rows of this one, then those of the other."""
         return Modulation(
@@ -74,6 +80,19 @@ class Modulation:
             torch.cat([self.head, other.head], 1),
             torch.cat([self.start, other.start]),
         )
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a next-scale network is told of the places of all tokens of an image.
+
+    Attributes:
+        added: [1, L, C], added to the inputs.
+        positional: [L, ...] rows of a rotary table, or None, see `AttentionInputs`.
+    """
+
+    added: Tensor
+    positional: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -150,13 +169,29 @@ class Block(nn.Module):
         self.ada_lin = None if shared_adaln else modulation_layer(dim, 6)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, attention: AttentionInputs, layer: int, tail: int | None = None
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        attention: AttentionInputs,
+        layer: int,
+        tail: int | None = None,
+        residual: Residual = add,
     ) -> Tensor:
+        """[R, P, C] -> [R, tail or P, C]; with a tail every token gets its update, whatever `residual` says."""
         gate_attn, gate_ffn, scale_attn, scale_ffn, shift_attn, shift_ffn = modulation.unbind(0)
-        seen = torch.addcmul(shift_attn, self.norm(x), 1 + scale_attn)
-        mixed = self.attn(seen, attention, layer, tail)
-        x = (x if tail is None else x[:, -tail:]) + mixed * gate_attn
-        return x + self.ffn(torch.addcmul(shift_ffn, self.norm(x), 1 + scale_ffn)) * gate_ffn
+
+        def mix(x: Tensor, attention: AttentionInputs) -> Tensor:
+            seen = torch.addcmul(shift_attn, self.norm(x), 1 + scale_attn)
+            return self.attn(seen, attention, layer, tail) * gate_attn
+
+        def feed(x: Tensor, attention: AttentionInputs) -> Tensor:
+            return self.ffn(torch.addcmul(shift_ffn, self.norm(x), 1 + scale_ffn)) * gate_ffn
+
+        if tail is not None:
+            x = x[:, -tail:] + mix(x, attention)
+            return x + feed(x, attention)
+        x = residual(x, mix, attention, layer, "attention")
+        return residual(x, feed, attention, layer, "ffn")
 
 
 class HeadModulation(nn.Module):
@@ -290,9 +325,7 @@ class VARTransformer(ModelMixin, ConfigMixin):
 
     def scale_of_tokens(self) -> Tensor:
         """[L] int64, the scale that each token belongs to."""
-        counts = (side * side for side in self.schedule.sides)
-        scales = [scale for scale, count in enumerate(counts) for _ in range(count)]
-        return torch.tensor(scales, device=self.device)
+        return torch.tensor(self.schedule.scale_of_tokens(), device=self.device)
 
     # -- the network -----------------------------------------------------------------------------------
 
@@ -331,9 +364,25 @@ class VARTransformer(ModelMixin, ConfigMixin):
         """[R, parts * C] -> [parts, R, 1, C]."""
         return values.unflatten(1, (parts, 1, -1)).transpose(0, 1)
 
+    def condition_rows(self, condition: Condition | None, batch: int, guided: bool) -> Modulation:
+        """What B images are conditioned on, and below them, if guided, as many rows without a condition.
+
+        Args:
+            condition: of the B images; None for none.
+        """
+        null = self.modulate(self.null_condition()).expand(batch)
+        if condition is None:
+            return null
+        rows = self.modulate(self.embed_condition(condition.values, condition.mask))
+        return rows.beside(null) if guided else rows
+
     def positions(self) -> Tensor:
         """Level and position embeddings of all tokens, [1, L, C]."""
         return self.lvl_embed(self.scale_of_tokens()) + self.pos_1LC
+
+    def places(self, schedule: ScaleSchedule) -> Places:
+        """What the network is told of the places of all tokens."""
+        return Places(self.positions())
 
     def embed(self, start: Tensor | None, seen: Tensor, positions: Tensor) -> Tensor:
         """Inputs of tokens.
@@ -348,17 +397,23 @@ class VARTransformer(ModelMixin, ConfigMixin):
         return words + positions
 
     def transform(
-        self, x: Tensor, modulation: Sequence[Tensor], attention: AttentionInputs, tail: int | None = None
+        self,
+        x: Tensor,
+        modulation: Sequence[Tensor],
+        attention: AttentionInputs,
+        tail: int | None = None,
+        residual: Residual = add,
     ) -> Tensor:
         """Run the blocks on embedded inputs [R, P, C].
 
         Args:
             modulation: `Modulation.blocks`.
             tail: return the features of the last `tail` tokens only; the last block then does nothing else.
+            residual: what blocks do with their sub-layers.
         """
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation[layer], attention, layer, tail if layer == last else None)
+            x = block(x, modulation[layer], attention, layer, tail if layer == last else None, residual)
         return x
 
     def logits(self, features: Tensor) -> Tensor:

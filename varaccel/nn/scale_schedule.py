@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 from varaccel.errors import InputError
 
@@ -15,44 +16,67 @@ SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 @dataclass(frozen=True)
 class ScaleSchedule:
-    """Sides of the square token maps of a next-scale model, coarse to fine (VAR, arXiv 2404.02905, section 3.2).
+    """Token maps of a next-scale model, coarse to fine (VAR, arXiv 2404.02905, section 3.2).
 
     Tokens are numbered scale after scale, each in raster order.
 
     Attributes:
-        sides: p_s of every scale, increasing.
+        grids: height and width of every scale, growing; a side p stands for (p, p).
+        reference: the grid that places of all scales are told in, for models that know no other; the last one if None.
 
     Raises:
-        InputError: no scale, a side below 1, or sides that do not increase.
+        InputError: no scale, a side below 1, or scales that do not grow.
     """
 
-    sides: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...]
+    reference: tuple[int, int] | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sides", tuple(self.sides))
-        if not self.sides or any(isinstance(p, bool) or not isinstance(p, int) or p < 1 for p in self.sides):
+    def __init__(
+        self, grids: Sequence[int | Sequence[int]], reference: tuple[int, int] | None = None
+    ) -> None:
+        object.__setattr__(self, "grids", tuple(_grid(each, grids) for each in grids))
+        object.__setattr__(self, "reference", None if reference is None else _grid(reference, [reference]))
+        if not self.grids:
             raise InputError(
-                f"a scale schedule is one or more sides of at least 1, such as (1, 2, 4), got {self.sides}."
+                "a scale schedule is one or more sides of at least 1, such as (1, 2, 4), got none."
             )
-        if any(a >= b for a, b in zip(self.sides, self.sides[1:], strict=False)):
-            raise InputError(f"the sides of a scale schedule must increase, got {self.sides}.")
+        for (h, w), (next_h, next_w) in pairwise(self.grids):
+            if next_h < h or next_w < w or next_h * next_w == h * w:
+                raise InputError(f"the scales of a schedule must increase, got {_words(self.grids)}.")
 
     def __len__(self) -> int:
         """Number of scales S."""
-        return len(self.sides)
+        return len(self.grids)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """p_s of every scale.
+
+        Raises:
+            InputError: token maps that are no squares.
+        """
+        if any(h != w for h, w in self.grids):
+            raise InputError(f"the token maps {_words(self.grids)} are no squares.")
+        return tuple(h for h, _ in self.grids)
 
     @property
     def last_side(self) -> int:
         """Side n of the finest scale, which is that of the feature map."""
         return self.sides[-1]
 
+    @property
+    def last_grid(self) -> tuple[int, int]:
+        """Height and width of the finest scale."""
+        return self.grids[-1]
+
     @cached_property
     def borders(self) -> tuple[int, ...]:
         """Tokens before each scale, and their number in all: S + 1 numbers from 0 to L."""
-        borders = [0]
-        for side in self.sides:
-            borders.append(borders[-1] + side * side)
-        return tuple(borders)
+        return (0, *accumulate(h * w for h, w in self.grids))
+
+    def scale_of_tokens(self) -> list[int]:
+        """The scale that each of the L tokens belongs to."""
+        return [scale for scale, (h, w) in enumerate(self.grids) for _ in range(h * w)]
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +101,21 @@ class ScaleSchedule:
             min(range(len(choices)), key=lambda k: abs(choices[k] - self.progress(s)))
             for s in range(len(self))
         )
+
+
+def _grid(given: object, of: object) -> tuple[int, int]:
+    pair = (given, given) if not isinstance(given, (tuple, list)) else tuple(given)
+    if len(pair) != 2 or any(isinstance(p, bool) or not isinstance(p, int) or p < 1 for p in pair):
+        raise InputError(
+            f"a scale schedule is one or more sides of at least 1, such as (1, 2, 4), or grids "
+            f"(height, width), got {of}."
+        )
+    return pair
+
+
+def _words(grids: Sequence[tuple[int, int]]) -> list[int | tuple[int, int]]:
+    """Squares by their side."""
+    return [h if h == w else (h, w) for h, w in grids]
 
 
 def shared_convolution_table(schedule: ScaleSchedule, convolutions: int) -> tuple[int, ...]:

@@ -286,8 +286,10 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
         )
         return self._generate(call, settings)
 
-    def _guidance(self, scale: float | None) -> ScaleGuidance:
-        return ScaleGuidance(self.config.guidance_scale if scale is None else scale)
+    def _guidance(self, scale: float | Sequence[float] | None) -> ScaleGuidance:
+        guidance = ScaleGuidance(self.config.guidance_scale if scale is None else scale)
+        guidance.check(self.transformer.schedule)
+        return guidance
 
     def _sampling(self, temperature: Any, top_k: Any, top_p: float | None) -> ScaleSampling:
         sampling = ScaleSampling(

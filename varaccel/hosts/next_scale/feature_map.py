@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, cast
 
 import torch
 from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
+from varaccel.nn.scale_schedule import ScaleSchedule
 from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer
 
 
@@ -19,6 +20,33 @@ class Noise(Protocol):
     def at(self, positions: Tensor) -> Tensor: ...
 
     def part(self, images: Sequence[int]) -> Self: ...
+
+
+class ScaleQuantizer(Protocol):
+    """What the scales of an image add up to, and what the next one sees of it: of the image tokenizer.
+
+    Attributes:
+        schedule: the scales.
+    """
+
+    @property
+    def schedule(self) -> ScaleSchedule: ...
+
+    def start(self, batch: int) -> Tensor:
+        """The feature map before the first scale: zeros [B, D, h, w] float32."""
+        ...
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Token ids [B, P] of a scale as vectors [B, P, D] float32."""
+        ...
+
+    def spread(self, vectors: Tensor, scale: int) -> Tensor:
+        """What a scale's vectors add to the feature map: [B, D, h, w] float32."""
+        ...
+
+    def look(self, feature_map: Tensor, scale: int) -> Tensor:
+        """What a scale sees of the scales before it, [B, P, D]."""
+        ...
 
 
 class FeatureMap:
@@ -38,7 +66,7 @@ class FeatureMap:
         scales: number of scales in it.
     """
 
-    def __init__(self, quantizer: MultiScaleQuantizer, batch: int, smooth: Noise | None = None) -> None:
+    def __init__(self, quantizer: ScaleQuantizer, batch: int, smooth: Noise | None = None) -> None:
         self.quantizer = quantizer
         self.value = quantizer.start(batch)
         self.scales = 0
@@ -94,7 +122,7 @@ class FeatureMap:
         progress = schedule.progress(scale)
         temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
         weights = ((self._logits * (1 + progress) + noise) / temperature).softmax(dim=-1)
-        soft = weights @ self.quantizer.embedding.weight.float()
+        soft = weights @ cast("MultiScaleQuantizer", self.quantizer).embedding.weight.float()
         self._logits = None
         if canvas.fixed is None:
             return soft

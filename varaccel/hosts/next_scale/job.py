@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
 
-from varaccel.engine.distribution import Categorical
 from varaccel.engine.job import Job
-from varaccel.engine.loop import DrawsTokens, decode
-from varaccel.engine.randomness import Randomness
-from varaccel.errors import InputError
+from varaccel.engine.loop import decode
 from varaccel.hosts.next_scale.feature_map import FeatureMap
-from varaccel.hosts.next_scale.published_rng import ONE_BATCH
-from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
+from varaccel.hosts.next_scale.network import NextScaleNetwork
+from varaccel.hosts.next_scale.sampling import Sampling, ScaleGuidance
 from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.hosts.next_scale.session import ScaleSession
-from varaccel.models.var import VARTransformer
 from varaccel.nn.condition import Condition
+
+
+class Draws(Protocol):
+    """A source of draws: `Randomness`, `PublishedDraws`, or another stream."""
+
+    def sample(self, distribution: Any, positions: Tensor) -> Tensor:
+        """Token ids [B, P] of `positions` drawn from their distribution."""
+        ...
+
+    def part(self, images: Sequence[int]) -> Self:
+        """The draws of some images."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +45,12 @@ class ScaleJob(Job):
         cache_dtype: number type of stored keys and values, the network's own if None.
     """
 
-    network: VARTransformer
+    network: NextScaleNetwork
     condition: Condition | None
     features: FeatureMap
     guidance: ScaleGuidance
-    sampling: ScaleSampling
-    randomness: DrawsTokens[Categorical]
+    sampling: Sampling
+    randomness: Draws
     schedule: Scales
     cache_dtype: torch.dtype | None = None
 
@@ -55,8 +64,6 @@ class ScaleJob(Job):
         return max((session.cache_bytes for session in self.sessions), default=0)
 
     def _of_images(self, images: Sequence[int]) -> dict[str, Any]:
-        if not isinstance(self.randomness, Randomness):
-            raise InputError(ONE_BATCH)
         return {
             "condition": None if self.condition is None else self.condition.part(images),
             "features": self.features.part(images),
@@ -65,10 +72,10 @@ class ScaleJob(Job):
 
     def open_session(
         self,
-        network: VARTransformer | None = None,
+        network: NextScaleNetwork | None = None,
         *,
         guidance: ScaleGuidance | None = None,
-        sampling: ScaleSampling | None = None,
+        sampling: Sampling | None = None,
         until: int | None = None,
     ) -> ScaleSession:
         """A session of the host model, or of another network of the same signature.

@@ -44,6 +44,14 @@ class PublishedDraws:
         """Gumbel noise from the same stream, for smooth sampling."""
         return PublishedNoise(self, vocab_size)
 
+    def part(self, images: Sequence[int]) -> Never:
+        """Refuse to split: numbers belong to the batch.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(ONE_BATCH)
+
     def _exponential(self, *shape: int) -> Tensor:
         device = self.generator.device
         return torch.empty(shape, dtype=torch.float32, device=device).exponential_(generator=self.generator)

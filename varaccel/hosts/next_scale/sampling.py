@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,36 +19,65 @@ from varaccel.nn.scale_schedule import ScaleSchedule
 
 @dataclass(frozen=True)
 class ScaleGuidance:
-    """Classifier-free guidance that grows with the scale: logits c + t (c - u) with t = (`scale` - 1) * progress.
+    """Classifier-free guidance: logits c + t (c - u), with t = `scale` - 1 at every scale, or growing to that.
 
-    The first scale is never guided, the last one fully (VAR, published sampler). The published samplers call
-    t of the last scale `cfg`, so `scale` is 1 + `cfg`: as in other families, 1 means no guidance.
+    With a ramp the first scale is never guided, the last one fully (VAR, published sampler). The published samplers of
+    VAR call t of the last scale `cfg`, so `scale` is 1 + `cfg`: as in other families, 1 means no guidance.
 
     Attributes:
-        scale: guidance of the last scale; 1 or less means no guidance, and halves the work.
+        scale: guidance of the last scale, or one number per scale; 1 or less everywhere means no guidance, and halves
+            the work.
+        ramp: let it grow with the scale.
 
     Raises:
         InputError: not a finite number of at least 0.
     """
 
-    scale: float = 1.0
+    scale: float | Sequence[float] = 1.0
+    ramp: bool = True
 
     def __post_init__(self) -> None:
-        off = "1 and less = off; 1 + the published cfg"
-        settle(self, scale=check_number("guidance_scale", self.scale, off=off))
+        off = "1 and less = off; 1 + the published cfg" if self.ramp else "1 and less = off"
+        settle(self, scale=_each(self.scale, partial(check_number, "guidance_scale", off=off)))
 
     @classmethod
     def published(cls, cfg: float) -> ScaleGuidance:
-        """The guidance that the published samplers call `cfg`."""
+        """The guidance that VAR's published samplers call `cfg`."""
         return cls(1 + cfg)
 
     @property
     def enabled(self) -> bool:
-        return self.scale > 1
+        return max(self.scale) > 1 if isinstance(self.scale, tuple) else self.scale > 1  # type: ignore[operator]
+
+    def check(self, schedule: ScaleSchedule) -> None:
+        """Refuse a list that does not fit a model of that schedule.
+
+        Raises:
+            InputError: another length than there are scales.
+        """
+        _check_length("guidance_scale", self.scale, schedule)
 
     def strength(self, schedule: ScaleSchedule, scale: int) -> float:
         """t of a scale."""
-        return (self.scale - 1) * schedule.progress(scale) if self.enabled else 0.0
+        if not self.enabled:
+            return 0.0
+        return (_at(self.scale, scale) - 1) * (schedule.progress(scale) if self.ramp else 1.0)
+
+
+class Sampling(Protocol):
+    """How logits of a scale become a distribution, in two steps."""
+
+    def check(self, schedule: ScaleSchedule) -> None:
+        """Refuse settings that do not fit a model of that schedule."""
+        ...
+
+    def keep(self, logits: Tensor, scale: int) -> Tensor:
+        """Filtered logits [B, P, V] of a scale."""
+        ...
+
+    def distribution(self, kept: Tensor, scale: int) -> Any:
+        """What is drawn from, of logits that `keep` returned."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -90,12 +119,7 @@ class ScaleSampling:
             InputError: a list of another length than there are scales.
         """
         for name in ("temperature", "top_k"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != len(schedule):
-                raise InputError(
-                    f"{name} has {len(value)} entries but the model has {len(schedule)} scales; give one number "
-                    "or one per scale."
-                )
+            _check_length(name, getattr(self, name), schedule)
 
     def keep(self, logits: Tensor, scale: int) -> Tensor:
         """Logits [..., V] of a scale with -inf at dropped tokens, not yet divided by the temperature."""
@@ -130,6 +154,14 @@ def _each(value: object, check: Callable[[object], Number]) -> Number | tuple[Nu
     """One number, or one per scale, checked."""
     several = value.ndim > 0 if isinstance(value, (np.ndarray, Tensor)) else isinstance(value, (list, tuple))
     return tuple(map(check, cast("Sequence[object]", value))) if several else check(value)
+
+
+def _check_length(name: str, value: object, schedule: ScaleSchedule) -> None:
+    if isinstance(value, tuple) and len(value) != len(schedule):
+        raise InputError(
+            f"{name} has {len(value)} entries but the model has {len(schedule)} scales; give one number "
+            "or one per scale."
+        )
 
 
 def _at(value: Number | Sequence[Number], scale: int) -> Number:

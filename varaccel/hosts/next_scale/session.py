@@ -10,16 +10,16 @@ from torch import Tensor
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.distribution import Categorical
 from varaccel.hosts.next_scale.feature_map import FeatureMap
-from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
+from varaccel.hosts.next_scale.network import NextScaleNetwork
+from varaccel.hosts.next_scale.sampling import Sampling, ScaleGuidance, ScaleSampling
 from varaccel.hosts.next_scale.schedule import ScaleInputs
-from varaccel.models.var import VARTransformer
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.condition import Condition
 from varaccel.nn.kv_cache import KVCache
 from varaccel.nn.number_check import NumberCheck
 
 Transform = Callable[..., Tensor]
-"""`VARTransformer.transform`, or a compiled version of it."""
+"""`NextScaleNetwork.transform`, or a compiled version of it."""
 
 
 class ScaleSession:
@@ -42,12 +42,12 @@ class ScaleSession:
 
     def __init__(
         self,
-        network: VARTransformer,
+        network: NextScaleNetwork,
         features: FeatureMap,
         condition: Condition | None,
         *,
         guidance: ScaleGuidance | None = None,
-        sampling: ScaleSampling | None = None,
+        sampling: Sampling | None = None,
         until: int | None = None,
         cache_dtype: torch.dtype | None = None,
         transform: Transform | None = None,
@@ -55,7 +55,7 @@ class ScaleSession:
         self.network, self.features = network, features
         self.guidance = (guidance or ScaleGuidance()) if condition is not None else ScaleGuidance()
         self.sampling = sampling or ScaleSampling()
-        self.schedule = network.schedule
+        self.schedule = features.quantizer.schedule
         self.until = len(self.schedule) if until is None else until
         self.batch = len(features.value)
         self._transform = transform or network.transform
@@ -68,20 +68,14 @@ class ScaleSession:
         self.number_checks = (self.number_check,)
         with torch.inference_mode():
             # once per call: built from numbers of the host, which a pass should not wait for
-            self._scales = network.scale_of_tokens()
-            self._positions = network.positions()
-            null = network.modulate(network.null_condition())
-            if condition is None:
-                self._modulation = null.expand(self.batch)
-            else:
-                self._modulation = network.modulate(network.embed_condition(condition.values, condition.mask))
-                if self.guidance.enabled:
-                    self._modulation = self._modulation.beside(null.expand(self.batch))
+            self._scales = torch.tensor(self.schedule.scale_of_tokens(), device=features.value.device)
+            self._places = network.places(self.schedule)
+            self._rows = network.condition_rows(condition, self.batch, self.guidance.enabled)
 
     @property
     def rows_per_pass(self) -> int:
         """Network rows of a pass."""
-        return self._modulation.rows
+        return self._rows.rows
 
     @torch.inference_mode()
     def predict(self, canvas: Canvas, inputs: ScaleInputs) -> Categorical:
@@ -96,21 +90,20 @@ class ScaleSession:
     @torch.inference_mode()
     def logits(self, canvas: Canvas, scale: int) -> Tensor:
         """Guided logits of a scale before any filter, [B, p * p, V] float32."""
-        network, modulation = self.network, self._modulation
+        network, given = self.network, self._rows
         first, rows = self._encoded, self.rows_per_pass
         span = slice(self.schedule.borders[first], self.schedule.borders[scale + 1])
         seen = self.features.seen(canvas, first, scale).repeat(rows // self.batch, 1, 1)
-        x = network.embed(modulation.start if first == 0 else None, seen, self._positions[:, span])
+        x = network.embed(given.start if first == 0 else None, seen, self._places.added[:, span])
         asked = span.stop - self.schedule.borders[scale]
         tail = asked if asked < span.stop - span.start else None
-        x = self._transform(x, modulation.blocks, self._attention_inputs(first, scale), tail)
+        x = self._transform(x, given.blocks, self._attention_inputs(first, scale), tail)
         self.reads += 1
         strength = self.guidance.strength(self.schedule, scale)
-        if not strength:  # the first scale is never guided
-            head = modulation.head[:, : self.batch]
-            return network.logits(network.head_nm(x[: self.batch], head))
+        if not strength:
+            return network.logits(network.head_nm(x[: self.batch], given.head[:, : self.batch]))
         # guidance and the output layer are both linear: mixing features first halves the output layer
-        conditional, unconditional = network.head_nm(x, modulation.head).float().split(self.batch)
+        conditional, unconditional = network.head_nm(x, given.head).float().split(self.batch)
         return network.logits((1 + strength) * conditional - strength * unconditional)
 
     def close(self) -> None:
@@ -122,19 +115,21 @@ class ScaleSession:
         borders = self.schedule.borders
         stored, stop = borders[first], borders[scale + 1]
         device = self.features.value.device
+        positional = self._places.positional
+        if positional is not None:
+            positional = positional[stored:stop]
         mask = None
         if scale > first:  # several scales in one pass: none may look ahead
             scales = self._scales[:stop]
             mask = scales[stored:].unsqueeze(1) >= scales  # [P, K]
         if scale == self.until - 1:
             if self.cache is None:
-                return AttentionInputs(mask=mask)
-            return AttentionInputs(mask=mask, cache=self.cache, length=stored)
+                return AttentionInputs(positional, mask=mask)
+            return AttentionInputs(positional, mask=mask, cache=self.cache, length=stored)
         if self.cache is None:
-            slots = borders[self.until - 1]
-            self.cache = self.network.new_cache(self.rows_per_pass, slots, self._cache_dtype)
+            count = borders[self.until - 1]
+            self.cache = self.network.new_cache(self.rows_per_pass, count, self._cache_dtype)
             self.cache_bytes = self.cache.nbytes
         self._encoded = scale + 1
-        return AttentionInputs(
-            mask=mask, cache=self.cache, slots=torch.arange(stored, stop, device=device), length=stop
-        )
+        slots = torch.arange(stored, stop, device=device)
+        return AttentionInputs(positional, mask=mask, cache=self.cache, slots=slots, length=stop)
