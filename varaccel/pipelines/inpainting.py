@@ -180,16 +180,15 @@ def kept_tokens(mask: Tensor, schedule: ScaleSchedule) -> Tensor:
     fine scales only. Scales of at most `ALWAYS_KEPT` tokens stay whole.
 
     Args:
-        mask: [size, size], 1 where the image is painted anew.
+        mask: [H, W], 1 where the image is painted anew.
     """
-    side = schedule.last_side
-    keep = kept_cells(mask, side, side)[None, None].float()
+    keep = kept_cells(mask, *schedule.last_grid)[None, None].float()
     parts = []
-    for patches in schedule.sides:
-        if patches * patches <= ALWAYS_KEPT:
-            parts.append(torch.ones(patches * patches, dtype=torch.bool))
+    for rows, columns in schedule.grids:
+        if rows * columns <= ALWAYS_KEPT:
+            parts.append(torch.ones(rows * columns, dtype=torch.bool))
         else:
-            scaled = F.interpolate(keep, (patches, patches), mode="bilinear")
+            scaled = F.interpolate(keep, (rows, columns), mode="bilinear")
             parts.append((scaled > 0.5).flatten())
     return torch.cat(parts)
 

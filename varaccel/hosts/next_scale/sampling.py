@@ -28,6 +28,9 @@ class ScaleGuidance:
         scale: guidance of the last scale, or one number per scale; 1 or less everywhere means no guidance, and halves
             the work.
         ramp: let it grow with the scale.
+        inside: blocks after which the stream of both branches is replaced by the guided one, numbers from the end: 1
+            for after the last block (Infinity's published code calls it an insertion layer of -1).
+        on_logits: guide the logits, too; without it those of the conditional branch are taken as they are.
 
     Raises:
         InputError: not a finite number of at least 0.
@@ -35,10 +38,16 @@ class ScaleGuidance:
 
     scale: float | Sequence[float] = 1.0
     ramp: bool = True
+    inside: tuple[int, ...] = ()
+    on_logits: bool = True
 
     def __post_init__(self) -> None:
         off = "1 and less = off; 1 + the published cfg" if self.ramp else "1 and less = off"
-        settle(self, scale=_each(self.scale, partial(check_number, "guidance_scale", off=off)))
+        settle(self, scale=per_scale(self.scale, partial(check_number, "guidance_scale", off=off)))
+        inside = tuple(
+            check_integer("guidance inside", k, least=1, off="blocks from the end") for k in self.inside
+        )
+        settle(self, inside=inside)
 
     @classmethod
     def published(cls, cfg: float) -> ScaleGuidance:
@@ -55,13 +64,13 @@ class ScaleGuidance:
         Raises:
             InputError: another length than there are scales.
         """
-        _check_length("guidance_scale", self.scale, schedule)
+        check_length("guidance_scale", self.scale, schedule)
 
     def strength(self, schedule: ScaleSchedule, scale: int) -> float:
         """t of a scale."""
         if not self.enabled:
             return 0.0
-        return (_at(self.scale, scale) - 1) * (schedule.progress(scale) if self.ramp else 1.0)
+        return (at_scale(self.scale, scale) - 1) * (schedule.progress(scale) if self.ramp else 1.0)
 
 
 class Sampling(Protocol):
@@ -107,8 +116,8 @@ class ScaleSampling:
         top_k = partial(check_integer, "top_k", least=0, off="0 = off; or one per scale")
         settle(
             self,
-            temperature=_each(self.temperature, temperature),
-            top_k=_each(self.top_k, top_k),
+            temperature=per_scale(self.temperature, temperature),
+            top_k=per_scale(self.top_k, top_k),
             top_p=check_number("top_p", self.top_p, most=1, off="0 and 1 = off"),
         )
 
@@ -119,11 +128,11 @@ class ScaleSampling:
             InputError: a list of another length than there are scales.
         """
         for name in ("temperature", "top_k"):
-            _check_length(name, getattr(self, name), schedule)
+            check_length(name, getattr(self, name), schedule)
 
     def keep(self, logits: Tensor, scale: int) -> Tensor:
         """Logits [..., V] of a scale with -inf at dropped tokens, not yet divided by the temperature."""
-        top_k = _at(self.top_k, scale)
+        top_k = at_scale(self.top_k, scale)
         ordered: Tensor | None = None
         if 0 < top_k < logits.shape[-1]:
             ordered = logits.topk(top_k, dim=-1).values
@@ -141,7 +150,7 @@ class ScaleSampling:
 
     def distribution(self, kept: Tensor, scale: int) -> Categorical:
         """The distribution of tokens [B, P] from logits [B, P, V] that `keep` returned."""
-        temperature = _at(self.temperature, scale)
+        temperature = at_scale(self.temperature, scale)
         if temperature == 0:
             return Categorical(kept, greedy=True)
         return Categorical(kept if temperature == 1 else kept / max(temperature, MIN_TEMPERATURE))
@@ -150,13 +159,18 @@ class ScaleSampling:
 Number = TypeVar("Number", int, float)
 
 
-def _each(value: object, check: Callable[[object], Number]) -> Number | tuple[Number, ...]:
+def per_scale(value: object, check: Callable[[object], Number]) -> Number | tuple[Number, ...]:
     """One number, or one per scale, checked."""
     several = value.ndim > 0 if isinstance(value, (np.ndarray, Tensor)) else isinstance(value, (list, tuple))
     return tuple(map(check, cast("Sequence[object]", value))) if several else check(value)
 
 
-def _check_length(name: str, value: object, schedule: ScaleSchedule) -> None:
+def check_length(name: str, value: object, schedule: ScaleSchedule) -> None:
+    """Refuse a setting with a number per scale that does not fit a schedule.
+
+    Raises:
+        InputError: another length than there are scales.
+    """
     if isinstance(value, tuple) and len(value) != len(schedule):
         raise InputError(
             f"{name} has {len(value)} entries but the model has {len(schedule)} scales; give one number "
@@ -164,5 +178,6 @@ def _check_length(name: str, value: object, schedule: ScaleSchedule) -> None:
         )
 
 
-def _at(value: Number | Sequence[Number], scale: int) -> Number:
+def at_scale(value: Number | Sequence[Number], scale: int) -> Number:
+    """The setting of a scale."""
     return value[scale] if isinstance(value, Sequence) else value

@@ -17,6 +17,7 @@ from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.condition import Condition
 from varaccel.nn.kv_cache import KVCache
 from varaccel.nn.number_check import NumberCheck
+from varaccel.nn.residual import Part, Residual, Update, add
 
 Transform = Callable[..., Tensor]
 """`NextScaleNetwork.transform`, or a compiled version of it."""
@@ -97,14 +98,40 @@ class ScaleSession:
         x = network.embed(given.start if first == 0 else None, seen, self._places.added[:, span])
         asked = span.stop - self.schedule.borders[scale]
         tail = asked if asked < span.stop - span.start else None
-        x = self._transform(x, given.blocks, self._attention_inputs(first, scale), tail)
+        attention = self._attention_inputs(first, scale)
+        if self.guidance.enabled and self.guidance.inside:
+            x = network.transform(x, given.blocks, attention, residual=self._guided_inside(first, scale))
+            x = x[:, -asked:]
+        else:
+            x = self._transform(x, given.blocks, attention, tail)
         self.reads += 1
         strength = self.guidance.strength(self.schedule, scale)
-        if not strength:
+        if not strength or not self.guidance.on_logits:
             return network.logits(network.head_nm(x[: self.batch], given.head[:, : self.batch]))
         # guidance and the output layer are both linear: mixing features first halves the output layer
         conditional, unconditional = network.head_nm(x, given.head).float().split(self.batch)
         return network.logits((1 + strength) * conditional - strength * unconditional)
+
+    def _guided_inside(self, first: int, last: int) -> Residual:
+        """Guidance of the stream between blocks, of every token with the strength of its scale."""
+        depth, span = (
+            len(self._rows.blocks),
+            slice(self.schedule.borders[first], self.schedule.borders[last + 1]),
+        )
+        strengths = [self.guidance.strength(self.schedule, s) for s in range(last + 1)]
+        strength = self.features.value.new_tensor(strengths)[self._scales[span]].unsqueeze(1)  # [P, 1]
+        after = {depth - k for k in self.guidance.inside}
+
+        def rule(x: Tensor, update: Update, attention: AttentionInputs, layer: int, part: Part) -> Tensor:
+            x = add(x, update, attention, layer, part)
+            if part != "ffn" or layer not in after:
+                return x
+            conditional, unconditional = x.split(self.batch)
+            guided = (1 + strength) * conditional - strength * unconditional
+            unguided = (strength == 0).expand_as(x)
+            return torch.where(unguided, x, guided.to(x.dtype).repeat(2, 1, 1))
+
+        return rule
 
     def close(self) -> None:
         """Free the cache; the session cannot be asked again."""
