@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ _DEEPEST = 4
 
 
 def read_published_weights(
-    path: str | os.PathLike[str], *, anchor_key: str, averaged: bool = False
+    path: str | os.PathLike[str], *, anchor_key: str | Sequence[str], averaged: bool = False
 ) -> dict[str, Tensor]:
     """Read the state dict in a `.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin` file.
 
@@ -64,7 +64,8 @@ def read_published_weights(
     Args:
         path: the file.
         anchor_key: a key that the wanted state dict has for certain. It tells a bare state dict from a
-            wrapped one, and one model family from another.
+            wrapped one, and one model family from another. Several if the published files of a model differ: the
+            first one that is found.
         averaged: which weights to take from a checkpoint that holds trained ones and their average; of one that
             holds only either, these.
 
@@ -82,12 +83,14 @@ def read_published_weights(
         known = WRAPPERS.index(names[0]) if names and names[0] in WRAPPERS else len(WRAPPERS)
         return _is_average(names) != averaged, len(names), known
 
-    candidates = sorted(_states(content, anchor_key), key=rank)
-    if candidates:
-        return candidates[0][1]
+    anchors = (anchor_key,) if isinstance(anchor_key, str) else tuple(anchor_key)
+    for anchor in anchors:
+        candidates = sorted(_states(content, anchor), key=rank)
+        if candidates:
+            return candidates[0][1]
     found = ", ".join(map(str, list(content)[:4])) or "nothing"
     raise CheckpointError(
-        f"{file} holds no {anchor_key!r}, bare or in a training checkpoint (it starts with: {found}); "
+        f"{file} holds no {anchors[0]!r}, bare or in a training checkpoint (it starts with: {found}); "
         "it belongs to another kind of model."
     )
 

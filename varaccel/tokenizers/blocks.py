@@ -7,7 +7,7 @@ published checkpoints, so that their state dicts load without renaming.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,14 +17,18 @@ from varaccel.tokenizers.normalization import GroupNorm
 NORM_EPS = 1e-6
 
 
-def group_norm(channels: int, groups: int) -> GroupNorm:
-    return GroupNorm(groups, channels, eps=NORM_EPS)
+Groups = int | Callable[[int], int]
+"""How many groups a GroupNorm has: the same number in all, or one that follows from the channels."""
+
+
+def group_norm(channels: int, groups: Groups) -> GroupNorm:
+    return GroupNorm(groups(channels) if callable(groups) else groups, channels, eps=NORM_EPS)
 
 
 class ResidualBlock(nn.Module):
     """Two rounds of GroupNorm, SiLU and 3x3 convolution beside a skip: [B, in, H, W] -> [B, out, H, W]."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float = 0.0) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: Groups, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -42,7 +46,7 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all sites of a feature map, residual: [B, C, H, W] -> same."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: Groups) -> None:
         super().__init__()
         self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
@@ -91,7 +95,7 @@ class Level(nn.Module):
         in_channels: int,
         out_channels: int,
         blocks: int,
-        groups: int,
+        groups: Groups,
         dropout: float,
         *,
         attention: bool,
@@ -119,20 +123,17 @@ class Level(nn.Module):
         return x
 
 
-def middle(channels: int, groups: int, dropout: float) -> nn.ModuleList:
-    return nn.ModuleList(
-        [
-            ResidualBlock(channels, channels, groups, dropout),
-            AttentionBlock(channels, groups),
-            ResidualBlock(channels, channels, groups, dropout),
-        ]
-    )
+def middle(channels: int, groups: Groups, dropout: float, attention: bool) -> nn.ModuleList:
+    blocks: list[nn.Module] = [ResidualBlock(channels, channels, groups, dropout) for _ in range(2)]
+    if attention:
+        blocks.insert(1, AttentionBlock(channels, groups))
+    return nn.ModuleList(blocks)
 
 
 class Encoder(nn.Module):
     """Images [B, in_channels, H, W] -> features [B, z_channels, H/f, W/f], f = 2 ** (levels - 1).
 
-    Attention follows every residual block of the lowest resolution.
+    Attention follows every residual block of the lowest resolution, unless there is to be none.
     """
 
     def __init__(
@@ -142,8 +143,10 @@ class Encoder(nn.Module):
         channel_multipliers: Sequence[int],
         num_res_blocks: int,
         z_channels: int,
-        groups: int,
+        groups: Groups,
         dropout: float,
+        *,
+        attention: bool = True,
     ) -> None:
         super().__init__()
         widths = [base_channels * m for m in channel_multipliers]
@@ -153,10 +156,18 @@ class Encoder(nn.Module):
         for out in widths:
             last = len(self.conv_blocks) == len(widths) - 1
             self.conv_blocks.append(
-                Level(width, out, num_res_blocks, groups, dropout, attention=last, downsample=not last)
+                Level(
+                    width,
+                    out,
+                    num_res_blocks,
+                    groups,
+                    dropout,
+                    attention=attention and last,
+                    downsample=not last,
+                )
             )
             width = out
-        self.mid = middle(width, groups, dropout)
+        self.mid = middle(width, groups, dropout, attention)
         self.norm_out = group_norm(width, groups)
         self.conv_out = nn.Conv2d(width, z_channels, 3, padding=1)
 
@@ -182,14 +193,16 @@ class Decoder(nn.Module):
         channel_multipliers: Sequence[int],
         num_res_blocks: int,
         z_channels: int,
-        groups: int,
+        groups: Groups,
         dropout: float,
+        *,
+        attention: bool = True,
     ) -> None:
         super().__init__()
         widths = [base_channels * m for m in reversed(channel_multipliers)]
         width = widths[0]
         self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.mid = middle(width, groups, dropout)
+        self.mid = middle(width, groups, dropout, attention)
         self.conv_blocks = nn.ModuleList()
         for out in widths:
             index = len(self.conv_blocks)
@@ -200,7 +213,7 @@ class Decoder(nn.Module):
                     num_res_blocks + 1,
                     groups,
                     dropout,
-                    attention=index == 0,
+                    attention=attention and index == 0,
                     upsample=index < len(widths) - 1,
                 )
             )

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from varaccel.errors import CheckpointError, InputError
 from varaccel.nn.checkpoints import load_strict, read_published_weights
 from varaccel.nn.scale_schedule import SCALES_256, ScaleSchedule, shared_convolution_table
 from varaccel.tokenizers.blocks import Decoder, Encoder
+from varaccel.tokenizers.level_layout import block_name, count, network_sizes
 from varaccel.tokenizers.vq import (
     QUANTIZE_CHUNK,
     VQTrainingOutput,
@@ -367,15 +367,6 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
 USAGE = "quantize.ema_vocab_hit_SV"
 """A statistic of the training code."""
 
-_FIXED_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "mid.block_1.": "mid.0.",
-        "mid.attn_1.": "mid.1.",
-        "mid.block_2.": "mid.2.",
-        "quantize.quant_resi.qresi_ls.": "quantize.phi.",
-    }
-)
-
 
 def published_sizes(state: Mapping[str, Tensor], *, source: str) -> dict[str, Any]:
     """Constructor arguments of a state dict in the published layout.
@@ -384,50 +375,30 @@ def published_sizes(state: Mapping[str, Tensor], *, source: str) -> dict[str, An
         CheckpointError: it is of another model.
     """
     try:
-        base = state["encoder.conv_in.weight"].shape[0]
+        sizes = network_sizes(state)
         codebook_size, codebook_dim = state["quantize.embedding.weight"].shape
-        levels = _count(state, r"encoder\.down\.(\d+)\.block\.0\.norm1\.weight")
-        _count(state, r"decoder\.up\.(\d+)\.block\.0\.norm1\.weight")
-        blocks = _count(state, r"encoder\.down\.0\.block\.(\d+)\.norm1\.weight")
-        widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
-        convolutions = _count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.weight")
+        convolutions = count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.weight")
     except KeyError as error:
         raise CheckpointError(
             f"{source} does not fit MultiScaleVQModel: it lacks {error.args[0]}."
         ) from error
     return {
-        "in_channels": state["encoder.conv_in.weight"].shape[1],
-        "base_channels": base,
-        "channel_multipliers": [width // base for width in widths],
-        "num_res_blocks": blocks,
+        **sizes,
         "codebook_size": codebook_size,
         "codebook_dim": codebook_dim,
         "shared_convolutions": convolutions,
     }
 
 
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    found = {int(match[1]) for key in state if (match := re.fullmatch(pattern, key))}
-    if not found:
-        raise KeyError(pattern.replace("\\", "").replace("(d+)", "0"))
-    return 1 + max(found)
-
-
 def from_published_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict with the names of `MultiScaleVQModel`; the fused q, k, v are taken apart."""
-    levels = _count(state, r"decoder\.up\.(\d+)\.block\.0\.norm1\.weight")
+    levels = count(state, r"decoder\.up\.(\d+)\.block\.0\.norm1\.weight")
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if key == USAGE:
             continue
-        name = key
-        for old, new in _FIXED_NAMES.items():
-            name = name.replace(old, new)
-        name = re.sub(r"^encoder\.down\.(\d+)\.block\.", r"encoder.conv_blocks.\1.res.", name)
-        name = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.conv_blocks.\1.", name)
-        if match := re.match(r"decoder\.up\.(\d+)\.", name):
-            rest = name[match.end() :].replace("block.", "res.", 1)
-            name = f"decoder.conv_blocks.{levels - 1 - int(match[1])}.{rest}"
+        name = block_name(key, levels, attention=True)
+        name = name.replace("quantize.quant_resi.qresi_ls.", "quantize.phi.")
         match = re.search(r"\.qkv\.(weight|bias)$", name)
         if match and tensor.shape[0] % 3 == 0:
             stem = name[: match.start()]
