@@ -15,17 +15,20 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varaccel.errors import CheckpointError, InputError, unknown_name
-from varaccel.nn.attention_inputs import AttentionInputs
+from varaccel.models.next_scale import NextScaleTransformer, Places
+from varaccel.models.next_scale_blocks import (
+    HeadModulation,
+    ModulatedBlock,
+    modulation_layer,
+    split_modulation,
+)
 from varaccel.nn.checkpoints import load_strict, read_published_weights
 from varaccel.nn.condition import Condition
-from varaccel.nn.kv_cache import KVCache
-from varaccel.nn.residual import Residual, add
 from varaccel.nn.scale_schedule import SCALES_256, SCALES_512, ScaleSchedule
 from varaccel.nn.signature import Signature
 
@@ -38,7 +41,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The sizes with published weights (VAR, table 1): width 64 and one head per layer of depth."""
 
-MAX_LOG_TEMPERATURE = math.log(100)
 LEFTOVERS = (r"lvl_1L", r"attn_bias_for_masking", r"blocks\.\d+\.attn\.zero_k_bias")
 """Buffers in published files that follow from the sizes."""
 
@@ -82,129 +84,13 @@ class Modulation:
         )
 
 
-@dataclass(frozen=True)
-class Places:
-    """What a next-scale network is told of the places of all tokens of an image.
-
-    Attributes:
-        added: [1, L, C], added to the inputs.
-        positional: [L, ...] rows of a rotary table, or None, see `AttentionInputs`.
-    """
-
-    added: Tensor
-    positional: Tensor | None = None
-
-
-class Attention(nn.Module):
-    q_bias: Tensor
-    v_bias: Tensor
-
-    def __init__(self, dim: int, num_heads: int, l2_norm: bool) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
-        self.mat_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
-        self.proj = nn.Linear(dim, dim)
-        self.scale_mul_1H11 = (
-            nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0))) if l2_norm else None
-        )
-
-    def forward(self, x: Tensor, attention: AttentionInputs, layer: int, tail: int | None = None) -> Tensor:
-        """[R, P, C] -> [R, tail or P, C]: only the last `tail` tokens ask, all are looked at."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        if tail is None:
-            heads = F.linear(x, self.mat_qkv.weight, bias).unflatten(2, (3, self.num_heads, self.head_dim))
-            q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [R, H, P, D]
-        else:
-            size = self.q_bias.shape[0]
-            asked = F.linear(x[:, -tail:], self.mat_qkv.weight[:size], bias[:size])
-            seen = F.linear(x, self.mat_qkv.weight[size:], bias[size:])
-            q = asked.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
-            k, v = seen.unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.scale_mul_1H11 is None:
-            scale = 0.25 / math.sqrt(self.head_dim)
-        else:
-            scale = 1.0
-            # float32 as published: half-precision norms would lose the temperature's resolution
-            temperature = self.scale_mul_1H11.float().clamp(max=MAX_LOG_TEMPERATURE).exp()
-            q = (F.normalize(q.float(), dim=-1) * temperature).to(v.dtype)
-            k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        if attention.cache is not None:
-            if attention.slots is None:
-                assert attention.length is not None
-                k, v = attention.cache.beside(layer, k, v, attention.length)
-            else:
-                k, v = attention.cache.update(layer, attention.slots, k, v, attention.length)
-        mask = attention.mask
-        if mask is not None and tail is not None:
-            mask = mask[..., -tail:, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, width)
-        self.fc2 = nn.Linear(width, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-def modulation_layer(dim: int, parts: int) -> nn.Sequential:
-    """Condition [R, C] -> [R, parts * C]."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
-
-
-class Block(nn.Module):
+class Block(ModulatedBlock):
     def __init__(
         self, dim: int, num_heads: int, width: int, eps: float, *, l2_norm: bool, shared_adaln: bool
     ) -> None:
-        super().__init__()
-        self.attn = Attention(dim, num_heads, l2_norm)
-        self.ffn = FeedForward(dim, width)
-        self.norm = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        super().__init__(dim, num_heads, width, eps, l2_norm=l2_norm)
         self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5) if shared_adaln else None
         self.ada_lin = None if shared_adaln else modulation_layer(dim, 6)
-
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        attention: AttentionInputs,
-        layer: int,
-        tail: int | None = None,
-        residual: Residual = add,
-    ) -> Tensor:
-        """[R, P, C] -> [R, tail or P, C]; with a tail every token gets its update, whatever `residual` says."""
-        gate_attn, gate_ffn, scale_attn, scale_ffn, shift_attn, shift_ffn = modulation.unbind(0)
-
-        def mix(x: Tensor, attention: AttentionInputs) -> Tensor:
-            seen = torch.addcmul(shift_attn, self.norm(x), 1 + scale_attn)
-            return self.attn(seen, attention, layer, tail) * gate_attn
-
-        def feed(x: Tensor, attention: AttentionInputs) -> Tensor:
-            return self.ffn(torch.addcmul(shift_ffn, self.norm(x), 1 + scale_ffn)) * gate_ffn
-
-        if tail is not None:
-            x = x[:, -tail:] + mix(x, attention)
-            return x + feed(x, attention)
-        x = residual(x, mix, attention, layer, "attention")
-        return residual(x, feed, attention, layer, "ffn")
-
-
-class HeadModulation(nn.Module):
-    """Norm and modulation before the output layer."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps, elementwise_affine=False)
-        self.ada_lin = modulation_layer(dim, 2)
-
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        scale, shift = modulation.unbind(0)
-        return torch.addcmul(shift, self.norm(x), 1 + scale)
 
 
 class CaptionEmbedding(nn.Module):
@@ -226,7 +112,7 @@ class CaptionEmbedding(nn.Module):
         return self.fc2(F.gelu(self.fc1(mean), approximate="tanh"))
 
 
-class VARTransformer(ModelMixin, ConfigMixin):
+class VARTransformer(NextScaleTransformer):
     """VAR, conditional on classes as published, or on captions.
 
     Args:
@@ -311,18 +197,6 @@ class VARTransformer(ModelMixin, ConfigMixin):
             paradigm="next-scale",
         )
 
-    def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `batch` rows of `slots` tokens, in the weights' number type by default."""
-        return KVCache(
-            layers=len(self.blocks),
-            batch=batch,
-            heads=self.num_heads,
-            slots=slots,
-            head_dim=self.dim // self.num_heads,
-            dtype=dtype or self.dtype,
-            device=self.device,
-        )
-
     def scale_of_tokens(self) -> Tensor:
         """[L] int64, the scale that each token belongs to."""
         return torch.tensor(self.schedule.scale_of_tokens(), device=self.device)
@@ -343,26 +217,21 @@ class VARTransformer(ModelMixin, ConfigMixin):
 
     def modulate(self, vectors: Tensor) -> Modulation:
         """Everything that follows from condition vectors [R, C] alone."""
-        shared = None if self.shared_ada_lin is None else self._split(self.shared_ada_lin(vectors), 6)
+        shared = None if self.shared_ada_lin is None else split_modulation(self.shared_ada_lin(vectors), 6)
         blocks = []
         for block in self.blocks:
             assert isinstance(block, Block)
             if shared is None:
                 assert block.ada_lin is not None
-                blocks.append(self._split(block.ada_lin(vectors), 6))
+                blocks.append(split_modulation(block.ada_lin(vectors), 6))
             else:
                 assert block.ada_gss is not None
                 blocks.append(shared + block.ada_gss.transpose(0, 2))
         return Modulation(
             tuple(blocks),
-            self._split(self.head_nm.ada_lin(vectors), 2),
+            split_modulation(self.head_nm.ada_lin(vectors), 2),
             vectors.unsqueeze(1) + self.pos_start,
         )
-
-    @staticmethod
-    def _split(values: Tensor, parts: int) -> Tensor:
-        """[R, parts * C] -> [parts, R, 1, C]."""
-        return values.unflatten(1, (parts, 1, -1)).transpose(0, 1)
 
     def condition_rows(self, condition: Condition | None, batch: int, guided: bool) -> Modulation:
         """What B images are conditioned on, and below them, if guided, as many rows without a condition.
@@ -383,42 +252,6 @@ class VARTransformer(ModelMixin, ConfigMixin):
     def places(self, schedule: ScaleSchedule) -> Places:
         """What the network is told of the places of all tokens."""
         return Places(self.positions())
-
-    def embed(self, start: Tensor | None, seen: Tensor, positions: Tensor) -> Tensor:
-        """Inputs of tokens.
-
-        Args:
-            start: [R, 1, C] of the modulation if they begin with token 0, else None.
-            seen: [R, P, D], what the (other) tokens see of the scales before theirs.
-            positions: their part of `positions()`, [1, P, C].
-        """
-        words = self.word_embed(seen.to(self.word_embed.weight.dtype))
-        words = words if start is None else torch.cat([start.to(words.dtype), words], 1)
-        return words + positions
-
-    def transform(
-        self,
-        x: Tensor,
-        modulation: Sequence[Tensor],
-        attention: AttentionInputs,
-        tail: int | None = None,
-        residual: Residual = add,
-    ) -> Tensor:
-        """Run the blocks on embedded inputs [R, P, C].
-
-        Args:
-            modulation: `Modulation.blocks`.
-            tail: return the features of the last `tail` tokens only; the last block then does nothing else.
-            residual: what blocks do with their sub-layers.
-        """
-        last = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            x = block(x, modulation[layer], attention, layer, tail if layer == last else None, residual)
-        return x
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Modulated features [R, P, C] -> float32 logits [R, P, V]."""
-        return self.head(features.to(self.head.weight.dtype)).float()
 
     def forward(
         self,
@@ -442,15 +275,8 @@ class VARTransformer(ModelMixin, ConfigMixin):
         vectors = self.embed_condition(condition, condition_mask)
         if dropped is not None:
             vectors = torch.where(dropped.unsqueeze(1), self.null_condition().to(vectors.dtype), vectors)
-        modulation = self.modulate(vectors)
-        length = inputs.shape[1] + 1
-        if length not in self.schedule.borders[1:]:
-            raise InputError(f"{length} tokens are no whole scales of {list(self.schedule.sides)}.")
-        scales = self.scale_of_tokens()[:length]
-        mask = scales.unsqueeze(1) >= scales  # [P, P]
-        x = self.embed(modulation.start, inputs, self.positions()[:, :length])
-        x = self.transform(x, modulation.blocks, AttentionInputs(mask=mask))
-        return self.logits(self.head_nm(x, modulation.head))
+        given, places = self.modulate(vectors), self.places(self.schedule)
+        return self._teacher_forced(given.start, given.blocks, given.head, inputs, self.schedule, places)
 
     # -- published weights -----------------------------------------------------------------------------
 

@@ -42,11 +42,16 @@ class ScaleSchedule:
             )
         for (h, w), (next_h, next_w) in pairwise(self.grids):
             if next_h < h or next_w < w or next_h * next_w == h * w:
-                raise InputError(f"the scales of a schedule must increase, got {_words(self.grids)}.")
+                raise InputError(f"the scales of a schedule must increase, got {self.maps}.")
 
     def __len__(self) -> int:
         """Number of scales S."""
         return len(self.grids)
+
+    @property
+    def maps(self) -> list[int | tuple[int, int]]:
+        """The grids as messages name them: squares by their side."""
+        return [h if h == w else (h, w) for h, w in self.grids]
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -56,7 +61,7 @@ class ScaleSchedule:
             InputError: token maps that are no squares.
         """
         if any(h != w for h, w in self.grids):
-            raise InputError(f"the token maps {_words(self.grids)} are no squares.")
+            raise InputError(f"the token maps {self.maps} are no squares.")
         return tuple(h for h, _ in self.grids)
 
     @property
@@ -111,11 +116,6 @@ def _grid(given: object, of: object) -> tuple[int, int]:
             f"(height, width), got {of}."
         )
     return pair
-
-
-def _words(grids: Sequence[tuple[int, int]]) -> list[int | tuple[int, int]]:
-    """Squares by their side."""
-    return [h if h == w else (h, w) for h, w in grids]
 
 
 def shared_convolution_table(schedule: ScaleSchedule, convolutions: int) -> tuple[int, ...]:

@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varaccel.accelerators import AnyAccelerator
-from varaccel.engine.canvas import Canvas
-from varaccel.engine.job import Job
-from varaccel.engine.loop import OnStep
 from varaccel.engine.options import positive_integer
 from varaccel.engine.randomness import Randomness
 from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
-from varaccel.hosts.next_scale.feature_map import FeatureMap
-from varaccel.hosts.next_scale.job import ScaleJob
+from varaccel.hosts.next_scale.feature_map import Noise
+from varaccel.hosts.next_scale.job import Draws, ScaleJob
 from varaccel.hosts.next_scale.published_rng import PublishedDraws
 from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
-from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.models.var import VARTransformer
-from varaccel.pipelines.base import NO_PROMPT, Run, Work
-from varaccel.pipelines.compiled_passes import SCALE_PASS
-from varaccel.pipelines.inpainting import Source, kept_tokens
+from varaccel.nn.scale_schedule import ScaleSchedule
+from varaccel.pipelines.base import NO_PROMPT, Run
+from varaccel.pipelines.next_scale import NextScalePipeline, ScaleSettings, published_seed
 from varaccel.pipelines.output import ImageOutput
-from varaccel.pipelines.painting import PaintingPipeline
-from varaccel.pipelines.published import load_network
 from varaccel.pipelines.step_callback import StepCallback
-from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
+from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer, MultiScaleVQModel
 
 
-@dataclass(frozen=True)
-class VARSettings:
-    """What a call of this family needs to know beside what all calls do.
-
-    Attributes:
-        guidance, sampling: of the call.
-        smooth: soften code vectors, see `FeatureMap`.
-        published_seed: seed of the published random stream; None for numbers of each image's own.
-        cache_dtype: number type of stored keys and values.
-        source: an image that is edited.
-    """
-
-    guidance: ScaleGuidance
-    sampling: ScaleSampling
-    smooth: bool = False
-    published_seed: int | None = None
-    cache_dtype: torch.dtype | None = None
-    source: Source | None = None
-
-
-class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
+class VARPipeline(NextScalePipeline):
     """Class- or text-conditional generation with a VAR transformer and any accelerator for it.
 
     Args:
@@ -71,9 +43,6 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
     """
 
     family: ClassVar[str] = "var"
-    job_type: ClassVar[type[Job]] = ScaleJob
-    compiled_pass = SCALE_PASS
-    model_cpu_offload_seq = "text_encoder->transformer->vq_model"
     _optional_components = ["text_encoder", "tokenizer", "refiner"]  # noqa: RUF012
 
     transformer: VARTransformer
@@ -117,10 +86,6 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
     def image_size(self) -> int:
         """Height and width of the images in pixels."""
         return self.vq_model.image_size
-
-    @property
-    def drafters(self) -> dict[str, nn.Module]:
-        return {} if self.refiner is None else {"refiner": self.refiner}
 
     @classmethod
     def from_single_file(
@@ -208,11 +173,12 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
             InputError: any argument that cannot be used.
             OutOfMemory: the device is too small for the call.
         """
-        settings = VARSettings(
+        settings = ScaleSettings(
             self._guidance(guidance_scale),
             self._sampling(temperature, top_k, top_p),
+            self.transformer.schedule,
             smooth,
-            _published_seed(published_rng, seed),
+            published_seed(published_rng, seed),
             cache_dtype,
         )
         call = self._checked_call(
@@ -268,9 +234,10 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
             OutOfMemory: the device is too small for the call.
         """
         num_images = positive_integer("num_images", num_images)
-        settings = VARSettings(
+        settings = ScaleSettings(
             self._guidance(1.0 if prompt is None else guidance_scale),
             self._sampling(temperature, top_k, top_p),
+            self.transformer.schedule,
             smooth,
             source=self._source(image, mask),
         )
@@ -302,65 +269,23 @@ class VARPipeline(PaintingPipeline[VARSettings, ScaleJob]):
 
     # -- what the base asks for ------------------------------------------------------------------------
 
-    def _parts(self, work: Work) -> list[Any]:
-        # between scales the code vectors of tokens are what the next scale reads
-        return [*super()._parts(work), *([self.vq_model] if work == "tokens" else [])]
+    def _quantizer(self, schedule: ScaleSchedule) -> MultiScaleQuantizer:
+        return self.vq_model.quantize
 
-    def _new_canvas(self, run: Run[VARSettings, ScaleJob]) -> Canvas:
-        source = run.settings.source
-        if source is None:
-            return super()._new_canvas(run)
-        pixels, painted = source.fitted((self.image_size, self.image_size))
-        kept = kept_tokens(painted, self.transformer.schedule)
-        token_ids = self._encode(pixels.to(run.device))
-        return Canvas.given(token_ids.expand(run.call.images, -1), kept.expand(run.call.images, -1))
-
-    def _randomness(self, run: Run[VARSettings, ScaleJob]) -> Randomness | PublishedDraws:
-        """The source of draws for the canvas."""
+    def _draws(self, run: Run[ScaleSettings, ScaleJob]) -> tuple[Draws, Noise | None]:
         seed = run.settings.published_seed
+        draws: Randomness | PublishedDraws
         if seed is None:
-            return Randomness.draw(run.call.generators, run.canvas.num_positions, run.device)
-        return PublishedDraws(torch.Generator(run.device).manual_seed(seed))
+            draws = Randomness.draw(run.call.generators, run.canvas.num_positions, run.device)
+        else:
+            draws = PublishedDraws(torch.Generator(run.device).manual_seed(seed))
+        return draws, draws.gumbel(self.vq_model.codebook_size) if run.settings.smooth else None
 
-    def _job(self, run: Run[VARSettings, ScaleJob], on_step: OnStep) -> ScaleJob:
-        randomness, settings = self._randomness(run), run.settings
-        noise = randomness.gumbel(self.vq_model.codebook_size) if settings.smooth else None
-        return ScaleJob(
-            network=self.transformer,
-            canvas=run.canvas,
-            rows=run.canvas.batch * (2 if settings.guidance.enabled else 1),
-            on_step=on_step,
-            drafters=self.drafters,
-            load_network=load_network,
-            condition=run.condition,
-            features=FeatureMap(self.vq_model.quantize, run.canvas.batch, noise),
-            guidance=settings.guidance,
-            sampling=settings.sampling,
-            randomness=randomness,
-            schedule=Scales(self.transformer.schedule),
-            cache_dtype=settings.cache_dtype,
-            transforms=self._transforms,
-        )
+    def _encode_scales(self, images: Tensor, schedule: ScaleSchedule) -> Tensor:
+        return self._encode(images)
 
-    def _as_it_stands(self, run: Run[VARSettings, ScaleJob]) -> Run[VARSettings, ScaleJob]:
-        still = super()._as_it_stands(run)
-        features = run.job.features
-        # what the next pass would do first; in the call's own thread, since softened vectors draw noise
-        features.follow(run.canvas, self._finished_scales(run.canvas))
-        still.job = dataclasses.replace(run.job, features=features.copy())
-        return still
-
-    def _latents(self, run: Run[VARSettings, ScaleJob]) -> Tensor:
-        return run.canvas.tokens
-
-    def _pixels(self, run: Run[VARSettings, ScaleJob]) -> Tensor:
-        features = run.job.features
-        features.follow(run.canvas, self._finished_scales(run.canvas))
-        return self.vq_model.decode(features.value)
-
-    def _finished_scales(self, canvas: Canvas) -> int:
-        ends = torch.tensor(self.transformer.schedule.borders[1:], device=canvas.written.device) - 1
-        return int((canvas.written[0, ends] > 0).sum())
+    def _pixel_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
+        return self.image_size, self.image_size
 
 
 def check_tokenizer(network: VARTransformer, vq_model: MultiScaleVQModel) -> None:
@@ -382,11 +307,3 @@ def check_tokenizer(network: VARTransformer, vq_model: MultiScaleVQModel) -> Non
             f"but the image tokenizer has {own[0]} of {own[1]}; "
             "use the tokenizer that the transformer was trained with."
         )
-
-
-def _published_seed(wanted: bool, seed: int | None) -> int | None:
-    if not wanted:
-        return None
-    if seed is None:
-        raise InputError("published_rng draws everything from one seed; pass seed as well.")
-    return seed

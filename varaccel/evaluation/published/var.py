@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from varaccel.models.var import MAX_LOG_TEMPERATURE, Block, VARTransformer
+from varaccel.models.next_scale_blocks import MAX_LOG_TEMPERATURE
+from varaccel.models.var import Block, VARTransformer
 from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer
 
 

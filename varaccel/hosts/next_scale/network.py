@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varaccel.engine.network import Network
-from varaccel.models.var import Places
+from varaccel.models.next_scale import Places
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.condition import Condition
 from varaccel.nn.kv_cache import KVCache
