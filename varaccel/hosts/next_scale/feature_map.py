@@ -92,7 +92,8 @@ class FeatureMap:
         """
         self.follow(canvas, last)
         parts = self._seen[max(first, 1) - 1 : last]
-        return torch.cat(parts, 1) if parts else self.value.new_zeros(len(self.value), 0, self.value.shape[1])
+        # the quantiser knows how wide an entry is: with patches of cells, wider than the map
+        return torch.cat(parts, 1) if parts else self.quantizer.look(self.value, 0)[:, :0]
 
     def expect(self, logits: Tensor) -> None:
         """Note the filtered logits [B, P, V] that the next scale is about to be drawn from."""
