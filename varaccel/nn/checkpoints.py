@@ -8,6 +8,7 @@ missing, left over or mis-shaped is an error rather than a silently random layer
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -52,17 +53,20 @@ _PLAIN_RECORDS: list[Any] = [
 
 _DEEPEST = 4
 
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+"""Of files of weights."""
+
 
 def read_published_weights(
     path: str | os.PathLike[str], *, anchor_key: str | Sequence[str], averaged: bool = False
 ) -> dict[str, Tensor]:
-    """Read the state dict in a `.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin` file.
+    """Read the state dict in a `.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin` file, or in a folder of such files.
 
     It may be bare or an entry of a training checkpoint, at any name. What DDP, FSDP and torch.compile put before the
     names of weights is taken off.
 
     Args:
-        path: the file.
+        path: the file; or a folder with an index of several (`*.index.json`, as transformers writes it), or with one.
         anchor_key: a key that the wanted state dict has for certain. It tells a bare state dict from a
             wrapped one, and one model family from another. Several if the published files of a model differ: the
             first one that is found.
@@ -71,12 +75,15 @@ def read_published_weights(
 
     Raises:
         CheckpointError: no such file, truncated, no weights at all (a web page, a pointer of git-lfs), holds code, or
-            holds no such state dict.
+            holds no such state dict; a folder without one of its files, or with several and no index.
     """
     file = Path(path)
-    if not file.is_file():
+    if file.is_dir():
+        content = _read_folder(file)
+    elif file.is_file():
+        content = _read(file)
+    else:
         raise CheckpointError(f"there is no weights file at {file}; check the path or download it first.")
-    content = _read(file)
 
     def rank(found: tuple[tuple[str, ...], dict[str, Tensor]]) -> tuple[bool, int, int]:
         names = found[0]
@@ -163,6 +170,36 @@ def weights_below(folder: Path, prefix: str) -> dict[str, Tensor]:
     return state
 
 
+def _read_folder(folder: Path) -> Mapping[str, Any]:
+    """The content of all files of one state dict."""
+    content: dict[str, Any] = {}
+    for file in _shards(folder):
+        if not file.is_file():
+            raise CheckpointError(f"{folder} lacks {file.name}, which its index names; download it again.")
+        content |= _read(file)
+    return content
+
+
+def _shards(folder: Path) -> list[Path]:
+    # one index if the weights are there in both formats
+    indices = sorted(folder.glob("*.index.json"), key=lambda file: "safetensors" not in file.name)
+    if not indices:
+        files = [file for file in sorted(folder.iterdir()) if file.suffix in _SUFFIXES]
+        if len(files) != 1:
+            raise CheckpointError(
+                f"{folder} holds {len(files) or 'no'} files of weights and no index of them; give the path of one file."
+            )
+        return files
+    try:
+        weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({Path(name).name for name in weight_map.values()})
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{indices[0]} is no index of weights (a 'weight_map' from names to files); download it again."
+        ) from error
+    return [folder / name for name in names]
+
+
 def _read(file: Path) -> Mapping[str, Any]:
     reason = not_weights(file)
     if reason is not None:
@@ -226,12 +263,14 @@ def load_strict(
     *,
     source: str,
     drop: Iterable[str] = (),
+    assign: bool = False,
 ) -> None:
     """Load `state` into `module`: every key must be there, none may be left over, every shape must fit.
 
     Args:
         source: what the error message calls the weights, usually the file.
         drop: regular expressions of keys that published files carry beside the weights; removed first.
+        assign: take the tensors themselves instead of copying their numbers, for a module on the meta device.
 
     Raises:
         CheckpointError: names the first keys that do not fit; `module` is unchanged.
@@ -255,7 +294,7 @@ def load_strict(
             f"{source} does not fit {type(module).__name__}: it {'; it '.join(problems)}. "
             "Choose the model size and type that the file was made for."
         )
-    module.load_state_dict(dict(kept))
+    module.load_state_dict(dict(kept), assign=assign)
 
 
 def _some(names: list[str], limit: int = 3) -> str:

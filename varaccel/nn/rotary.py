@@ -30,18 +30,33 @@ def rotary_table(
     Returns:
         [prefix + grid_size ** 2, head_dim / 2, 2] float32: (cos, sin) of the angle of each channel pair.
     """
-    frequencies = base ** (
-        -torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=HOST) / (head_dim // 2)
-    )  # [F]
-    angles = torch.outer(torch.arange(grid_size, dtype=torch.float32, device=HOST), frequencies)  # [G, F]
-    rows = angles[:, None, :].expand(-1, grid_size, -1)
-    columns = angles[None, :, :].expand(grid_size, -1, -1)
-    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [G * G, head_dim / 2]
-    table = torch.stack([grid.cos(), grid.sin()], dim=-1)
+    places = torch.arange(grid_size, dtype=torch.float32, device=HOST)
+    table = grid_rotary_table(
+        places.repeat_interleave(grid_size), places.repeat(grid_size), head_dim, base=base
+    )
     slots = table.new_zeros(prefix, *table.shape[1:])
     if prefix_identity:
         slots[..., 0] = 1.0
     return torch.cat([slots, table]).to(device)
+
+
+def grid_rotary_table(rows: Tensor, columns: Tensor, head_dim: int, *, base: float = 10000.0) -> Tensor:
+    """Cosines and sines of P places of a plane, wherever these are.
+
+    The first half of the channel pairs turns with the row, the second half with the column.
+
+    Args:
+        rows, columns: [P] float32, where the places are; need not be whole numbers.
+        head_dim: a multiple of 4.
+
+    Returns:
+        [P, head_dim / 2, 2] float32: (cos, sin) of the angle of each channel pair.
+    """
+    frequencies = base ** (
+        -torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=rows.device) / (head_dim // 2)
+    )  # [head_dim / 4]
+    angles = torch.cat([torch.outer(rows, frequencies), torch.outer(columns, frequencies)], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def line_rotary_table(
