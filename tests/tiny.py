@@ -11,13 +11,16 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from varaccel.models.eagle import EagleHead, Target
+from varaccel.models.infinity import InfinityTransformer
 from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.models.mar import MARTransformer
 from varaccel.models.var import VARTransformer
 from varaccel.pipelines.base import TokenPipeline
+from varaccel.pipelines.infinity import InfinityPipeline
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.mar import MARPipeline
 from varaccel.pipelines.var import VARPipeline
+from varaccel.tokenizers.bitwise_vq import BitwiseVQModel
 from varaccel.tokenizers.kl import kl_config
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
 from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
@@ -81,6 +84,8 @@ def new_pipeline(model_type: str) -> TokenPipeline:
         pipe: TokenPipeline = new_var_pipeline(model_type.removeprefix("var-"))
     elif model_type.startswith("mar-"):
         pipe = new_mar_pipeline(model_type.removeprefix("mar-"))
+    elif model_type == "infinity":
+        pipe = new_infinity_pipeline()
     elif model_type == "c2i":
         pipe = LlamaGenPipeline(transformer("c2i"), vq_model(), class_names=CLASSES, guidance_scale=2.0)
     else:
@@ -148,6 +153,7 @@ PROMPTS: dict[str, list[str | int]] = {
     "c2i": [0, "goldfish", 4],
     "t2i": ["a red sphere", "a blue cube left of a red sphere", "sphere"],
 }
+PROMPTS["infinity"] = PROMPTS["t2i"]
 PROMPTS |= {f"{family}-class": PROMPTS["c2i"] for family in ("var", "mar")}
 PROMPTS |= {f"{family}-caption": PROMPTS["t2i"] for family in ("var", "mar")}
 
@@ -212,6 +218,50 @@ def new_var_pipeline(condition_type: str) -> VARPipeline:
         refiner=var_transformer(condition_type, seed=1, depth=2),
         class_names=CLASSES if condition_type == "class" else None,
         guidance_scale=3.0,
+    )
+
+
+def infinity_transformer(seed: int = 0, **changes: Any) -> InfinityTransformer:
+    """A random model of four bits per token; the bits of most of its tokens are neither even nor certain."""
+    sizes: dict[str, Any] = {
+        "depth": 3,
+        "dim": 32,
+        "num_heads": 4,
+        "token_bits": 4,
+        "text_dim": 16,
+        "text_tokens": 8,
+        "pool_heads": 2,
+        "ffn_dim": 64,
+    }
+    model = InfinityTransformer(**{**sizes, **changes})
+    redraw(model, seed)
+    with torch.no_grad():
+        model.head.weight.mul_(0.5)
+    return model.eval()
+
+
+def bitwise_vq(seed: int = 0, **changes: Any) -> BitwiseVQModel:
+    sizes: dict[str, Any] = {
+        "base_channels": 24,
+        "channel_multipliers": (1, 1),
+        "num_res_blocks": 1,
+        "bits": 4,
+    }
+    model = BitwiseVQModel(**{**sizes, **changes})
+    redraw(model, seed, std=0.1)
+    return model.eval()
+
+
+def new_infinity_pipeline(**settings: Any) -> InfinityPipeline:
+    """A pipeline with a smaller model of other weights as its refiner, and small scales of its own."""
+    words = WordTokenizer.from_words(WORDS, max_length=8)
+    return InfinityPipeline(
+        infinity_transformer(),
+        bitwise_vq(),
+        text_encoder(words),
+        words,
+        refiner=infinity_transformer(seed=1, depth=2),
+        **{"temperature": 1.0, "scales": SCALES, **settings},
     )
 
 

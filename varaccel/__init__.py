@@ -22,6 +22,8 @@ __all__ = [
     "Accelerator",
     "Auto",
     "AutoPipeline",
+    "BitSampling",
+    "BitwiseVQModel",
     "CSpD",
     "CheckpointError",
     "CoDe",
@@ -32,6 +34,8 @@ __all__ = [
     "GlmImagePipeline",
     "Guidance",
     "ImageGeneration",
+    "InfinityPipeline",
+    "InfinityTransformer",
     "InputError",
     "Jacobi",
     "JanusPipeline",
@@ -73,20 +77,24 @@ if TYPE_CHECKING:
     from varaccel.errors import CheckpointError, InputError, VaraccelError
     from varaccel.hosts.causal.guidance import Guidance
     from varaccel.hosts.causal.sampling import Sampling
+    from varaccel.hosts.next_scale.bit_sampling import BitSampling
     from varaccel.hosts.next_scale.sampling import ScaleGuidance, ScaleSampling
     from varaccel.models.eagle import EagleHead
+    from varaccel.models.infinity import InfinityTransformer
     from varaccel.models.llamagen import LlamaGenTransformer
     from varaccel.models.mar import MARTransformer
     from varaccel.models.var import VARTransformer
     from varaccel.pipelines.accelerated_generate import ImageGeneration, accelerate
     from varaccel.pipelines.auto import AutoPipeline
     from varaccel.pipelines.glm_image import GlmImagePipeline
+    from varaccel.pipelines.infinity import InfinityPipeline
     from varaccel.pipelines.janus import JanusPipeline
     from varaccel.pipelines.llamagen import LlamaGenPipeline
     from varaccel.pipelines.mar import MARPipeline
     from varaccel.pipelines.var import VARPipeline
     from varaccel.speculation.drafters import LayerSkip
     from varaccel.speculation.tree import DynamicTree, Topology
+    from varaccel.tokenizers.bitwise_vq import BitwiseVQModel
     from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
     from varaccel.tokenizers.vq import VQModel
 

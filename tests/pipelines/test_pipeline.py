@@ -43,7 +43,7 @@ from varaccel.tokenizers.text import WordTokenizer
 HOSTS = ("c2i", "t2i")
 PARADIGMS: dict[type[Job], tuple[str, ...]] = {
     CausalJob: HOSTS,
-    ScaleJob: ("var-class", "var-caption"),
+    ScaleJob: ("var-class", "var-caption", "infinity"),
     MaskedJob: ("mar-class", "mar-caption"),
 }
 """Hosts that make each kind of job."""

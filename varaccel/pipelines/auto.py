@@ -8,7 +8,7 @@ from typing import Any
 from varaccel.errors import InputError
 
 # importing a family makes its pipeline known
-from varaccel.pipelines import chameleon, emu3, glm_image, imagegpt, janus, llamagen, mar, var
+from varaccel.pipelines import chameleon, emu3, glm_image, imagegpt, infinity, janus, llamagen, mar, var
 from varaccel.pipelines.base import TokenPipeline
 from varaccel.pipelines.loading import LoadablePipeline
 from varaccel.pipelines.published import load_named
@@ -16,6 +16,7 @@ from varaccel.pipelines.published import load_named
 PIPELINE_CLASSES = (
     llamagen.LlamaGenPipeline,
     var.VARPipeline,
+    infinity.InfinityPipeline,
     mar.MARPipeline,
     janus.JanusPipeline,
     emu3.Emu3Pipeline,

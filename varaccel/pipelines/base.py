@@ -168,11 +168,13 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         family: what people call the kind of model.
         job_type: the kind of job that the pipeline makes; accelerators say which kinds they can do.
         compiled_pass: what `compile` compiles of its networks.
+        cleans_prompts: whether texts go through the caption cleaner before T5, see `encode_prompts`.
     """
 
     family: ClassVar[str] = "unnamed"
     job_type: ClassVar[type[Job]]
     compiled_pass: ClassVar[CompiledPass | None] = None
+    cleans_prompts: ClassVar[bool] = True
 
     transformer: Any
     text_encoder: Any
@@ -631,7 +633,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
             elif not isinstance(prompt, str):
                 raise _no_description(prompt)
             elif self.tokenizer is not None:
-                prompt_text(self.tokenizer, prompt)
+                prompt_text(self.tokenizer, prompt, self.cleans_prompts)
 
     def _prompts(self, prompt: str | int | Sequence[str | int]) -> list[str | int]:
         if isinstance(prompt, Mapping):

@@ -13,7 +13,7 @@ class PublishedModel:
 
     Attributes:
         family: the model family by which accelerators know it.
-        repository, weights: hub repository and the file of the transformer.
+        repository, weights: hub repository and the file of the transformer, or a folder of them that ends in "/".
         tokenizer: file of the image tokenizer, in `tokenizer_repository` or else in the same one.
         settings: the authors' defaults for sampling, as settings of the pipeline.
         text_encoder: hub id of the text encoder, None for class-conditional models.
@@ -95,6 +95,18 @@ def _mar(weights: str, tokenizer: str, guidance_scale: float, revision: str | No
     return PublishedModel("mar", "jadechoghari/mar", weights, tokenizer, settings, revision=revision)
 
 
+def _infinity(weights: str, tokenizer: str, temperature: float) -> PublishedModel:
+    """Infinity with the settings of the authors' demo."""
+    return PublishedModel(
+        "infinity",
+        "FoundationVision/Infinity",
+        weights,
+        tokenizer,
+        {"guidance_scale": 3.0, "top_p": 0.97, "temperature": temperature},
+        text_encoder="google/flan-t5-xl",
+    )
+
+
 # Of MAR-B the mirror's history has the published checkpoint with averaged weights, which the published results are
 # of; the newest commit only has what it was averaged from.
 _MAR_ORIGINAL = "773c9bdcd98740c7b876ce0d66f684a0e2468990"
@@ -111,6 +123,8 @@ PUBLISHED: dict[str, PublishedModel] = {
     "llamagen-t2i-xl-512": _text_conditional(2, 512),
     **{f"var-d{depth}": _var(depth) for depth in (16, 20, 24, 30, 36)},
     **{f"var-code-{n}": _code_pair(n) for n in (6, 7, 8, 9)},
+    "infinity-2b": _infinity("infinity_2b_reg.pth", "infinity_vae_d32reg.pth", 0.5),
+    "infinity-8b": _infinity("infinity_8b_weights/", "infinity_vae_d56_f8_14_patchify.pth", 1.0),
     "mar-base": _mar("checkpoint-last.pth", "kl16.ckpt", 2.9, _MAR_ORIGINAL),
     "mar-large": _mar("mar-large.safetensors", "kl16.safetensors", 3.0),
     "mar-huge": _mar("mar-huge.safetensors", "kl16.safetensors", 3.2),

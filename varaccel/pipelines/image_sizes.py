@@ -24,6 +24,18 @@ def whole_tokens(height: int, width: int, step: int) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def parse_ratio(ratio: str) -> tuple[int, int]:
+    """Width and height of a ratio such as "16:9".
+
+    Raises:
+        InputError: no ratio.
+    """
+    parts = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", ratio) if isinstance(ratio, str) else None
+    if parts is None:
+        raise InputError(f"ratio is width to height in whole numbers, such as '16:9', got {ratio!r}.")
+    return int(parts[1]), int(parts[2])
+
+
 def ratio_size(ratio: str, pixels: int, step: int) -> tuple[int, int]:
     """(height, width) of about so many `pixels` in all, whose sides have a ratio and are multiples of `step`.
 
@@ -33,10 +45,7 @@ def ratio_size(ratio: str, pixels: int, step: int) -> tuple[int, int]:
     Raises:
         InputError: no ratio, or one so narrow that no token fits in.
     """
-    parts = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", ratio) if isinstance(ratio, str) else None
-    if parts is None:
-        raise InputError(f"ratio is width to height in whole numbers, such as '16:9', got {ratio!r}.")
-    width, height = int(parts[1]), int(parts[2])
+    width, height = parse_ratio(ratio)
     scale = (pixels / (width * height)) ** 0.5 / step
     rows, columns = round(height * scale), round(width * scale)
     if min(rows, columns) < 1:

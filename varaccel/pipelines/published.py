@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from varaccel.errors import CheckpointError
@@ -60,7 +61,12 @@ def _fetched(model: PublishedModel, chosen: LoadOptions) -> dict[str, Any]:
         name: value for name, value in hub.items() if name != "revision"
     }  # a commit of one repository
     parts = {**model.settings, **chosen.parts}
-    parts["path"] = hf_hub_download(model.repository, model.weights, **hub)
+    if model.weights.endswith("/"):
+        # the commit's other files stay where they are
+        whole = snapshot_download(model.repository, allow_patterns=f"{model.weights}*", **hub)
+        parts["path"] = Path(whole) / model.weights
+    else:
+        parts["path"] = hf_hub_download(model.repository, model.weights, **hub)
     image_tokenizer = "vae" if model.family == "mar" else "vq_model"
     if image_tokenizer not in parts:
         own = model.tokenizer_repository is None

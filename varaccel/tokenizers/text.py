@@ -88,6 +88,8 @@ def encode_prompts(
     max_length: int,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    clean: bool = True,
+    longest: bool = False,
 ) -> TextFeatures:
     """Encode prompts for a text-conditioned host.
 
@@ -103,6 +105,9 @@ def encode_prompts(
         max_length: T, the number of caption positions of the host. Longer prompts are cut, with a warning.
         device: where to put the features; the text encoder's device by default.
         dtype: type of the features; the text encoder's by default.
+        clean: False to take prompts as they are, for models that were trained on whole captions.
+        longest: pad to the longest prompt only, for hosts that read as many positions as there are; features then
+            depend on their neighbours by rounding.
 
     Returns:
         Left-padded features `[B, max_length, C]` with their mask.
@@ -111,7 +116,7 @@ def encode_prompts(
         InputError: no prompt, a prompt that is not a string or has no text, or an encoder that overflowed.
     """
     with _TOKENIZING:
-        ids, mask = _tokenize(tokenizer, _as_list(prompts), max_length)
+        ids, mask = _tokenize(tokenizer, _as_list(prompts), max_length, clean, longest)
     source = text_encoder.device
     hidden = text_encoder(input_ids=ids.to(source), attention_mask=mask.to(source)).last_hidden_state
     encoded = TextFeatures.from_hidden_states(hidden, mask.to(source))
@@ -119,19 +124,21 @@ def encode_prompts(
     return encoded.to(device, dtype)
 
 
-def _tokenize(tokenizer: Any, prompts: list[Any], max_length: int) -> tuple[Tensor, Tensor]:
+def _tokenize(
+    tokenizer: Any, prompts: list[Any], max_length: int, clean: bool, longest: bool
+) -> tuple[Tensor, Tensor]:
     """Ids and mask [B, T] of prompts; warns of those that are cut."""
-    texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
+    texts = [prompt_text(tokenizer, prompt, clean) for prompt in prompts]
     tokens = tokenizer(
         texts,
         max_length=max_length,
-        padding="max_length",
+        padding="longest" if longest else "max_length",
         truncation=True,
         return_attention_mask=True,
         return_tensors="pt",
     )
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    for row in mask.bool().all(1).nonzero().flatten().tolist():
+    for row in (mask.sum(1) == max_length).nonzero().flatten().tolist():
         if len(tokenizer(texts[row], truncation=True, max_length=max_length + 1)["input_ids"]) > max_length:
             logger.warning(
                 "the prompt %r is longer than %d tokens; the rest is cut.", _head(texts[row]), max_length
@@ -146,15 +153,18 @@ def _as_list(prompts: str | Sequence[str]) -> list[Any]:
     return texts
 
 
-def prompt_text(tokenizer: Any, prompt: Any) -> str:
+def prompt_text(tokenizer: Any, prompt: Any, clean: bool = True) -> str:
     """A prompt as it goes to the tokenizer: after the tokenizer's own `preprocess_prompt`, or the caption cleaner.
+
+    Args:
+        clean: False for neither.
 
     Raises:
         InputError: not a string, or nothing of it is left.
     """
     if not isinstance(prompt, str):
         raise InputError(f"a prompt must be a string, not {type(prompt).__name__}.")
-    preprocess: Callable[[str], str] = getattr(tokenizer, "preprocess_prompt", clean_prompt)
+    preprocess: Callable[[str], str] = getattr(tokenizer, "preprocess_prompt", clean_prompt) if clean else str
     # a lone surrogate, as from a badly decoded file, cannot be written as UTF-8 and would stop the tokenizer
     text = preprocess(prompt.encode("utf-8", "replace").decode())
     if not text.strip():
