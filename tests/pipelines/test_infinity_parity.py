@@ -54,7 +54,12 @@ def pipeline(model: str) -> InfinityPipeline:
         GOLDEN / tokenizer["weights"], patchify=2 if config["spatial_patchify"] else 1
     )
     pipe = InfinityPipeline(
-        transformer.requires_grad_(False), vq.requires_grad_(False), Features(), Features(), height=256, width=256
+        transformer.requires_grad_(False),
+        vq.requires_grad_(False),
+        Features(),
+        Features(),
+        height=256,
+        width=256,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -145,15 +145,17 @@ class InfinityPipeline(NextScalePipeline):
             InputError: components that do not fit each other, an unknown option.
         """
         transformer = InfinityTransformer.from_original(path)
-        if not isinstance(vq_model, BitwiseVQModel):
-            vq_model = BitwiseVQModel.from_original(vq_model)
-            if transformer.config.token_bits == 4 * vq_model.token_bits:
-                vq_model.register_to_config(patchify=2)  # no file tells it
+        if isinstance(vq_model, BitwiseVQModel):
+            image_tokenizer = vq_model
+        else:
+            image_tokenizer = BitwiseVQModel.from_original(vq_model)
+            if transformer.config.token_bits == 4 * image_tokenizer.token_bits:
+                image_tokenizer.register_to_config(patchify=2)  # no file tells it
         if refiner is not None and not isinstance(refiner, InfinityTransformer):
             refiner = InfinityTransformer.from_original(refiner)
         components = {
             "transformer": transformer,
-            "vq_model": vq_model,
+            "vq_model": image_tokenizer,
             "text_encoder": text_encoder,
             "tokenizer": tokenizer,
             "refiner": refiner,
@@ -304,7 +306,7 @@ class InfinityPipeline(NextScalePipeline):
         self,
         image: Any,
         mask: Any,
-        prompt: str | None = None,
+        prompt: str | int | None = None,
         *,
         negative_prompt: str | None = None,
         height: int | None = None,
@@ -365,9 +367,7 @@ class InfinityPipeline(NextScalePipeline):
         )
         return self._generate(call, settings)
 
-    def _guidance(
-        self, scale: float | Sequence[float] | None, layers: Sequence[int] = (0,)
-    ) -> ScaleGuidance:
+    def _guidance(self, scale: float | Sequence[float] | None, layers: Sequence[int] = (0,)) -> ScaleGuidance:
         depth = len(self.transformer.blocks)
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or not -depth < layer <= 0:
