@@ -94,9 +94,16 @@ def split_modulation(values: Tensor, parts: int) -> Tensor:
     return values.unflatten(1, (parts, 1, -1)).transpose(0, 1)
 
 
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, but free where nothing changes: passes of small models are as long as their calls."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def modulated(norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift, in the finer number type of stream and modulation."""
-    return torch.addcmul(shift, norm(x.to(torch.promote_types(x.dtype, shift.dtype))), 1 + scale)
+    if x.dtype != shift.dtype:
+        x = x.to(torch.promote_types(x.dtype, shift.dtype))
+    return torch.addcmul(shift, norm(x), 1 + scale)
 
 
 class ModulatedBlock(nn.Module):
@@ -120,12 +127,12 @@ class ModulatedBlock(nn.Module):
         gate_attn, gate_ffn, scale_attn, scale_ffn, shift_attn, shift_ffn = given.unbind(0)
 
         def attend(x: Tensor, attention: AttentionInputs) -> Tensor:
-            seen = modulated(self.norm, x, scale_attn, shift_attn).to(x.dtype)
-            return (self.attn(seen, attention, layer, tail) * gate_attn).to(x.dtype)
+            seen = _cast(modulated(self.norm, x, scale_attn, shift_attn), x.dtype)
+            return _cast(self.attn(seen, attention, layer, tail) * gate_attn, x.dtype)
 
         def feed(x: Tensor, attention: AttentionInputs) -> Tensor:
-            seen = modulated(self.norm, x, scale_ffn, shift_ffn).to(x.dtype)
-            return (self.ffn(seen) * gate_ffn).to(x.dtype)
+            seen = _cast(modulated(self.norm, x, scale_ffn, shift_ffn), x.dtype)
+            return _cast(self.ffn(seen) * gate_ffn, x.dtype)
 
         return ("attention", attend), ("ffn", feed)
 
