@@ -29,6 +29,7 @@ __all__ = [
     "CoDe",
     "DynamicTree",
     "EagleHead",
+    "FastVAR",
     "FeatureCache",
     "FewerSteps",
     "GlmImagePipeline",
@@ -49,7 +50,9 @@ __all__ = [
     "Plain",
     "Sampling",
     "ScaleGuidance",
+    "ScalePlan",
     "ScaleSampling",
+    "SkipVAR",
     "Speculative",
     "Topology",
     "VARPipeline",
@@ -67,11 +70,14 @@ if TYPE_CHECKING:
     from varaccel.accelerators.auto import Auto
     from varaccel.accelerators.code import CoDe
     from varaccel.accelerators.cspd import CSpD
+    from varaccel.accelerators.fast_var import FastVAR
     from varaccel.accelerators.feature_cache import FeatureCache
     from varaccel.accelerators.fewer_steps import FewerSteps
     from varaccel.accelerators.jacobi import Jacobi
     from varaccel.accelerators.lantern import Lantern
     from varaccel.accelerators.plain import Plain
+    from varaccel.accelerators.scale_plan import ScalePlan
+    from varaccel.accelerators.skip_var import SkipVAR
     from varaccel.accelerators.speculative import Speculative
     from varaccel.accelerators.zipar import ZipAR
     from varaccel.errors import CheckpointError, InputError, VaraccelError

@@ -301,7 +301,15 @@ def test_pipelines_are_known_without_loading() -> None:
 
 def test_only_accelerators_that_fit_are_offered() -> None:
     assert "zipar" not in fitting(ScaleJob)
-    assert set(fitting(ScaleJob)) == {"plain", "auto", "code", "refiner"}
+    assert set(fitting(ScaleJob)) == {
+        "plain",
+        "auto",
+        "code",
+        "refiner",
+        "scale_plan",
+        "fast_var",
+        "skip_var",
+    }
 
 
 def test_settings_are_checked() -> None:

@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from varaccel.accelerators.plain import Plain
+from varaccel.accelerators.scale_plan import PlannedAccelerator, resolve_refiner
 from varaccel.engine.accelerator import Accelerator, Plan, register
 from varaccel.engine.counts import StageStats
 from varaccel.engine.loop import decode
-from varaccel.engine.network import check_substitute
 from varaccel.engine.options import positive_integer, settle
 from varaccel.errors import InputError
 from varaccel.hosts.next_scale.job import ScaleJob
-from varaccel.hosts.next_scale.network import NextScaleNetwork
-from varaccel.hosts.next_scale.relay import Relay
+from varaccel.hosts.next_scale.planned import Course, Turn
 from varaccel.hosts.next_scale.sampling import Sampling, ScaleGuidance
 
 
 @register
 @dataclass(frozen=True)
-class CoDe(Accelerator[ScaleJob]):
+class CoDe(PlannedAccelerator):
     """The model draws the first scales, a smaller one the rest (Chen et al. 2024, arXiv 2411.17787).
 
     Training-free with any two models of the same image tokenizer; better with a refiner trained for the scales
@@ -45,7 +44,6 @@ class CoDe(Accelerator[ScaleJob]):
     """
 
     name: ClassVar[str] = "code"
-    job_type = ScaleJob
     summary: ClassVar[str] = "coarse scales by the model, fine ones by a smaller model"
 
     refiner: object = None
@@ -72,21 +70,16 @@ class CoDe(Accelerator[ScaleJob]):
         return Plan(chosen, lambda: chosen.run(job))
 
     def run(self, job: ScaleJob) -> StageStats:
+        return self.course(job).run(job)
+
+    def course(self, job: ScaleJob) -> Course:
         count = self._count(job)
-        refiner = None if count == job.num_scales else resolve_refiner(self.refiner, job)
-        guidance, sampling = self._refiner_guidance(job), self._refiner_sampling(job)
-        relay = Relay(
-            (
-                lambda: job.open_session(until=count),
-                lambda: job.open_session(refiner, guidance=guidance, sampling=sampling),
-            ),
-            ("draft", "refine"),
-            count,
-            job.device,
-        )
-        passes = decode(relay, job.canvas, job.schedule, job.randomness, job.on_step)
-        relay.finish()
-        return StageStats(passes, tuple(relay.stages))
+        turns = [Turn("draft")]
+        if count < job.num_scales:
+            refiner = resolve_refiner(self.refiner, job)
+            guidance, sampling = self._refiner_guidance(job), self._refiner_sampling(job)
+            turns.append(Turn("refine", count, refiner, guidance, sampling))
+        return Course(tuple(turns), job.num_scales)
 
     def _count(self, job: ScaleJob) -> int:
         scales = job.num_scales
@@ -128,21 +121,3 @@ class Refiner(Accelerator[ScaleJob]):
     def run(self, job: ScaleJob) -> int:
         session = job.open_session(resolve_refiner(self.refiner, job))
         return decode(session, job.canvas, job.schedule, job.randomness, job.on_step)
-
-
-def resolve_refiner(refiner: object, job: ScaleJob) -> NextScaleNetwork:
-    """The refiner's network, if it can take over from the job's.
-
-    Args:
-        refiner: a network, a pipeline, its name, or None for what came with the model.
-
-    Raises:
-        InputError: there is none, or it has another signature, or is on another device.
-        CheckpointError: there is no model of that name.
-    """
-    chosen = job.resolve_network(refiner, "refiner")
-    if chosen is None:
-        raise InputError(
-            "this model came without a refiner; pass one, as in CoDe(refiner=small_pipe, draft_scales=8)."
-        )
-    return check_substitute(chosen, job.network, "refiner")

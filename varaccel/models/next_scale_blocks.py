@@ -53,6 +53,8 @@ class Attention(nn.Module):
             asking = attention.positional if tail is None else attention.positional[..., -tail:, :, :]
             q, k = rotate(q, asking), rotate(k, attention.positional)
         q, k = q.to(v.dtype), k.to(v.dtype)
+        if attention.observe is not None:
+            attention.observe(layer, q, k, scale)
         if attention.cache is not None:
             if attention.slots is None:
                 assert attention.length is not None

@@ -71,7 +71,7 @@ class Modulation:
             self.start.expand(rows, -1, -1),
         )
 
-    def part(self, rows: slice) -> Modulation:
+    def part(self, rows: slice | Tensor) -> Modulation:
         """The modulation of some rows."""
         return Modulation(tuple(b[:, rows] for b in self.blocks), self.head[:, rows], self.start[rows])
 

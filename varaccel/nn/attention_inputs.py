@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ class AttentionInputs:
         slots: [P] or [B, P] int64, cache slots of the inputs; None to look at the cache without storing them
             (networks with whole scales only).
         length: number of leading cache slots to attend over, None for all.
+        observe: is shown the layer, its new queries and keys [R, H, P, D], and the factor of their products (networks
+            with whole scales only).
     """
 
     positional: Tensor | None = None
@@ -34,6 +37,7 @@ class AttentionInputs:
     cache: KVCache | None = None
     slots: Tensor | None = None
     length: int | None = None
+    observe: Callable[[int, Tensor, Tensor, float], None] | None = None
 
 
 def prefix_mask(condition_mask: Tensor, length: int, start: int = 0) -> Tensor:

@@ -108,8 +108,9 @@ class MultiScaleQuantizer(nn.Module):
         return torch.zeros(batch, weight.shape[1], side, side, dtype=torch.float32, device=weight.device)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Token ids [B, p*p] of a scale as float32 vectors [B, p*p, D]."""
-        return F.embedding(indices, self.embedding.weight).float()
+        """Token ids [B, p*p] of a scale as float32 vectors [B, p*p, D]; zeros for -1, which is no token."""
+        vectors = F.embedding(indices.clamp(min=0), self.embedding.weight).float()
+        return torch.where(indices.unsqueeze(-1) < 0, 0.0, vectors)
 
     def spread(self, vectors: Tensor, scale: int) -> Tensor:
         """What a scale's vectors [B, p*p, D] add to the feature map: [B, D, n, n] float32."""
@@ -160,11 +161,12 @@ class MultiScaleQuantizer(nn.Module):
         """The feature map after each of the first `scales` scales (all if None), [B, D, n, n] float32 each.
 
         Args:
-            indices: [B, L], or without the scales that are left out.
+            indices: [B, L], or without the scales that are left out; -1 where there is no token.
         """
         maps, current = [], self.start(len(indices))
         for scale in range(len(self.schedule) if scales is None else scales):
-            current = current + self.spread(self.lookup(indices[:, self.schedule.span(scale)]), scale)
+            chosen = indices[:, self.schedule.span(scale)]
+            current = current + self.spread(self.lookup(chosen), scale) * has_tokens(chosen)
             maps.append(current)
         return maps
 
@@ -178,6 +180,11 @@ class MultiScaleQuantizer(nn.Module):
         if not maps:
             return self.start(len(indices)).flatten(2).mT[:, :0]
         return torch.cat([self.look(current, scale) for scale, current in enumerate(maps, start=1)], 1)
+
+
+def has_tokens(token_ids: Tensor) -> Tensor:
+    """Whether images have a token among those [B, P] of a scale, which adds nothing else: [B, 1, 1, 1] bool."""
+    return (token_ids >= 0).any(1).view(-1, 1, 1, 1)
 
 
 class MultiScaleVQModel(ModelMixin, ConfigMixin):
@@ -322,8 +329,11 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
     def decode_tokens(self, token_ids: Tensor) -> Tensor:
         """Images [B, C, H, W], not clamped, from all tokens [B, L], scale after scale.
 
+        Args:
+            token_ids: -1 where there is no token: a scale that has none adds nothing.
+
         Raises:
-            InputError: not integers, outside [0, codebook_size), or not L of them.
+            InputError: not integers, outside [-1, codebook_size), or not L of them.
         """
         check_integers(token_ids)
         if token_ids.ndim != 2 or token_ids.shape[1] != self.schedule.num_tokens:
@@ -331,7 +341,7 @@ class MultiScaleVQModel(ModelMixin, ConfigMixin):
                 f"token ids must have shape [B, {self.schedule.num_tokens}] for the scales "
                 f"{list(self.schedule.sides)}, got {list(token_ids.shape)}."
             )
-        check_range(token_ids, self.codebook_size)
+        check_range(token_ids, self.codebook_size, least=-1)
         return self.decode(self.quantize.feature_maps(token_ids.long())[-1])
 
     def forward(self, images: Tensor, quantize: bool = True) -> VQTrainingOutput:

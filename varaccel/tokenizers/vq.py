@@ -108,10 +108,10 @@ def check_integers(token_ids: Tensor) -> None:
         raise InputError(f"token ids must be integers, got {token_ids.dtype}.")
 
 
-def check_range(token_ids: Tensor, codebook_size: int) -> None:
-    """Raise InputError unless all `token_ids` lie in the codebook. Waits for the device."""
-    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < codebook_size:
-        raise InputError(f"token ids must lie in [0, {codebook_size}).")
+def check_range(token_ids: Tensor, codebook_size: int, least: int = 0) -> None:
+    """Raise InputError unless all `token_ids` lie in the codebook, or are `least` at least. Waits for the device."""
+    if token_ids.numel() and not least <= int(token_ids.min()) <= int(token_ids.max()) < codebook_size:
+        raise InputError(f"token ids must lie in [{least}, {codebook_size}).")
 
 
 class VQModel(ModelMixin, ConfigMixin):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from varaccel.engine.canvas import Canvas
 from varaccel.nn.scale_schedule import ScaleSchedule
-from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer
+from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer, has_tokens
 
 
 class Noise(Protocol):
@@ -37,7 +37,7 @@ class ScaleQuantizer(Protocol):
         ...
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Token ids [B, P] of a scale as vectors [B, P, D] float32."""
+        """Token ids [B, P] of a scale as vectors [B, P, D] float32; zeros for -1, which is no token."""
         ...
 
     def spread(self, vectors: Tensor, scale: int) -> Tensor:
@@ -95,6 +95,10 @@ class FeatureMap:
         # the quantiser knows how wide an entry is: with patches of cells, wider than the map
         return torch.cat(parts, 1) if parts else self.quantizer.look(self.value, 0)[:, :0]
 
+    def ahead(self, scale: int) -> Tensor:
+        """What the tokens of a scale would see if all scales that are not in the map added nothing, [B, P, D]."""
+        return self.quantizer.look(self.value, scale)
+
     def expect(self, logits: Tensor) -> None:
         """Note the filtered logits [B, P, V] that the next scale is about to be drawn from."""
         self._logits = logits if self._smooth is not None else None
@@ -105,8 +109,8 @@ class FeatureMap:
         schedule = self.quantizer.schedule
         while self.scales < scales:
             scale = self.scales
-            vectors = self._vectors(canvas, scale)
-            self.value = self.value + self.quantizer.spread(vectors, scale)
+            added = self.quantizer.spread(self._vectors(canvas, scale), scale)
+            self.value = self.value + added * has_tokens(canvas.tokens[:, schedule.span(scale)])
             self.scales += 1
             if self.scales < len(schedule):
                 self._seen.append(self.quantizer.look(self.value, self.scales))

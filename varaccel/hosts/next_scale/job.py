@@ -13,6 +13,7 @@ from varaccel.engine.job import Job
 from varaccel.engine.loop import decode
 from varaccel.hosts.next_scale.feature_map import FeatureMap
 from varaccel.hosts.next_scale.network import NextScaleNetwork
+from varaccel.hosts.next_scale.plan import SessionPlan
 from varaccel.hosts.next_scale.sampling import Sampling, ScaleGuidance
 from varaccel.hosts.next_scale.schedule import Scales
 from varaccel.hosts.next_scale.session import ScaleSession
@@ -77,12 +78,13 @@ class ScaleJob(Job):
         guidance: ScaleGuidance | None = None,
         sampling: Sampling | None = None,
         until: int | None = None,
+        plan: SessionPlan | None = None,
     ) -> ScaleSession:
         """A session of the host model, or of another network of the same signature.
 
         Args:
             guidance, sampling: the call's if None.
-            until: see `ScaleSession`.
+            until, plan: see `ScaleSession`.
 
         Raises:
             InputError: sampling that does not fit the model.
@@ -97,6 +99,7 @@ class ScaleJob(Job):
             guidance=guidance or self.guidance,
             sampling=sampling or self.sampling,
             until=until,
+            plan=plan,
             cache_dtype=self.cache_dtype,
             transform=self.transforms(chosen),
         )

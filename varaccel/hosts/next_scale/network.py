@@ -35,8 +35,8 @@ class ConditionRows(Protocol):
     @property
     def blocks(self) -> Sequence[Any]: ...
 
-    def part(self, rows: slice) -> Self:
-        """Of some rows."""
+    def part(self, rows: slice | Tensor) -> Self:
+        """Of some rows, or of those of the numbers [n]."""
         ...
 
 

@@ -26,10 +26,17 @@ class ScaleInputs:
 
 @dataclass(frozen=True)
 class Scales:
-    """Scale after scale, coarse to fine (VAR, arXiv 2404.02905, section 3.2)."""
+    """Scale after scale, coarse to fine (VAR, arXiv 2404.02905, section 3.2).
+
+    Attributes:
+        scales: of the images.
+        stop: how many of them are decided; all if None.
+    """
 
     scales: ScaleSchedule
+    stop: int | None = None
 
     def step_inputs(self, canvas: Canvas) -> list[ScaleInputs]:
         positions = torch.arange(canvas.num_positions, device=canvas.written.device)
-        return [ScaleInputs(positions[self.scales.span(s)], s) for s in range(len(self.scales))]
+        numbers = range(len(self.scales))[: self.stop]
+        return [ScaleInputs(positions[self.scales.span(s)], s) for s in numbers]
