@@ -77,9 +77,11 @@ class Course:
         return StageStats(sum(stage.passes for stage in relay.stages), stages)
 
     def _leg(self, job: ScaleJob, turn: Turn, end: int) -> Leg:
+        plan = self.plan if end == self.stop else dataclasses.replace(self.plan, together=1)
+
         def open_session() -> ScaleSession:
             return job.open_session(
-                turn.network, guidance=turn.guidance, sampling=turn.sampling, until=end, plan=self.plan
+                turn.network, guidance=turn.guidance, sampling=turn.sampling, until=end, plan=plan
             )
 
         return Leg(turn.name, turn.start, open_session)

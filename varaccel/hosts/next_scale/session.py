@@ -262,7 +262,7 @@ class ScaleSession:
     def _new_cache(self) -> KVCache:
         if self.plan.uneven or (self.plan.drops_rows and not self._compiled):
             return GrowingCache(len(self._rows.blocks), self._cache_dtype)
-        slots = self.schedule.borders[self.until - 1]
+        slots = self.schedule.borders[self.until - self.plan.together]
         cache = self.network.new_cache(self.rows_per_pass, slots, self._cache_dtype)
         self.cache_bytes = cache.nbytes
         return cache
