@@ -111,8 +111,14 @@ def test_leaving_nothing_out_is_plain_decoding(accelerator: AnyAccelerator, opti
         assert out.stats.lossless
 
 
-@every_plan
-@pytest.mark.parametrize("options", [FILTERED, UNGUIDED], ids=["guided, filtered", "unguided"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, FILTERED) for name in PLANS),
+        *((name, UNGUIDED) for name in ("several", "together", "skip_var")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"guidance {value['guidance_scale']}",
+)
 def test_images_do_not_depend_on_their_batch(name: str, options: dict[str, Any]) -> None:
     state, before = torch.get_rng_state(), weights()
     together = drawn(PLANS[name], **options)

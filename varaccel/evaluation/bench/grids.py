@@ -144,6 +144,32 @@ def default_grid(pipe: Any, drafter: str | None = None) -> tuple[str, ...]:
     return CAUSAL_GRID
 
 
+def plan_grid(pipe: Any) -> tuple[str, ...]:
+    """What `eval/scale_plans.py` compares: every option of a plan of scales alone, its named kinds, and combinations.
+
+    Args:
+        pipe: of a next-scale model; of one with few scales, options that need more are left out.
+    """
+    scales = len(pipe.transformer.schedule)
+    late = [
+        *(f"scale_plan:guided_scales={-n}" for n in (1, 2, 3, 4)),
+        'scale_plan:keep={"-1": 0.5}',
+        'scale_plan:keep={"-2": 0.6, "-1": 0.5}',
+        'scale_plan:keep={"-2": 0.6, "-1": 0.5},criterion=attention',
+        'scale_plan:cache={"-3": 0.5, "-2": 0.5}',
+        "scale_plan:stop=-1",
+        "scale_plan:together=2",
+        "fast_var",
+        "skip_var",
+    ]
+    together = [
+        'scale_plan:guided_scales=-3,keep={"-2": 0.6, "-1": 0.5}',
+        "scale_plan:guided_scales=-3,together=2",
+        'scale_plan:guided_scales=-3,keep={"-1": 0.5},cache={"-3": 0.5, "-2": 0.5}',
+    ]
+    return (*late, *together) if scales > 4 else tuple(late[4:5])
+
+
 def _masked_grid(pipe: Any, drafter: str | None) -> tuple[str, ...]:
     """The grid of a masked model; iterations are shares of its tokens, so that it suits every size."""
     tokens = pipe.transformer.num_tokens
