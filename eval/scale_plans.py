@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python eval/scale_plans.py --model mini-var --out outputs/scale-plans
 
-Measures time, cache, adherence and distance of plain decoding, of every option of `ScalePlan` alone, of the accelerators
+Measures time, cache, adherence and distance of plain decoding, of every option of `ScalePlan` alone, of accelerators
 that are plans, and of combinations, all with the same prompts and seeds. Writes scale-plans.json (everything, from
 the first rows on), scale-plans.md (the tables) and scale-plans.png (speed against quality). An interrupted run goes on
 with --resume.

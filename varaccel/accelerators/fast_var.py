@@ -7,13 +7,16 @@ from typing import Any, ClassVar
 
 from varaccel.accelerators.scale_plan import PlannedAccelerator, ScalePlan
 from varaccel.engine.accelerator import register
-from varaccel.engine.options import check_integer, check_number, settle
+from varaccel.engine.options import check_integer, settle
 from varaccel.errors import InputError
 from varaccel.hosts.next_scale.job import ScaleJob
 from varaccel.hosts.next_scale.planned import Course
 
 LONG_SCHEDULE = 13
 """Scales of the model whose last two the published code leaves out; with fewer, each says more."""
+
+PUBLISHED_KEEP = (0.6, 0.5)
+"""Shares of tokens that run at the pruned scales of the published code for Infinity."""
 
 PUBLISHED_BLOCKS = (3 / 32, 28 / 32)
 """Where the pruned blocks of the published code start and end, as shares of the depth."""
@@ -29,7 +32,7 @@ class FastVAR(PlannedAccelerator):
     the aspect ratio. At 13 scales, 32 blocks and the defaults this is the published method. Approximate.
 
     Attributes:
-        keep: shares of tokens that run at the pruned scales, coarse to fine.
+        keep: shares of tokens that run at the pruned scales, coarse to fine; (0.6, 0.5), as published, if None.
         skip_scales: how many of the last scales are left out; if None, 2 of at least 13, else none.
         blocks: first pruned block and the end, as in a slice; 3 and 28 of 32, scaled to the depth, if None.
 
@@ -40,24 +43,24 @@ class FastVAR(PlannedAccelerator):
     name: ClassVar[str] = "fast_var"
     summary: ClassVar[str] = "late scales run on the tokens that carry detail, the last not at all"
 
-    keep: tuple[float, ...] = (0.6, 0.5)
+    keep: tuple[float, ...] | None = None
     skip_scales: int | None = None
     blocks: tuple[int | None, int | None] | None = None
 
     @property
     def lossless(self) -> bool:
-        return min(self.keep) == 1 and self.skip_scales == 0
+        return self.keep is not None and min(self.keep) == 1 and self.skip_scales == 0
 
     def __post_init__(self) -> None:
-        shares = self.keep if isinstance(self.keep, (list, tuple)) else (self.keep,)
-        if not shares:
-            raise InputError("keep must have one share at least; plain decoding prunes nothing.")
         if self.skip_scales is not None:
             settle(self, skip_scales=check_integer("skip_scales", self.skip_scales, least=0, off="0 = none"))
-        settle(
-            self, keep=tuple(check_number("keep", share, most=1, off="1 = all tokens") for share in shares)
-        )
-        settle(self, blocks=ScalePlan(keep=[(0, share) for share in self.keep], blocks=self.blocks).blocks)  # type: ignore[arg-type]
+        if self.keep is not None:
+            shares = tuple(self.keep) if isinstance(self.keep, (list, tuple)) else (self.keep,)
+            if not shares:
+                raise InputError("keep must have one share at least; plain decoding prunes nothing.")
+            ScalePlan(keep=tuple(enumerate(shares)))  # refuses what is no share
+            settle(self, keep=shares)
+        settle(self, blocks=ScalePlan(blocks=self.blocks).blocks)
 
     def course(self, job: ScaleJob) -> Course:
         return self.scale_plan(job).course(job)
@@ -69,7 +72,8 @@ class FastVAR(PlannedAccelerator):
         if skipped >= scales:
             raise InputError(f"skip_scales must be less than the model's {scales} scales, got {skipped}.")
         stop = scales - skipped
-        shares = self.keep[-(stop - 1) :] if stop > 1 else ()
+        keep = PUBLISHED_KEEP if self.keep is None else self.keep
+        shares = keep[-(stop - 1) :] if stop > 1 else ()
         network: Any = job.network
         depth = len(network.blocks)
         start, end = (round(share * depth) for share in PUBLISHED_BLOCKS)
