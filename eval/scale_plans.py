@@ -84,8 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     write_report(report, files[".json"])
     write_text(bench_markdown(report), files[".md"])
-    if options.images:
-        plot(report, files[".png"])
+    plot(report, files[".png"])
     print(f"wrote {files['.md']}")
 
 

@@ -158,6 +158,11 @@ PROMPTS |= {f"{family}-class": PROMPTS["c2i"] for family in ("var", "mar")}
 PROMPTS |= {f"{family}-caption": PROMPTS["t2i"] for family in ("var", "mar")}
 
 
+def told(pipe: TokenPipeline, number: int) -> str | int:
+    """Class `number` for a pipeline of classes, else a prompt in its place."""
+    return number if pipe.family != "infinity" else str(PROMPTS["infinity"][number - 1])
+
+
 def redraw(model: nn.Module, seed: int, std: float = 0.2) -> None:
     """Draw all parameters anew, biases, norms and gates included, so that each of them matters."""
     generator = torch.Generator().manual_seed(seed)

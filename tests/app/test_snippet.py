@@ -47,13 +47,19 @@ CALLS: dict[type[Job], dict[str, Any]] = {
     ScaleJob: {"top_p": 0.9, "temperature": None},
     MaskedJob: {"num_iterations": 5, "head_steps": 4},
 }
-PROMPTS = {"t2i": "a red sphere left of a cube", "caption": "a red sphere", "c2i": "goldfish", "class": "3"}
+PROMPTS = {
+    "t2i": "a red sphere left of a cube",
+    "caption": "a red sphere",
+    "c2i": "goldfish",
+    "class": "3",
+    "infinity": "a red cube",
+}
 CASES = [
     (name, kind)
     for name, cls in ACCELERATORS.items()
     for job_type, kinds in {
         CausalJob: ("t2i", "c2i"),
-        ScaleJob: ("var-caption", "var-class"),
+        ScaleJob: ("var-caption", "var-class", "infinity"),
         MaskedJob: ("mar-caption", "mar-class"),
     }.items()
     if issubclass(job_type, cls.job_type)

@@ -35,7 +35,7 @@ from varaccel.evaluation.speed.speed_sweep import sweep
 from varaccel.evaluation.speed.sweep_report import CompileGain, SweepReport
 
 CPU = torch.device("cpu")
-FAMILIES = ("c2i", "t2i", "var-class", "var-caption", "mar-class")
+FAMILIES = ("c2i", "t2i", "var-class", "var-caption", "infinity", "mar-class")
 TOKENS = GRID**2
 
 

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import pipeline
+from tests.tiny import pipeline, told
 from varaccel import InputError
 from varaccel.engine.counts import SpeculationStats, Stage, StageStats, added_counts
 
-PROMPTS = [0, 4, 2, 2, 1]
+NUMBERS = [1, 2, 3, 3, 1]
 FEW_STEPS = {"num_iterations": 4, "head_steps": 3}
 CALLS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "plain": ("c2i", "plain", {}, 16),
     "zipar": ("c2i", "zipar", {}, 16),
     "var": ("var-class", "plain", {}, 3),
     "smooth var": ("var-class", "plain", {"smooth": True}, 3),
+    "infinity": ("infinity", "plain", {}, 3),
     "mar": ("mar-class", "plain", FEW_STEPS, 4),
     "feature cache": ("mar-class", "feature_cache", FEW_STEPS, 4),
 }
@@ -28,7 +29,7 @@ def test_one_batch_after_the_other(name: str) -> None:
     model, accelerator, options, _ = CALLS[name]
     pipe = pipeline(model)
     calls: dict[str, Any] = {"seed": 3, "accelerator": accelerator, "output_type": "pt", **options}
-    whole = pipe(PROMPTS, **calls)
+    whole = pipe([told(pipe, number) for number in NUMBERS], **calls)
     steps: list[int] = []
     previews: list[torch.Tensor] = []
 
@@ -40,7 +41,9 @@ def test_one_batch_after_the_other(name: str) -> None:
 
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
-    parts = pipe(PROMPTS, batch_size=2, callback_on_step_end=watch, **calls)
+    parts = pipe(
+        [told(pipe, number) for number in NUMBERS], batch_size=2, callback_on_step_end=watch, **calls
+    )
     torch.testing.assert_close(parts.images, whole.images, atol=1e-4, rtol=1e-4)
     assert torch.equal(parts.written, whole.written)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -65,8 +68,10 @@ def test_a_stopped_call_shows_the_batches_that_are_there(name: str) -> None:
     def stop(pipe: Any, step: int, decided: int, shown: dict[str, Any]) -> None:
         pipe._interrupt = step == passes
 
-    whole = pipe(PROMPTS, **calls)
-    stopped = pipe(PROMPTS, batch_size=2, callback_on_step_end=stop, **calls)
+    whole = pipe([told(pipe, number) for number in NUMBERS], **calls)
+    stopped = pipe(
+        [told(pipe, number) for number in NUMBERS], batch_size=2, callback_on_step_end=stop, **calls
+    )
     assert stopped.stats.interrupted
     assert stopped.stats.passes == passes + 1
     assert stopped.images.shape == whole.images.shape

@@ -18,11 +18,11 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.tiny import PROMPTS, new_pipeline, pipeline
+from tests.tiny import PROMPTS, new_pipeline, pipeline, told
 from varaccel import CoDe, CSpD, Speculative
 from varaccel.errors import InputError
 
-KINDS = ("c2i", "var-class", "mar-class")
+KINDS = ("c2i", "var-class", "mar-class", "infinity")
 on_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -58,7 +58,7 @@ class Held:
             assert self.go_on.wait(60)
 
         def draw() -> None:
-            self.out = pipe(1, seed=0, output_type="latent", callback_on_step_end=wait, **options)
+            self.out = pipe(told(pipe, 1), seed=0, output_type="latent", callback_on_step_end=wait, **options)
 
         self._thread = threading.Thread(target=draw)
         self._thread.start()
@@ -89,9 +89,9 @@ def half_image(size: int) -> tuple[Image.Image, Image.Image]:
 def test_a_callback_stops_its_own_call(kind: str) -> None:
     """The other one comes back whole, and each says what it is."""
     pipe = new_pipeline(kind)
-    whole = pipe(1, seed=0, output_type="latent")
+    whole = pipe(told(pipe, 1), seed=0, output_type="latent")
     other = Held(pipe)
-    stopped = pipe(2, seed=1, callback_on_step_end=stop)
+    stopped = pipe(told(pipe, 2), seed=1, callback_on_step_end=stop)
     out = other.finish()
     assert torch.equal(out.images, whole.images)
     assert (out.stats.passes, out.stats.tokens) == (whole.stats.passes, whole.stats.tokens)
@@ -109,7 +109,7 @@ def test_a_call_that_begins_does_not_take_back_that_another_is_stopped(kind: str
     pipe = new_pipeline(kind)
     other = Held(pipe)
     other.shown["stop"]()
-    assert not pipe(2, seed=1).stats.interrupted
+    assert not pipe(told(pipe, 2), seed=1).stats.interrupted
     out = other.finish()
     assert out.stats.interrupted
     assert out.stats.passes == 1
@@ -132,13 +132,13 @@ def test_a_thread_without_a_call_stops_all_of_the_pipeline() -> None:
     assert [call.finish().stats.interrupted for call in calls] == [True, True]
     assert not apart.finish().stats.interrupted
     assert not pipe.interrupt, "the next call is not stopped"
-    assert not pipe(1, seed=0).stats.interrupted
+    assert not pipe(told(pipe, 1), seed=0).stats.interrupted
 
 
 def test_before_a_call_there_is_nothing_to_stop() -> None:
     pipe = new_pipeline("c2i")
     pipe._interrupt = True
-    assert not pipe(1, seed=0).stats.interrupted
+    assert not pipe(told(pipe, 1), seed=0).stats.interrupted
 
 
 def test_a_call_within_a_callback_is_a_call_of_its_own() -> None:
@@ -146,20 +146,20 @@ def test_a_call_within_a_callback_is_a_call_of_its_own() -> None:
 
     def nest(pipe: Any, step: int, tokens: int, shown: dict[str, Any]) -> None:
         if step == 1:
-            inner.append(pipe(2, seed=1, callback_on_step_end=stop))
+            inner.append(pipe(told(pipe, 2), seed=1, callback_on_step_end=stop))
             assert not pipe.interrupt
         if step == 2:
-            inner.append(pipe(2, seed=1))
+            inner.append(pipe(told(pipe, 2), seed=1))
             pipe._interrupt = True
 
-    out = pipe(1, seed=0, callback_on_step_end=nest)
+    out = pipe(told(pipe, 1), seed=0, callback_on_step_end=nest)
     assert [o.stats.interrupted for o in inner] == [True, False]
     assert out.stats.passes == 3
 
 
 def test_stopped_at_the_last_pass_it_is_whole() -> None:
     pipe = pipeline("var-class")
-    out = pipe(1, seed=0, callback_on_step_end=lambda p, step, n, s: step == 2 and s["stop"]())
+    out = pipe(told(pipe, 1), seed=0, callback_on_step_end=lambda p, step, n, s: step == 2 and s["stop"]())
     assert out.stats.passes == 3
     assert not out.stats.interrupted
 
@@ -175,13 +175,13 @@ def test_a_stop_can_be_taken_back_in_the_same_callback() -> None:
 @on_kinds
 def test_pipelines_can_be_copied_and_a_copy_is_stopped_alone(kind: str) -> None:
     pipe = new_pipeline(kind)
-    whole = pipe(1, seed=0, output_type="latent").images
+    whole = pipe(told(pipe, 1), seed=0, output_type="latent").images
     for twin in (copy.copy(pipe), copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
         call = Held(pipe)
         twin._interrupt = True
         out = call.finish()
         assert not out.stats.interrupted
-        assert torch.equal(twin(1, seed=0, output_type="latent").images, whole)
+        assert torch.equal(twin(told(pipe, 1), seed=0, output_type="latent").images, whole)
 
 
 @on_kinds
@@ -193,9 +193,9 @@ def test_a_call_that_fails_leaves_nothing_behind(kind: str) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        pipe(1, seed=0, callback_on_step_end=fail)
+        pipe(told(pipe, 1), seed=0, callback_on_step_end=fail)
     assert not pipe.interrupt
-    assert not pipe(1, seed=0).stats.interrupted
+    assert not pipe(told(pipe, 1), seed=0).stats.interrupted
 
 
 def test_calls_of_an_offloaded_pipeline_follow_each_other() -> None:
@@ -210,9 +210,9 @@ def test_calls_of_an_offloaded_pipeline_follow_each_other() -> None:
             passes.append(number)
             time.sleep(0.001)
             if step == 0:
-                pipe(1, seed=0)
+                pipe(told(pipe, 1), seed=0)
 
-        return pipe(1, seed=number, callback_on_step_end=note)
+        return pipe(told(pipe, 1), seed=number, callback_on_step_end=note)
 
     with ThreadPoolExecutor(3) as threads:
         assert all(out.stats.passes == 16 for out in threads.map(draw, range(3)))
@@ -236,7 +236,9 @@ def test_what_a_callback_exchanges_is_refused(kind: str, returned: Any) -> None:
     with pytest.raises(
         InputError, match=r"^callback_on_step_end returned its own '(latents|canvas)'; [^\n]*\.$"
     ):
-        pipeline(kind)(1, seed=0, callback_on_step_end=lambda p, i, n, shown: returned(shown))
+        pipeline(kind)(
+            told(pipeline(kind), 1), seed=0, callback_on_step_end=lambda p, i, n, shown: returned(shown)
+        )
 
 
 @on_kinds
@@ -245,14 +247,16 @@ def test_what_a_callback_exchanges_is_refused(kind: str, returned: Any) -> None:
 )
 def test_what_diffusers_callbacks_return_unchanged_is_taken(kind: str, returned: Any) -> None:
     pipe = pipeline(kind)
-    out = pipe(1, seed=0, output_type="np", callback_on_step_end=lambda p, i, n, shown: returned(shown))
-    assert np.array_equal(out.images, pipe(1, seed=0, output_type="np").images)
+    out = pipe(
+        told(pipe, 1), seed=0, output_type="np", callback_on_step_end=lambda p, i, n, shown: returned(shown)
+    )
+    assert np.array_equal(out.images, pipe(told(pipe, 1), seed=0, output_type="np").images)
 
 
 @on_kinds
 def test_a_callback_that_is_no_function_is_found_before_the_call(kind: str) -> None:
     with pytest.raises(InputError, match=r"must be a function or None, got list\.$"):
-        pipeline(kind)(1, callback_on_step_end=[1])
+        pipeline(kind)(told(pipeline(kind), 1), callback_on_step_end=[1])
 
 
 @on_kinds
@@ -269,9 +273,9 @@ def test_what_a_callback_is_shown_is_its_own(kind: str) -> None:
         with torch.enable_grad():
             (shown["preview"]().mul_(2).mean() * weight).backward()
 
-    out = pipe(1, seed=0, output_type="pt", callback_on_step_end=change)
+    out = pipe(told(pipe, 1), seed=0, output_type="pt", callback_on_step_end=change)
     assert weight.grad is not None
-    assert torch.equal(out.images, pipe(1, seed=0, output_type="pt").images)
+    assert torch.equal(out.images, pipe(told(pipe, 1), seed=0, output_type="pt").images)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +285,7 @@ def test_what_a_callback_is_shown_is_its_own(kind: str) -> None:
         ("c2i", {"accelerator": "zipar"}),
         ("var-class", {}),
         ("var-class", {"smooth": True}),
+        ("infinity", {"accelerator": "code"}),
         ("mar-class", {}),
         ("mar-class", {"accelerator": "cspd"}),
     ],
@@ -289,7 +294,7 @@ def test_previews_are_of_their_pass_whenever_and_wherever_they_are_asked_for(
     kind: str, options: dict[str, Any]
 ) -> None:
     pipe = pipeline(kind)
-    alone = pipe(1, seed=0, output_type="np", **options)
+    alone = pipe(told(pipe, 1), seed=0, output_type="np", **options)
     at_once: list[Any] = []
     later: list[dict[str, Any]] = []
 
@@ -297,7 +302,7 @@ def test_previews_are_of_their_pass_whenever_and_wherever_they_are_asked_for(
         at_once.append((in_thread(shown["preview"]), shown["written"]().clone()))
         later.append(shown)
 
-    out = pipe(1, seed=0, output_type="np", callback_on_step_end=watch, **options)
+    out = pipe(told(pipe, 1), seed=0, output_type="np", callback_on_step_end=watch, **options)
     assert np.array_equal(out.images, alone.images), "previews change nothing"
     assert np.allclose(at_once[-1][0], alone.images, atol=1e-6)
     assert len(at_once) > 1
@@ -318,21 +323,27 @@ def test_what_a_call_returns_can_be_changed(kind: str, output_type: str, stopped
     pipe = pipeline(kind)
     callback = stop if stopped else None
     for return_dict in (True, False):
-        out = pipe(1, seed=0, output_type=output_type, return_dict=return_dict, callback_on_step_end=callback)
+        out = pipe(
+            told(pipe, 1),
+            seed=0,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback,
+        )
         images = out[0]
         before = copy.deepcopy(images)
         images += 1
         assert (images == before + 1).all()
         if return_dict:
             assert (out.written.add_(1) > 0).all()
-    again = pipe(1, seed=0, output_type=output_type, callback_on_step_end=callback).images
+    again = pipe(told(pipe, 1), seed=0, output_type=output_type, callback_on_step_end=callback).images
     assert (again == before).all(), "nothing of it is kept"
 
 
 @on_kinds
 @pytest.mark.parametrize("output_type", ["pt", "raw", "latent"])
 def test_what_a_call_returns_can_be_learned_from(kind: str, output_type: str) -> None:
-    images = pipeline(kind)(1, seed=0, output_type=output_type).images
+    images = pipeline(kind)(told(pipeline(kind), 1), seed=0, output_type=output_type).images
     assert not images.requires_grad
     if images.is_floating_point():
         reward = nn.Conv2d(images.shape[1], 1, 1)
@@ -359,9 +370,11 @@ def test_inside_the_callers_inference_mode(kind: str) -> None:
     """What is kept for later calls is no tensor of the caller's mode."""
     pipe = new_pipeline(kind)
     with torch.inference_mode():
-        inside = pipe(1, seed=0, output_type="pt", callback_on_step_end=lambda *a: a[3]["preview"]()).images
+        inside = pipe(
+            told(pipe, 1), seed=0, output_type="pt", callback_on_step_end=lambda *a: a[3]["preview"]()
+        ).images
         assert inside.is_inference()
-    outside = pipe(1, seed=0, output_type="pt").images
+    outside = pipe(told(pipe, 1), seed=0, output_type="pt").images
     assert torch.equal(inside, outside)
     outside.clamp_(0, 1)
 
@@ -390,7 +403,7 @@ def test_networks_left_in_training_draw_as_in_eval_mode(kind: str) -> None:
     frozen = next(module for module in networks[0].modules() if isinstance(module, nn.Linear)).eval()
     previews: list[Tensor] = []
     shown: dict[str, Any] = {}
-    for accelerator in (None, {"c": "jacobi", "t": "jacobi", "v": "code", "m": "cspd"}[kind[0]]):
+    for accelerator in (None, {"c": "jacobi", "t": "jacobi", "v": "code", "i": "code", "m": "cspd"}[kind[0]]):
         out = pipe(
             prompt,
             seed=0,
@@ -415,17 +428,18 @@ def test_networks_left_in_training_draw_as_in_eval_mode(kind: str) -> None:
         ("c2i", lambda p: Speculative(drafter=p.transformer)),
         ("c2i", lambda p: Speculative(drafter=p)),
         ("var-class", lambda p: CoDe(refiner=p.refiner)),
+        ("infinity", lambda p: CoDe(refiner=p.refiner)),
         ("mar-class", lambda p: CSpD(drafter=p.draft_transformer)),
     ],
 )
 def test_networks_that_an_accelerator_brings_draw_in_eval_mode(kind: str, accelerator: Any) -> None:
     pipe, other = new_pipeline(kind), with_dropout(kind)
     chosen = accelerator(other)
-    expected = pipe(1, seed=0, output_type="latent", accelerator=chosen).images
+    expected = pipe(told(pipe, 1), seed=0, output_type="latent", accelerator=chosen).images
     other.transformer.train()
     for drafter in other.drafters.values():
         drafter.train()
-    out = pipe(1, seed=0, output_type="latent", accelerator=chosen)
+    out = pipe(told(pipe, 1), seed=0, output_type="latent", accelerator=chosen)
     assert torch.equal(out.images, expected)
     assert other.transformer.training
 

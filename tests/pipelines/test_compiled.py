@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.pipelines.test_beside_each_other import half_image
-from tests.tiny import SCALES, eagle_head, new_pipeline, pipeline, transformer
+from tests.tiny import SCALES, eagle_head, new_pipeline, pipeline, told, transformer
 from varaccel import CoDe, FewerSteps, Jacobi, Speculative, ZipAR
 from varaccel.errors import InputError
 from varaccel.pipelines import compiled
@@ -37,7 +37,9 @@ def drawn(pipe: Any, batch: int, **options: Any) -> Tensor:
     if options.pop("inpaint", False):
         images = half_image(pipe.image_size)
         return pipe.inpaint(*images, seed=batch, num_images=batch, output_type="latent", **options).images
-    return pipe(1, seed=batch, num_images_per_prompt=batch, output_type="latent", **options).images
+    return pipe(
+        told(pipe, 1), seed=batch, num_images_per_prompt=batch, output_type="latent", **options
+    ).images
 
 
 def check(kind: str, pipe: Any, batch: int, **options: Any) -> None:
@@ -149,7 +151,7 @@ def test_another_network_is_not_answered_by_the_compiled_one() -> None:
 def test_a_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: made.append(function) or function)
-    for kind in CALLS:
+    for kind in (*CALLS, "infinity"):
         pipe, options = new_pipeline(kind), FEW if kind == "mar-class" else {}
         assert not pipe.is_compiled
         made.clear()
@@ -267,6 +269,21 @@ def test_further_batch_sizes_share_versions() -> None:
     assert counts == [len(SCALES), len(SCALES), 0, 0, 0]
 
 
+def test_texts_of_any_length_share_versions() -> None:
+    """One with padding and one without; guidance inside of the network is not compiled, and stays right."""
+    pipe, counts = new_pipeline("infinity"), []
+    pipe.compile(backend="eager")
+    texts = (["cube", "red cube"], ["a cube", "a blue cube of a"], ["cube", "of"], ["a red cube"] * 2)
+    for prompt in texts:
+        before = versions()
+        found = pipe(prompt, seed=3, output_type="latent").images
+        assert torch.equal(found, pipeline("infinity")(prompt, seed=3, output_type="latent").images)
+        counts.append(versions() - before)
+    assert counts == [len(SCALES), 0, len(SCALES), 0]
+    inside = {"prompt": texts[0], "seed": 3, "guidance_layers": (0, -1), "output_type": "latent"}
+    assert torch.equal(pipe(**inside).images, pipeline("infinity")(**inside).images)
+
+
 @pytest.mark.slow
 def test_any_sequence_of_settings() -> None:
     """More shapes, strides and number types than the compiler allows a function by itself."""
@@ -280,7 +297,8 @@ def test_any_sequence_of_settings() -> None:
         {"cache_dtype": torch.bfloat16},
         {"accelerator": CoDe(draft_scales=1)},
     ):
-        check("var-class", pipe, 2, **options)
+        for batch in (2, 4):
+            check("var-class", pipe, batch, **options)
     assert versions() - before > DEFAULT_LIMIT
 
 
@@ -297,7 +315,7 @@ def test_several_networks_of_one_class() -> None:
 def test_threads_share_a_compiled_pipeline(kind: str) -> None:
     pipe = new_pipeline(kind)
     pipe.compile(backend="eager")
-    settings = [(1 + i % 3, {"guidance_scale": 1.0} if i % 2 else {}) for i in range(4)]
+    settings = [(1 + i % 3, {"guidance_scale": 1.0} if i % 2 else {}) for i in range(8)]
     with ThreadPoolExecutor(4) as threads:
         images = list(threads.map(lambda s: drawn(pipe, s[0], **s[1]), settings))
     for image, (batch, options) in zip(images, settings, strict=True):

@@ -340,7 +340,7 @@ def test_a_network_that_lacks_weights_is_not_filled_with_noise(lost: int, tmp_pa
 
 # -- from_pipe -----------------------------------------------------------------------------------------
 
-KINDS = ("c2i", "t2i", "var-class", "var-caption", "mar-class", "mar-caption")
+KINDS = ("c2i", "t2i", "var-class", "var-caption", "infinity", "mar-class", "mar-caption")
 
 
 class OwnVAR(VARPipeline):
@@ -365,8 +365,12 @@ def test_every_component_and_setting_is_carried(kind: str) -> None:
     assert again.components.keys() == pipe.components.keys()
     assert all(part is again.components[name] for name, part in pipe.components.items())
     assert all(again.config[k] == value for k, value in pipe.config.items() if not k.startswith("_"))
-    changed = type(pipe).from_pipe(pipe, guidance_scale=5.5, class_names=None)
-    assert (changed.config.guidance_scale, changed.config.class_names) == (5.5, None)
+    others = {"class_names": None} if "class_names" in pipe.config else {}
+    changed = type(pipe).from_pipe(pipe, guidance_scale=5.5, **others)
+    assert {name: changed.config[name] for name in ("guidance_scale", *others)} == {
+        "guidance_scale": 5.5,
+        **others,
+    }
     assert pipe.config.guidance_scale != 5.5
 
 

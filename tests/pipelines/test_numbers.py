@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
-from tests.tiny import PROMPTS, drafting_pipeline
+from tests.tiny import PROMPTS, drafting_pipeline, told
 from varaccel import CSpD, Jacobi, Lantern, Speculative, ZipAR
 from varaccel.accelerators import ACCELERATORS, AnyAccelerator, fitting
 from varaccel.engine.options import as_integer, as_number
@@ -25,11 +25,17 @@ from varaccel.nn import devices
 from varaccel.pipelines.causal import CausalPipeline
 from varaccel.pipelines.class_names import find_class
 
-KINDS = ("c2i", "var-class", "mar-class")
+KINDS = ("c2i", "var-class", "infinity", "mar-class")
+OF_CLASSES = ("c2i", "var-class", "mar-class")
+OF_PROMPTS = ("t2i", "var-caption", "infinity", "mar-caption")
+CATEGORICAL = KINDS[:3]
 
 
-def latents(pipe: Any, prompt: Any = 1, **options: Any) -> torch.Tensor:
-    return pipe(prompt, **{"seed": 0, **options}, output_type="latent").images
+def latents(pipe: Any, prompt: Any = None, **options: Any) -> torch.Tensor:
+    """Of a prompt, or of a class whatever a pipeline is told."""
+    return pipe(
+        told(pipe, 1) if prompt is None else prompt, **{"seed": 0, **options}, output_type="latent"
+    ).images
 
 
 # -- seeds ---------------------------------------------------------------------------------------------
@@ -143,7 +149,7 @@ def test_bad_generators(generator: Any) -> None:
 INTEGERS: list[Callable[[int], Any]] = [np.int64, np.uint8, np.int32, torch.tensor, np.array]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OF_CLASSES)
 @pytest.mark.parametrize("made", INTEGERS)
 def test_integers_of_other_libraries(kind: str, made: Callable[[int], Any]) -> None:
     pipe = tiny.pipeline(kind)
@@ -163,7 +169,7 @@ def test_numbers_of_other_libraries(made: Callable[[float], Any]) -> None:
         assert torch.equal(
             latents(pipe, **{name: made(value) for name, value in options.items()}), latents(pipe, **options)
         )
-    for kind in KINDS[:2]:
+    for kind in CATEGORICAL:
         options = {"top_k": np.int64(3), "top_p": made(0.5)}
         assert torch.equal(
             latents(tiny.pipeline(kind), **options), latents(tiny.pipeline(kind), top_k=3, top_p=0.5)
@@ -217,7 +223,7 @@ def test_wrong_types_are_one_sentence(kind: str, name: str) -> None:
         return
     wrong: list[Any] = ["warm", "1", True, {}, object(), math.nan, math.inf, 1e39, -2, 1j]
     wrong += [2.5, np.float32(2)] if name in ("top_k", "guidance_interval") else [10**400]
-    if kind != "var-class" or name not in ("temperature", "top_k"):
+    if kind not in ("var-class", "infinity") or name not in ("temperature", "top_k"):
         wrong += [[1.0], np.ones(2)]
     if name == "guidance_scale" and isinstance(pipe, CausalPipeline):  # one for each branch but the last
         wrong.remove([1.0])
@@ -250,7 +256,7 @@ def test_limits_are_the_same_in_all_families(kind: str) -> None:
             latents(pipe, **bad)
 
 
-@pytest.mark.parametrize("kind", ["c2i", "t2i", "var-class", "var-caption", "mar-class", "mar-caption"])
+@pytest.mark.parametrize("kind", [*OF_CLASSES, *OF_PROMPTS])
 @pytest.mark.parametrize(
     "prompt", [[None], None, {"prompt": "a cube"}, b"a cube", [b"x"], 1.5, [1.5], [["a"]], [{}], object()]
 )
@@ -338,7 +344,12 @@ def spoil_all(pipe: Any) -> None:
         spoil(network, *names)
 
 
-OUTPUTS = {"c2i": "norm.weight", "var-class": "head.weight", "mar-class": "decoder_norm.weight"}
+OUTPUTS = {
+    "c2i": "norm.weight",
+    "var-class": "head.weight",
+    "infinity": "head.weight",
+    "mar-class": "decoder_norm.weight",
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -351,7 +362,7 @@ def test_a_network_that_gives_no_numbers(kind: str, temperature: float, value: f
     spoil(pipe.transformer, OUTPUTS[kind], value=value)
     name = type(pipe.transformer).__name__
     with pytest.raises(NumberError, match=rf"^{name} gave NaN or infinity in float32 in pass 1: .*\.$"):
-        pipe(1, seed=0, temperature=temperature)
+        pipe(told(pipe, 1), seed=0, temperature=temperature)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -360,7 +371,7 @@ def test_every_accelerator_notices(kind: str) -> None:
         pipe: Any = drafting_pipeline_of(kind)
         spoil_all(pipe)
         with pytest.raises(NumberError, match="NaN"):
-            pipe(1, seed=0, accelerator=name)
+            pipe(told(pipe, 1), seed=0, accelerator=name)
 
 
 def drafting_pipeline_of(kind: str) -> Any:
@@ -395,7 +406,7 @@ def test_any_network_of_a_call_is_named(
     names = [parameter] if parameter else [name for name, _ in network.named_parameters()]
     spoil(network, *names)
     with pytest.raises(NumberError, match=rf"^{source} gave NaN or infinity in float32 in pass \d+"):
-        pipe(1, seed=0, accelerator=accelerator)
+        pipe(told(pipe, 1), seed=0, accelerator=accelerator)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -406,10 +417,10 @@ def test_an_image_tokenizer_that_gives_no_numbers(kind: str, output_type: str) -
         list(pipe.image_tokenizer.decoder.parameters())[-1].fill_(math.nan)
     name = type(pipe.image_tokenizer).__name__
     with pytest.raises(NumberError, match=f"^{name} gave NaN or infinity in float32 as pixels"):
-        pipe(1, seed=0, output_type=output_type)
+        pipe(told(pipe, 1), seed=0, output_type=output_type)
 
 
-@pytest.mark.parametrize("kind", ["t2i", "var-caption", "mar-caption"])
+@pytest.mark.parametrize("kind", OF_PROMPTS)
 def test_a_text_encoder_that_gives_no_numbers(kind: str) -> None:
     pipe: Any = tiny.new_pipeline(kind)
     with torch.no_grad():
@@ -424,10 +435,10 @@ def test_half_precision_that_overflows_is_told_with_the_way_out() -> None:
     spoil(pipe.transformer, "head.weight", value=6e4)
     pipe.transformer.to(torch.float16)
     with pytest.raises(NumberError, match=r"in float16 in pass \d: load it in bfloat16 or float32"):
-        pipe(1, seed=0)
+        pipe(told(pipe, 1), seed=0)
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", CATEGORICAL)
 def test_small_temperatures_take_the_likeliest(kind: str) -> None:
     pipe = tiny.pipeline(kind)
     likeliest = latents(pipe, temperature=0)
@@ -436,9 +447,9 @@ def test_small_temperatures_take_the_likeliest(kind: str) -> None:
 
 
 def test_guidance_that_overflows_is_told() -> None:
-    for kind in KINDS[:2]:
+    for kind in CATEGORICAL:
         with pytest.raises(NumberError, match="guidance_scale"):
-            tiny.pipeline(kind)(1, seed=0, guidance_scale=3e38)
+            tiny.pipeline(kind)(told(tiny.pipeline(kind), 1), seed=0, guidance_scale=3e38)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -449,7 +460,7 @@ def test_devices_that_are_not_waited_for_tell_at_the_end(kind: str, monkeypatch:
         pipe = drafting_pipeline_of(kind)
         spoil_all(pipe)
         with pytest.raises(NumberError, match="in pass 1:"):
-            pipe(1, seed=0, accelerator=name)
+            pipe(told(pipe, 1), seed=0, accelerator=name)
 
 
 # -- torch's defaults, and devices without float64 --------------------------------------------------------
@@ -480,14 +491,14 @@ def torch_defaults(dtype: torch.dtype, device: str | None = None) -> Iterator[No
 def test_torch_defaults_change_no_image(kind: str, accelerator: AnyAccelerator | str | None) -> None:
     """Whatever is created says its type and device: "meta" holds no numbers, so that nothing can come from there."""
     pipe = drafting_pipeline_of(kind)
-    expected = latents(pipe, [1, 2], accelerator=accelerator)
+    expected = latents(pipe, [told(pipe, 1), told(pipe, 2)], accelerator=accelerator)
     with torch_defaults(torch.float64, "meta"):
-        drawn = latents(pipe, [1, 2], accelerator=accelerator)
+        drawn = latents(pipe, [told(pipe, 1), told(pipe, 2)], accelerator=accelerator)
     assert drawn.dtype == expected.dtype
     assert torch.equal(drawn, expected)
 
 
-@pytest.mark.parametrize("kind", ["c2i", "t2i", "var-class", "var-caption", "mar-class", "mar-caption"])
+@pytest.mark.parametrize("kind", [*OF_CLASSES, *OF_PROMPTS])
 def test_torch_defaults_change_no_pixel(kind: str) -> None:
     """From the prompt to pixels. The device stays: setting it makes torch's own transformer layers take a slower path,
     whose last digits differ."""
@@ -519,11 +530,11 @@ def test_devices_without_float64(
 ) -> None:
     pipe = drafting_pipeline_of(kind)
     expected = latents(
-        pipe, [1, 2], accelerator=accelerator
+        pipe, [told(pipe, 1), told(pipe, 2)], accelerator=accelerator
     )  # also makes the tables that are made on the CPU
     monkeypatch.setattr(devices, "has_float64", lambda device: False)
     with NoFloat64():
-        drawn = latents(pipe, [1, 2], accelerator=accelerator)
+        drawn = latents(pipe, [told(pipe, 1), told(pipe, 2)], accelerator=accelerator)
     assert drawn.shape == expected.shape
     if not drawn.is_floating_point():  # a token changes where its number falls between two roundings
         assert (drawn == expected).float().mean() > 0.9

@@ -147,6 +147,8 @@ CASES: dict[str, tuple[Callable[[], Any], Any, AnyAccelerator | str]] = {
     "t2i, LANTERN": (lambda: causal("t2i"), PROMPTS["t2i"][0], varaccel.Lantern(k=3, drafter="small")),
     "var": (lambda: new_pipeline("var-class"), 1, "plain"),
     "var, CoDe": (lambda: new_pipeline("var-caption"), PROMPTS["t2i"][0], CoDe(draft_scales=1)),
+    "infinity": (lambda: new_pipeline("infinity"), PROMPTS["infinity"][0], "plain"),
+    "infinity, CoDe": (lambda: new_pipeline("infinity"), PROMPTS["infinity"][0], CoDe(draft_scales=1)),
     "mar": (lambda: new_pipeline("mar-class"), 1, "plain"),
     "mar, CSpD": (lambda: new_pipeline("mar-caption"), PROMPTS["t2i"][0], CSpD()),
     "janus": (janus, "a red sphere", varaccel.Speculative("small", 3)),
@@ -209,7 +211,7 @@ def away(pipe: Any) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("kind", ["c2i", "t2i", "var-class"])
+@pytest.mark.parametrize("kind", ["c2i", "t2i", "var-class", "infinity"])
 def test_painting_into_an_image(kind: str, offload: Any) -> None:
     pipe: Any = new_pipeline(kind)
     size = pipe.image_size

@@ -120,14 +120,19 @@ def wrong(
 
 @pytest.mark.parametrize(
     ("kind", "accelerators"),
-    [("t2i", ["zipar", "jacobi"]), ("var-caption", ["code"]), ("mar-caption", ["cspd", "feature_cache"])],
+    [
+        ("t2i", ["zipar", "jacobi"]),
+        ("var-caption", ["code"]),
+        ("infinity", ["code"]),
+        ("mar-caption", ["cspd", "feature_cache"]),
+    ],
 )
 def test_soak(kind: str, accelerators: list[str]) -> None:
     pipe = new_pipeline(kind)
     prompts = [str(prompt) for prompt in PROMPTS[kind][:2]]
     # as long as the caption can be: such a prompt is tokenized twice
     calls = requests(
-        [prompts[0], " ".join([*prompts, "a a a"])], accelerators, inpaint=kind.startswith("var")
+        [prompts[0], " ".join([*prompts, "a a a"])], accelerators, inpaint=kind in ("var-caption", "infinity")
     )
     alone = {id(call): call.draw(pipe) for call in calls}
     assert sum(isinstance(result[0], type) for result in alone.values()) == 8, "the bad ones are refused"

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from varaccel.errors import InputError
 from varaccel.image_files import check_image_path, write_image
 from varaccel.pipelines.pixels import grid, grid_size
 
@@ -17,8 +18,11 @@ def check_sheet(path: Path, count: int, pipe: Any) -> None:
     Raises:
         InputError: see `check_image_path`.
     """
-    side = getattr(pipe, "image_size", None)
-    if side is not None and count > 0:
+    try:
+        side = pipe.image_size
+    except (AttributeError, InputError):  # of no single size, or no squares
+        return
+    if count > 0:
         check_image_path(path, grid_size(count, (side, side)))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from varaccel.hosts.masked.denoising import Coefficients, denoising_step
+from varaccel.models.infinity import BlockCondition
 from varaccel.nn.attention_inputs import AttentionInputs
 from varaccel.nn.kv_cache import KVCache
 from varaccel.pipelines.compiled import CompiledPass, Size
@@ -51,18 +52,31 @@ def _causal_buffers(
 
 
 def _scale_sizes(
-    x: Tensor, modulation: Sequence[Tensor], attention: AttentionInputs, tail: int | None = None
+    x: Tensor, told: Sequence[Any], attention: AttentionInputs, tail: int | None = None
 ) -> Iterator[Size]:
-    """Rows alone: the scales are always the same, so each gets a version of its own."""
+    """Rows, and the length of a text: the scales are always the same, so each gets a version of its own."""
     yield Size(x, 0, usual=True)
-    for block in modulation:
-        yield Size(block, 1, usual=True)
+    for block in told:
+        if isinstance(block, BlockCondition):
+            yield from _text_sizes(block)
+        else:
+            yield Size(block, 1, usual=True)
     for buffer in _buffers(attention.cache):
         yield Size(buffer, 1, usual=True)
 
 
+def _text_sizes(block: BlockCondition) -> Iterator[Size]:
+    yield Size(block.modulation, 1, usual=True)
+    for each in (block.keys, block.values):  # [R, H, m, c]
+        yield Size(each, 0, usual=True)
+        yield Size(each, 2)
+    if block.mask is not None:  # [R, 1, 1, m]
+        yield Size(block.mask, 0, usual=True)
+        yield Size(block.mask, 3)
+
+
 def _scale_buffers(
-    x: Tensor, modulation: Sequence[Tensor], attention: AttentionInputs, tail: int | None = None
+    x: Tensor, told: Sequence[Any], attention: AttentionInputs, tail: int | None = None
 ) -> Iterator[Tensor]:
     return _buffers(attention.cache)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varaccel.accelerators import AnyAccelerator
 from varaccel.engine.network import check_substitute
-from varaccel.engine.options import positive_integer
+from varaccel.engine.options import as_integer, positive_integer
 from varaccel.engine.randomness import Randomness
 from varaccel.engine.statistics import Statistics
 from varaccel.errors import InputError
@@ -165,13 +165,17 @@ class InfinityPipeline(NextScalePipeline):
     # -- sizes -----------------------------------------------------------------------------------------
 
     @property
+    def schedule(self) -> ScaleSchedule:
+        return self._schedule(None, None, None)
+
+    @property
     def image_size(self) -> int:
         """Side of the images in pixels unless a call says otherwise.
 
         Raises:
             InputError: images that are not square.
         """
-        height, width = self._pixel_size(self._schedule(None, None, None))
+        height, width = self._pixel_size(self.schedule)
         if height != width:
             raise InputError(f"the images of this pipeline are no squares: {height} × {width}.")
         return height
@@ -188,13 +192,18 @@ class InfinityPipeline(NextScalePipeline):
             return self._own_schedule(height, width, ratio)
         if ratio is not None:
             across, down = parse_ratio(ratio)
-            number = len(self._schedule(None, None, None))
+            number = len(self.schedule)
             size = next(name for name, scales in SIZES.items() if scales == number)
             return infinity_schedule(nearest_ratio(down, across), size)
-        wanted = (
+        sides = (
             self.config.height if height is None else height,
             self.config.width if width is None else width,
         )
+        wanted = tuple(pixels for side in sides if (pixels := as_integer(side)) is not None and pixels > 0)
+        if len(wanted) != 2:
+            raise InputError(
+                f"height and width must be positive whole numbers, got {sides[0]!r} and {sides[1]!r}."
+            )
         sizes = dict(self._published_sizes())
         if wanted not in sizes:
             raise InputError(
@@ -205,7 +214,10 @@ class InfinityPipeline(NextScalePipeline):
     def _own_schedule(self, height: int | None, width: int | None, ratio: str | None) -> ScaleSchedule:
         schedule = ScaleSchedule(self.config.scales)
         own = self._pixel_size(schedule)
-        if ratio is not None or (height, width) not in ((None, None), own):
+        if ratio is not None or any(
+            side is not None and as_integer(side) != pixels
+            for side, pixels in zip((height, width), own, strict=True)
+        ):
             raise InputError(
                 f"this model draws images of {own[0]} × {own[1]} pixels; leave height, width and ratio out."
             )
@@ -369,6 +381,10 @@ class InfinityPipeline(NextScalePipeline):
 
     def _guidance(self, scale: float | Sequence[float] | None, layers: Sequence[int] = (0,)) -> ScaleGuidance:
         depth = len(self.transformer.blocks)
+        if not isinstance(layers, Sequence) or not layers:
+            raise InputError(
+                f"guidance_layers must be a list of at least one layer, such as (0,), got {layers!r}."
+            )
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or not -depth < layer <= 0:
                 raise InputError(
@@ -404,14 +420,15 @@ class InfinityPipeline(NextScalePipeline):
     # -- what the base asks for ------------------------------------------------------------------------
 
     def _call_condition(self, call: Call, settings: ScaleSettings) -> Condition | None:
-        condition = super()._call_condition(call, settings)
         negative = settings.negative if isinstance(settings, InfinitySettings) else None
+        if negative is not None and len(negative) not in (1, len(call.prompts)):
+            raise InputError(
+                f"there are {len(negative)} negative prompts for {len(call.prompts)} prompts; give one for all, or one "
+                "for each."
+            )
+        condition = super()._call_condition(call, settings)
         if condition is None or negative is None or not settings.guidance.enabled:
             return condition
-        if len(negative) not in (1, condition.batch):
-            raise InputError(
-                f"{condition.batch} prompts need one negative_prompt or {condition.batch} of them, got {len(negative)}."
-            )
         against = self._features(negative)
         if against.batch < condition.batch:
             against = against.repeat_interleave(condition.batch)
@@ -455,7 +472,7 @@ class InfinityPipeline(NextScalePipeline):
 def _texts(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if given is None:
         return None
-    texts = (given,) if isinstance(given, str) else tuple(given)
+    texts = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else ()
     if not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"negative_prompt must be a text, or one per prompt, got {given!r}.")
     return texts
@@ -463,9 +480,6 @@ def _texts(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
 
 def _nearest(wanted: tuple[int, int], sizes: dict[tuple[int, int], ScaleSchedule]) -> str:
     """Advice on the published size nearest to one that is none."""
-    usable = all(isinstance(side, int) and side > 0 for side in wanted)
-    if not usable:
-        return "height and width must be positive whole numbers."
     height, width = min(
         sizes, key=lambda s: abs(s[0] - wanted[0]) / wanted[0] + abs(s[1] - wanted[1]) / wanted[1]
     )

@@ -62,6 +62,11 @@ class NextScalePipeline(PaintingPipeline[ScaleSettings, ScaleJob], abstract=True
     refiner: Any
 
     @property
+    @abstractmethod
+    def schedule(self) -> ScaleSchedule:
+        """The scales of the images unless a call says otherwise."""
+
+    @property
     def drafters(self) -> dict[str, nn.Module]:
         return {} if self.refiner is None else {"refiner": self.refiner}
 

@@ -83,6 +83,10 @@ class VARPipeline(NextScalePipeline):
         )
 
     @property
+    def schedule(self) -> ScaleSchedule:
+        return self.transformer.schedule
+
+    @property
     def image_size(self) -> int:
         """Height and width of the images in pixels."""
         return self.vq_model.image_size

@@ -135,9 +135,10 @@ def _tokenize(
         padding="longest" if longest else "max_length",
         truncation=True,
         return_attention_mask=True,
-        return_tensors="pt",
+        return_tensors="np",
     )
-    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    # not "pt", whose tensors are born on torch's default device, whatever that is
+    ids, mask = (torch.from_numpy(tokens[name]).long() for name in ("input_ids", "attention_mask"))
     for row in (mask.sum(1) == max_length).nonzero().flatten().tolist():
         if len(tokenizer(texts[row], truncation=True, max_length=max_length + 1)["input_ids"]) > max_length:
             logger.warning(

@@ -139,7 +139,7 @@ def default_grid(pipe: Any, drafter: str | None = None) -> tuple[str, ...]:
     if issubclass(pipe.job_type, MaskedJob):
         return _masked_grid(pipe, drafter)
     if issubclass(pipe.job_type, ScaleJob):
-        scales = len(pipe.transformer.schedule)
+        scales = len(pipe.schedule)
         return (*(f"code:draft_scales={n}" for n in range(scales - 1, 0, -1)), "refiner")
     return CAUSAL_GRID
 
@@ -224,7 +224,7 @@ def speed_grid(pipe: Any, smaller: str | None = None) -> tuple[str, ...]:
         own = "refiner" in pipe.drafters
         if not own and smaller is None:
             return ()
-        half = max(1, len(pipe.transformer.schedule) // 2)
+        half = max(1, len(pipe.schedule) // 2)
         refiner = "" if own else f",refiner={smaller}"
         return tuple(f"code{at}{refiner}" for at in (f":draft_scales={half}", ":"))
     if issubclass(pipe.job_type, MaskedJob):
