@@ -237,6 +237,8 @@ def test_stopping() -> None:
     assert torch.equal(out.images[:, : BORDERS[3]], plain[:, : BORDERS[3]])
     assert (out.images[:, BORDERS[3] :] == -1).all()
     assert out.stats.passes == 3
+    assert out.stats.tokens == BORDERS[3]
+    assert not out.stats.interrupted
     pixels = token_ids(ScalePlan(stop=3), output_type="pt")
     with torch.no_grad():
         shown = pipeline().vq_model.decode(pipeline().vq_model.quantize.feature_maps(plain)[2])

@@ -35,7 +35,7 @@ class Statistics:
         options: its options.
         lossless: whether it keeps the distribution of plain decoding.
         images: images made.
-        tokens: tokens per image; of an interrupted call, as many as every image has.
+        tokens: tokens per image, without scales that were left out; where images differ, as many as every image has.
         passes: forward passes of the host model in the call, prefill included. Images that are decoded at once share
             them, so where they advance at their own pace it is the number that the slowest needed. Of a call in
             several batches all passes of all of them, and those that only read the condition of an image that takes

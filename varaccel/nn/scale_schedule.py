@@ -11,6 +11,9 @@ from varaccel.errors import InputError
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+NO_TOKEN = -1
+"""The token id of a place without a token, where a scale was left out: it adds nothing to the feature map."""
+
 SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 

@@ -30,6 +30,7 @@ from varaccel.nn.condition import Condition
 from varaccel.nn.eval_mode import eval_mode
 from varaccel.nn.number_check import check_finite
 from varaccel.nn.packed_weights import packed_weights, round_to_float16
+from varaccel.nn.scale_schedule import NO_TOKEN
 from varaccel.nn.signature import Paradigm, Signature
 from varaccel.pipelines.class_names import find_class
 from varaccel.pipelines.compiled import Compilation, CompiledPass
@@ -446,7 +447,7 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
             options=accelerator.options(),
             lossless=accelerator.lossless,
             images=call.images,
-            tokens=decided,
+            tokens=int(_drawn(run.canvas).min()),
             interrupted=decided < run.canvas.num_positions,
             batch_size=call.at_once,
             passes=cost.passes,
@@ -724,6 +725,14 @@ class TokenPipeline(LoadablePipeline, Generic[SettingsT, JobT], abstract=True):
         if 0 <= label < classes:
             return label
         raise InputError(f"class labels of this model go from 0 to {classes - 1}, got {label}.")
+
+
+def _drawn(canvas: Canvas) -> Tensor:
+    """Tokens of each image [B], without places where a scale was left out."""
+    decided = canvas.written > 0
+    if not canvas.tokens.is_floating_point():
+        decided = decided & (canvas.tokens != NO_TOKEN)
+    return decided.sum(1)
 
 
 def _owned(images: Any) -> Any:

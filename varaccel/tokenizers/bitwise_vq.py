@@ -22,16 +22,13 @@ from torch import Tensor
 
 from varaccel.errors import CheckpointError, InputError
 from varaccel.nn.checkpoints import load_strict, read_published_weights
-from varaccel.nn.scale_schedule import ScaleSchedule
+from varaccel.nn.scale_schedule import NO_TOKEN, ScaleSchedule
 from varaccel.tokenizers.blocks import Decoder, Encoder
 from varaccel.tokenizers.level_layout import block_name, count, network_sizes
 from varaccel.tokenizers.vq import check_images, check_integers, check_latents
 
 MAX_BITS = 62
 """Bits that a token id can hold beside the sign of an int64 and `NO_TOKEN`."""
-
-NO_TOKEN = -1
-"""The id that stands for no token: it adds nothing to the feature map."""
 
 
 def pack_bits(bits: Tensor) -> Tensor:

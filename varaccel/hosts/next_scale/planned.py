@@ -17,9 +17,7 @@ from varaccel.hosts.next_scale.plan import SessionPlan
 from varaccel.hosts.next_scale.relay import Leg, Relay
 from varaccel.hosts.next_scale.sampling import Sampling, ScaleGuidance
 from varaccel.hosts.next_scale.session import ScaleSession
-
-NO_TOKEN = -1
-"""What stands on the canvas where a scale was left out: it adds nothing to the feature map."""
+from varaccel.nn.scale_schedule import NO_TOKEN
 
 
 @dataclass(frozen=True)
