@@ -21,8 +21,17 @@ from transformers import (
     T5EncoderModel,
 )
 
-from varaccel import LlamaGenTransformer, MARTransformer, MultiScaleVQModel, VARTransformer, VQModel
+from varaccel import (
+    BitwiseVQModel,
+    InfinityTransformer,
+    LlamaGenTransformer,
+    MARTransformer,
+    MultiScaleVQModel,
+    VARTransformer,
+    VQModel,
+)
 from varaccel.models.transformers_host.glm_image import GlmImageHost
+from varaccel.nn.aspect_schedules import infinity_pixels, infinity_schedule
 from varaccel.tokenizers.chameleon_vq import ChameleonImageDecoder
 from varaccel.tokenizers.kl import KL16
 
@@ -68,6 +77,22 @@ def var() -> list[str]:
         network = VARTransformer.from_preset(f"d{depth}")
         cache = network.new_cache(2, network.schedule.borders[-2])
         rows.append(f"| `var-d{depth}` | {weights(network)} | {caches(cache.nbytes)} |")
+    return rows
+
+
+def infinity() -> list[str]:
+    """Rows: model, weights; then the cache of one guided square image: all scales but the last."""
+    rows = []
+    for name in ("2B", "8B"):
+        network = InfinityTransformer.from_preset(name)
+        rows.append(f"| `infinity-{name.lower()}` | {weights(network)} |")
+        for scales in ("0.06M", "0.25M", "1M"):
+            schedule = infinity_schedule("1.0", scales)
+            tokens = schedule.num_tokens
+            cache, side = network.new_cache(2, schedule.borders[-2]), infinity_pixels("1.0", scales)[0]
+            rows.append(
+                f"| `infinity-{name.lower()}` | {side} × {side} | {tokens} | {caches(cache.nbytes)} |"
+            )
     return rows
 
 
@@ -144,6 +169,7 @@ def others() -> list[str]:
     networks = {
         "LlamaGen's image tokenizer": VQModel.from_preset("VQ-16"),
         "VAR's image tokenizer": MultiScaleVQModel(),
+        "Infinity's image tokenizer, 32 bits": BitwiseVQModel(),
         "MAR's image tokenizer": AutoencoderKL(**KL16),
         "Flan-T5-XL, encoder": T5EncoderModel(T5Config(**T5_XL)),
     }
@@ -152,5 +178,5 @@ def others() -> list[str]:
 
 if __name__ == "__main__":
     with torch.device("meta"):
-        for table in (llamagen, var, mar, janus, glm_image, emu3, chameleon, imagegpt, others):
+        for table in (llamagen, var, infinity, mar, janus, glm_image, emu3, chameleon, imagegpt, others):
             print("\n".join(table()), end="\n\n")

@@ -33,6 +33,7 @@ from varaccel import (
     AutoPipeline,
     EagleHead,
     GlmImagePipeline,
+    InfinityPipeline,
     JanusPipeline,
     LlamaGenPipeline,
     MARPipeline,
@@ -167,6 +168,8 @@ def stand_in(family: str, condition: str) -> TokenPipeline:
         pipe = VARPipeline(
             networks[0], tiny.multiscale_vq(scales=SCALES_256), refiner=networks[1], class_names=names
         )
+    elif family == "infinity":
+        pipe = tiny.new_infinity_pipeline(scales=None, height=32, width=32)
     else:
         network = tiny.mar_transformer("class", grid_size=8, **classes)
         pipe = MARPipeline(
@@ -213,6 +216,7 @@ def fresh(pipe: TokenPipeline) -> TokenPipeline:
     Masked models decide in fewer and shorter passes unless a call says how many.
     """
     names = {"class_names", "guidance_scale", "top_k", "top_p", "temperature", "guidance_schedule"}
+    names |= {"height", "width", "scales"}
     settings = {name: pipe.config[name] for name in names & pipe.config.keys()}
     if isinstance(pipe, MARPipeline):
         settings |= {"num_iterations": 16, "head_steps": 8}
@@ -270,7 +274,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
         return staticmethod(from_single_file)
 
-    for cls in (LlamaGenPipeline, VARPipeline, MARPipeline):
+    for cls in (LlamaGenPipeline, VARPipeline, InfinityPipeline, MARPipeline):
         monkeypatch.setattr(cls, "from_single_file", single_file(cls.family))
     networks: dict[type, Any] = {
         VARTransformer: stand_in("var", "classes").transformer,

@@ -150,7 +150,7 @@ def plan_grid(pipe: Any) -> tuple[str, ...]:
     Args:
         pipe: of a next-scale model; of one with few scales, options that need more are left out.
     """
-    scales = len(pipe.transformer.schedule)
+    scales = len(pipe.schedule)
     late = [
         *(f"scale_plan:guided_scales={-n}" for n in (1, 2, 3, 4)),
         'scale_plan:keep={"-1": 0.5}',

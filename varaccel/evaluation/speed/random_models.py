@@ -27,18 +27,23 @@ from transformers import (
 )
 
 from varaccel.evaluation.speed.size_catalog import Size
+from varaccel.models.infinity import InfinityTransformer
 from varaccel.models.llamagen import LlamaGenTransformer
 from varaccel.models.mar import MARTransformer
 from varaccel.models.var import VARTransformer
+from varaccel.nn.aspect_schedules import infinity_schedule
 from varaccel.nn.devices import Device
 from varaccel.nn.grid import Grid
 from varaccel.pipelines.glm_image import GlmImagePipeline
+from varaccel.pipelines.infinity import InfinityPipeline
 from varaccel.pipelines.janus import JanusPipeline
 from varaccel.pipelines.llamagen import LlamaGenPipeline
 from varaccel.pipelines.mar import MARPipeline
 from varaccel.pipelines.var import VARPipeline
+from varaccel.tokenizers.bitwise_vq import BitwiseVQModel
 from varaccel.tokenizers.kl import kl_config
 from varaccel.tokenizers.multiscale_vq import MultiScaleVQModel
+from varaccel.tokenizers.text import WordTextEncoder, WordTokenizer
 from varaccel.tokenizers.vq import VQModel
 
 JANUS: Mapping[str, Mapping[str, int]] = {
@@ -50,6 +55,9 @@ JANUS: Mapping[str, Mapping[str, int]] = {
 JANUS_GRID = 24
 PROMPT_LENGTH = 32
 """Tokens of a prompt, template included."""
+
+
+_WORD = "image"
 
 
 class _NoProcessor:
@@ -87,6 +95,7 @@ def random_pipeline(size: Size, device: Device = "cpu", dtype: torch.dtype = tor
     makers: dict[str, Callable[[Size, torch.device, torch.dtype], Any]] = {
         "llamagen": _llamagen,
         "var": _var,
+        "infinity": _infinity,
         "mar": _mar,
         "janus": _janus,
         "glm_image": _glm_image,
@@ -100,6 +109,8 @@ def random_pipeline(size: Size, device: Device = "cpu", dtype: torch.dtype = tor
 
 def random_prompts(size: Size, images: int) -> list[str | int]:
     """Prompts for as many images."""
+    if size.family == "infinity":
+        return [" ".join([_WORD] * (PROMPT_LENGTH - 1))] * images
     return [0 if size.family in ("llamagen", "var", "mar") else "an image"] * images
 
 
@@ -139,6 +150,31 @@ def _var(size: Size, device: torch.device, dtype: torch.dtype) -> VARPipeline:
             base_channels=32, scales=network.schedule.sides, codebook_size=network.config.vocab_size
         ).eval()
     return VARPipeline(network, vq, refiner=refiner)
+
+
+def _infinity(size: Size, device: torch.device, dtype: torch.dtype) -> InfinityPipeline:
+    changes = {**size.changes}
+    schedule = infinity_schedule("1.0", changes.pop("size"))
+    with _made_on(device, dtype):
+        network = InfinityTransformer.from_preset(size.preset, **changes).eval()
+    words = WordTokenizer.from_words([_WORD], max_length=PROMPT_LENGTH)
+    with _made_on(device, torch.float32):
+        vq = BitwiseVQModel(
+            base_channels=48,
+            channel_multipliers=(1, 1, 1, 1, 1),
+            num_res_blocks=1,
+            bits=network.config.token_bits,
+        ).eval()
+        encoder = WordTextEncoder(
+            len(words),
+            dim=network.config.text_dim,
+            num_layers=1,
+            num_heads=2,
+            ffn_dim=32,
+            max_length=PROMPT_LENGTH,
+        ).eval()
+    height, width = vq.image_size(schedule)
+    return InfinityPipeline(network, vq, encoder, words, height=height, width=width)
 
 
 def _mar(size: Size, device: torch.device, dtype: torch.dtype) -> MARPipeline:

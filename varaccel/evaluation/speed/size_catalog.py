@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Family = Literal["llamagen", "var", "mar", "janus", "glm_image"]
+Family = Literal["llamagen", "var", "infinity", "mar", "janus", "glm_image"]
 Kind = Literal["curve", "compiled", "loop", "accelerators"]
 
 KINDS: Mapping[Kind, str] = {
@@ -97,6 +97,19 @@ def _code(preset: str, refiner: str) -> Size:
     )
 
 
+def _infinity(preset: str, size: str, depth: int | None = None) -> Size:
+    """Square images of a size of `SIZES`; a smaller depth where the whole network is too much to wait for."""
+    shown = "" if depth is None else f"-depth{depth}"
+    return Size(
+        f"Infinity-{preset}{shown}-{size}",
+        "infinity",
+        preset,
+        {"size": size, **({} if depth is None else {"depth": depth})},
+        call={"guidance_scale": 3.0, "top_p": 0.97, "temperature": 0.5},
+        kinds=("curve", "compiled"),
+    )
+
+
 def _mar(name: str, preset: str) -> Size:
     return Size(
         f"MAR-{name}",
@@ -128,6 +141,7 @@ GPU = Suite(
         *map(_var, ("d16", "d20", "d24", "d30", "d36")),
         _code("d30", "d16"),
         _code("d24", "d16"),
+        *(_infinity("2B", size) for size in ("0.06M", "0.25M", "1M")),
         *(_mar(name, preset) for name, preset in (("B", "base"), ("L", "large"), ("H", "huge"))),
         _janus("Pro-1B"),
         _janus("Pro-7B"),
@@ -142,7 +156,7 @@ GPU = Suite(
 
 CPU = Suite(
     "cpu",
-    (_llamagen("B", 256), _var("d16"), _mar("B", "base")),
+    (_llamagen("B", 256), _var("d16"), _infinity("2B", "0.06M", depth=4), _mar("B", "base")),
     dtype="float32",
     images=(1, 4),
     rounds=2,
@@ -155,6 +169,7 @@ SUITES = {suite.name: suite for suite in (CPU, GPU)}
 _TINY: Mapping[Family, Mapping[str, Any]] = {
     "llamagen": {"dim": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "grid_size": 6},
     "var": {"depth": 2, "dim": 32, "num_heads": 4, "vocab_size": 64, "scales": (1, 2, 3)},
+    "infinity": {"depth": 2, "dim": 32, "num_heads": 4, "token_bits": 4, "text_dim": 16, "size": "0.06M"},
     "mar": {
         **{"dim": 32, "encoder_depth": 1, "decoder_depth": 2, "num_heads": 4, "grid_size": 4},
         **{"head_depth": 1, "head_width": 32},
