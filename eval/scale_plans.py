@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     write_report(report, files[".json"])
     write_text(bench_markdown(report), files[".md"])
-    plot(report, files[".png"])
+    if options.images:
+        plot(report, files[".png"])
     print(f"wrote {files['.md']}")
 
 

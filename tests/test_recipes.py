@@ -49,6 +49,7 @@ DRAWING: dict[str, tuple[tuple[str, ...], int]] = {
     "mar_plain": (("0", "1", "passes"), 1),
     "var_code": (("", "plain"), 2),
     "var_inpaint": (("before", "after", "sheet"), 1),
+    "var_scale_plan": (("plain", "unguided", "fast-var", "skip-var", "several"), 5),
     "var_plain": (("0", "1"), 1),
 }
 TRAINING = ("train_mini_llamagen", "train_mini_mar", "train_mini_var", "train_small_janus", "train_all")

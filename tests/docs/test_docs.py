@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow  # builds the site
 
 DOCS = ROOT / "docs"
 PAGES = DOCS / "accelerators"
-SHARED_PAGES = {"refiner": "code"}
+SHARED_PAGES = {"refiner": "code", "fast_var": "scale_plan", "skip_var": "scale_plan"}
 HEADINGS = [
     "The idea",
     "What it looks like",

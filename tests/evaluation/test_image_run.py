@@ -132,7 +132,7 @@ try:
     if kind in ("one", "all"):
         error = InputError("no such thing.") if alone or kind == "all" else None
         raise_together(error, launch_state(cpu=True))
-    drawn(Path(sys.argv[1]), "c2i", count=45, **({"batch_size": 0} if kind == "settings" else {}))
+    drawn(Path(sys.argv[1]), "c2i", count=45)
 except VaraccelError as error:
     tell_failure("script.py", error)
     sys.exit(2)
@@ -146,7 +146,6 @@ except VaraccelError as error:
         ("drawing", "script.py: process 1 of 2: nothing more could be written", 1),
         ("one", "script.py: process 1 of 2: no such thing.", 1),
         ("all", "script.py: no such thing.", 1),
-        ("settings", "script.py: batch_size must be at least 1", 1),
     ],
 )
 def test_the_launcher_tells_why_a_process_failed(tmp_path: Path, kind: str, printed: str, times: int) -> None:

@@ -297,8 +297,7 @@ def test_any_sequence_of_settings() -> None:
         {"cache_dtype": torch.bfloat16},
         {"accelerator": CoDe(draft_scales=1)},
     ):
-        for batch in (2, 4):
-            check("var-class", pipe, batch, **options)
+        check("var-class", pipe, 2, **options)
     assert versions() - before > DEFAULT_LIMIT
 
 
@@ -315,7 +314,7 @@ def test_several_networks_of_one_class() -> None:
 def test_threads_share_a_compiled_pipeline(kind: str) -> None:
     pipe = new_pipeline(kind)
     pipe.compile(backend="eager")
-    settings = [(1 + i % 3, {"guidance_scale": 1.0} if i % 2 else {}) for i in range(8)]
+    settings = [(1 + i % 3, {"guidance_scale": 1.0} if i % 2 else {}) for i in range(4)]
     with ThreadPoolExecutor(4) as threads:
         images = list(threads.map(lambda s: drawn(pipe, s[0], **s[1]), settings))
     for image, (batch, options) in zip(images, settings, strict=True):

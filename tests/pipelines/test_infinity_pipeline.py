@@ -377,6 +377,7 @@ def test_negative_prompts() -> None:
     two = PROMPTS["infinity"][:2]
     plain, one = token_ids(two), token_ids(two, negative_prompt="a blue cube")
     assert not torch.equal(one, plain)
+    assert torch.equal(token_ids(two, negative_prompt=""), plain)
     assert torch.equal(token_ids(two, negative_prompt=["a blue cube"] * 2), one)
     each = token_ids(two, negative_prompt=["sphere", "a blue cube"])
     assert torch.equal(each[1], one[1])

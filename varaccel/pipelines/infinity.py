@@ -261,7 +261,7 @@ class InfinityPipeline(NextScalePipeline):
 
         Args:
             prompt: one description or several.
-            negative_prompt: what guidance leads away from, one text or one per prompt.
+            negative_prompt: what guidance leads away from, one text or one per prompt; an empty one counts as none.
             height, width: of the images in pixels, one of the published sizes; the pipeline's own if None.
             ratio: instead of them: width to height, such as "16:9": the nearest of the published ratios, at about as
                 many pixels as the pipeline's own size.
@@ -475,7 +475,7 @@ def _texts(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
     texts = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else ()
     if not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"negative_prompt must be a text, or one per prompt, got {given!r}.")
-    return texts
+    return texts if any(texts) else None
 
 
 def _nearest(wanted: tuple[int, int], sizes: dict[tuple[int, int], ScaleSchedule]) -> str:

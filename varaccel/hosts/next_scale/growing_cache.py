@@ -44,7 +44,7 @@ class GrowingCache(KVCache):
         self._dtype = dtype
         self.budgets: Sequence[Budget] = ()
         self.scores: dict[int, Tensor] = {}
-        self.peak_bytes = 0
+        self.peak_bytes = self._bytes = 0
 
     def length(self, layer: int) -> int:
         """Tokens that a layer holds of each row."""
@@ -61,7 +61,7 @@ class GrowingCache(KVCache):
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for held in self._held if held is not None for part in held)
+        return self._bytes
 
     def update(
         self, layer: int, slots: Tensor, keys: Tensor, values: Tensor, length: int | None = None
@@ -75,8 +75,7 @@ class GrowingCache(KVCache):
             index = kept[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
             stored = self.beside(layer, keys.gather(2, index), values.gather(2, index), 0)
         dtype = self._dtype or keys.dtype
-        self._held[layer] = (stored[0].to(dtype), stored[1].to(dtype))
-        self.peak_bytes = max(self.peak_bytes, self.nbytes)
+        self._hold(layer, (stored[0].to(dtype), stored[1].to(dtype)))
         return seen
 
     def beside(self, layer: int, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +94,15 @@ class GrowingCache(KVCache):
             return
         device = next(held[0].device for held in self._held if held is not None)
         index = torch.tensor(rows, device=device)
-        self._held = [None if held is None else (held[0][index], held[1][index]) for held in self._held]
+        for layer, held in enumerate(self._held):
+            if held is not None:
+                self._hold(layer, (held[0][index], held[1][index]))
+
+    def _hold(self, layer: int, pair: tuple[Tensor, Tensor]) -> None:
+        old = self._held[layer]
+        self._bytes += sum(part.nbytes for part in pair) - sum(part.nbytes for part in old or ())
+        self._held[layer] = pair
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
 
     def _kept(self, layer: int, keys: Tensor) -> Tensor | None:
         """The tokens of the pass that stay, [R, K] ascending; None for all."""
