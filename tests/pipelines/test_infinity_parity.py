@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.scripts import ROOT
 from varaccel.engine.canvas import Canvas
 from varaccel.engine.loop import decode
+from varaccel.evaluation.published.infinity import published_loop
 from varaccel.hosts.next_scale.bit_sampling import BitDistribution, BitSampling, PublishedBitDraws
 from varaccel.hosts.next_scale.feature_map import FeatureMap
 from varaccel.hosts.next_scale.sampling import ScaleGuidance
@@ -158,6 +159,29 @@ def test_runs(name: str) -> None:
     shown = pixels.permute(0, 2, 3, 1).flip(-1).int() - given["image_u8_bgr"].int()
     assert shown.abs().max() <= 1
     assert (shown != 0).float().mean() <= 0.01
+
+
+@pytest.mark.parametrize(
+    "name", ["base.greedy_cfg3", "base.sampled_demo", "patchify.greedy_cfg3", "patchify.sampled_8b"]
+)
+def test_published_loop(name: str) -> None:
+    """The plain loop that speed is compared with is the published one, too."""
+    run, given = RUNS[name], recorded(name)
+    pipe = pipeline(name.split(".")[0])
+    tokens, feature_map = published_loop(
+        pipe.transformer,
+        pipe.vq_model.quantizer(schedule(run)),
+        condition(run, given),
+        cfg=run["cfg"],
+        temperature=run["tau"],
+        top_k=run["top_k"],
+        top_p=run.get("top_p", 0.0),
+        generator=torch.Generator().manual_seed(run.get("g_seed", 0)),
+    )
+    bits = pipe.transformer.config.token_bits
+    assert torch.equal(unpack_bits(tokens, bits), given["bits"].bool())
+    if "codes" in given:
+        torch.testing.assert_close(feature_map, given["codes"].float(), atol=1e-4, rtol=0)
 
 
 CALLS = [

@@ -16,8 +16,8 @@ from varaccel.models.var import Block, VARTransformer
 from varaccel.tokenizers.multiscale_vq import MultiScaleQuantizer
 
 
-class _Grown:
-    """Keys and values of one block, concatenated scale by scale."""
+class GrownCache:
+    """Keys and values of one block, concatenated scale by scale, as the published loops of these models keep them."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -29,7 +29,7 @@ class _Grown:
         return self.keys, self.values
 
 
-def _attention(block: Block, x: Tensor, past: _Grown) -> Tensor:
+def _attention(block: Block, x: Tensor, past: GrownCache) -> Tensor:
     attn = block.attn
     bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
     qkv = F.linear(x, attn.mat_qkv.weight, bias).view(*x.shape[:2], 3, attn.num_heads, attn.head_dim)
@@ -41,7 +41,7 @@ def _attention(block: Block, x: Tensor, past: _Grown) -> Tensor:
     return attn.proj(out.transpose(1, 2).reshape(x.shape))
 
 
-def _block(model: VARTransformer, block: Block, x: Tensor, vectors: Tensor, past: _Grown) -> Tensor:
+def _block(model: VARTransformer, block: Block, x: Tensor, vectors: Tensor, past: GrownCache) -> Tensor:
     if model.shared_ada_lin is None:
         assert block.ada_lin is not None
         modulation = block.ada_lin(vectors).view(len(vectors), 1, 6, -1)
@@ -52,9 +52,12 @@ def _block(model: VARTransformer, block: Block, x: Tensor, vectors: Tensor, past
     return x + block.ffn(block.norm(x).mul(scale_ffn.add(1)).add(shift_ffn)).mul(gate_ffn)
 
 
-def _filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+def filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits [..., V] with -inf at what top-k, then top-p drop; 0 switches either off."""
     if top_k:
-        border = logits.topk(top_k, largest=True, sorted=False).values.amin(-1, keepdim=True)
+        border = logits.topk(min(top_k, logits.shape[-1]), largest=True, sorted=False).values.amin(
+            -1, keepdim=True
+        )
         logits = logits.masked_fill(logits < border, -torch.inf)
     if 0 < top_p < 1:
         ordered, index = logits.sort(dim=-1)
@@ -91,7 +94,7 @@ def published_loop(
     levels = model.positions()
     x = both.unsqueeze(1) + model.pos_start + levels[:, :1]
     feature_map = quantizer.start(batch)
-    past = [_Grown() for _ in model.blocks]
+    past = [GrownCache() for _ in model.blocks]
     token_ids = []
     for scale in range(len(schedule)):
         for block, cache in zip(model.blocks, past, strict=True):
@@ -101,7 +104,7 @@ def published_loop(
         logits = model.head(model.head_nm.norm(x).mul(head_scale.add(1)).add(head_shift)).float()
         strength = cfg * schedule.progress(scale)
         logits = (1 + strength) * logits[:batch] - strength * logits[batch:]
-        probs = _filtered(logits, top_k, top_p).softmax(-1)
+        probs = filtered(logits, top_k, top_p).softmax(-1)
         drawn = torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view(batch, -1)
         token_ids.append(drawn)
         feature_map = feature_map + quantizer.spread(quantizer.lookup(drawn), scale)

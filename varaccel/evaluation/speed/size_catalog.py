@@ -106,7 +106,7 @@ def _infinity(preset: str, size: str, depth: int | None = None) -> Size:
         preset,
         {"size": size, **({} if depth is None else {"depth": depth})},
         call={"guidance_scale": 3.0, "top_p": 0.97, "temperature": 0.5},
-        kinds=("curve", "compiled"),
+        kinds=("curve", "compiled", "loop"),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from varaccel.accelerators.notation import parse_grid
 from varaccel.errors import InputError
-from varaccel.evaluation.published import janus, llamagen, mar, var
+from varaccel.evaluation.published import infinity, janus, llamagen, mar, var
 from varaccel.evaluation.speed.call_speed import measure_speed
 from varaccel.evaluation.speed.first_tokens import first_tokens
 from varaccel.evaluation.speed.loop_script import in_turns, median_ratio, seconds_of
@@ -210,6 +210,23 @@ def _var_loops(piece: Piece, pipe: Any) -> Loops:
     )
 
 
+def _infinity_loops(piece: Piece, pipe: Any) -> Loops:
+    call, model, prompts = piece.call(), pipe.transformer, random_prompts(piece.size, 1)
+    with torch.inference_mode():
+        given = pipe._condition(prompts)
+    filters = {"temperature": call["temperature"], "top_p": call["top_p"]}
+
+    def theirs() -> object:
+        quantizer = pipe.vq_model.quantizer(pipe.schedule)
+        return infinity.published_loop(model, quantizer, given, cfg=call["guidance_scale"], **filters)
+
+    return (
+        lambda: first_tokens(pipe, prompts, **call).seconds["tokens"],
+        lambda: seconds_of(theirs, piece.device),
+        "all",
+    )
+
+
 def _mar_loops(piece: Piece, pipe: Any) -> Loops:
     from varaccel.engine.randomness import image_generators
     from varaccel.hosts.masked.denoising import HeadSampling
@@ -236,6 +253,7 @@ _LOOPS: Mapping[str, Callable[[Piece, Any], Loops]] = {
     "llamagen": _llamagen_loops,
     "janus": _janus_loops,
     "var": _var_loops,
+    "infinity": _infinity_loops,
     "mar": _mar_loops,
 }
 
