@@ -498,12 +498,14 @@ def test_another_model_brings_its_accelerators_and_a_prompt_that_fits() -> None:
     labels = [block.label for block in event.outputs if getattr(block, "label", None)]
 
     accelerators, prompt, *rest = event.fn("scales", "a red sphere")
-    assert [name for _, name in accelerators["choices"]] == ["auto", "code", "refiner"]
+    assert [name for _, name in accelerators["choices"]] == [
+        *("auto", "code", "fast_var", "refiner", "scale_plan", "skip_var")
+    ]
     assert accelerators["value"] == "code"
     assert prompt == "tench", "a description is no class"
     assert [update["visible"] for update in rest if "visible" in update].count(True) == 1
     networks = [update for update in rest if "choices" in update]
-    assert len(networks) == labels.count("refiner") + labels.count("drafter") == 3
+    assert len(networks) == labels.count("refiner") + labels.count("drafter") == 4
     assert all([value for _, value in n["choices"][:1]] == [""] and n["value"] == "" for n in networks)
 
     assert event.fn("scales", "goldfish")[1] == "goldfish"
