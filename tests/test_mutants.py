@@ -58,14 +58,13 @@ def test_the_documentation_lists_them() -> None:
 def test_what_is_not_found_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The runner tells a test that fails from one that passes, and from one that is not there."""
+    """The runner tells a test that fails from one that passes."""
     name = "scale-shares-a-number"
     assert mutants.main([name]) == 0
     assert "1 of 1 found" in capsys.readouterr().out
-    for test in ("test_the_chain_agrees_with_itself", "test_that_is_not_there"):
-        changed = replace(MUTANTS[name], tests=(f"{mutants.LONG}::{test}",))
-        monkeypatch.setitem(MUTANTS, name, changed)
-        assert mutants.verdict(name).startswith("no: ")
+    passes = (f"{mutants.LONG}::test_the_chain_agrees_with_itself",)
+    monkeypatch.setitem(MUTANTS, name, replace(MUTANTS[name], tests=passes))
+    assert mutants.verdict(name).startswith("no: ")
 
 
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
