@@ -151,7 +151,10 @@ def control(option: Option, start: Any = None) -> Component:
         if option.optional:
             choices = [(MODELS_OWN, ""), *choices]
         value = "" if default is None else default
-        return gr.Dropdown(choices, value=value, label=label, info=info)
+        # a browser may still send what fitted the model before for controls that it does not show; what a call uses
+        # is checked when it is made
+        stale = option.name in NETWORK_OPTIONS
+        return gr.Dropdown(choices, value=value, label=label, info=info, allow_custom_value=stale)
     if option.optional:  # a Number of gradio shows 0 where it should be empty
         return gr.Textbox(
             "" if default is None else str(default),
