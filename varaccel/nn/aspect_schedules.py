@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 
 from varaccel.errors import InputError, unknown_name
@@ -64,9 +65,16 @@ def infinity_schedule(ratio: str | float = "1.0", size: str = "1M") -> ScaleSche
     Raises:
         InputError: another ratio or size.
     """
-    template = TEMPLATES[_ratio_name(ratio)]
+    name = _ratio_name(ratio)
     if size not in SIZES:
         raise unknown_name("size of an Infinity image", str(size), SIZES)
+    return _cut(name, size)
+
+
+@cache
+def _cut(ratio: str, size: str) -> ScaleSchedule:
+    """Made once: a call that looks a size up asks for all of them."""
+    template = TEMPLATES[ratio]
     return ScaleSchedule(template[: SIZES[size]], reference=template[-1])
 
 
