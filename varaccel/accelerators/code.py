@@ -9,7 +9,6 @@ from typing import Any, ClassVar, cast
 from varaccel.accelerators.plain import Plain
 from varaccel.accelerators.scale_plan import PlannedAccelerator, resolve_refiner
 from varaccel.engine.accelerator import Accelerator, Plan, register
-from varaccel.engine.counts import StageStats
 from varaccel.engine.loop import decode
 from varaccel.engine.options import positive_integer, settle
 from varaccel.errors import InputError
@@ -68,9 +67,6 @@ class CoDe(PlannedAccelerator):
             return Plain().plan(job)
         chosen = dataclasses.replace(self, draft_scales=count)
         return Plan(chosen, lambda: chosen.run(job))
-
-    def run(self, job: ScaleJob) -> StageStats:
-        return self.course(job).run(job)
 
     def course(self, job: ScaleJob) -> Course:
         count = self._count(job)

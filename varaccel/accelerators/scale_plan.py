@@ -114,7 +114,7 @@ class ScalePlan(PlannedAccelerator):
         for name in ("draft_scales", "guided_scales", "stop", "cached_scale"):
             value = getattr(self, name)
             if value is not None:
-                settle(self, **{name: _integer(name, value)})
+                settle(self, **{name: scale_integer(name, value)})
         check_choice("criterion", self.criterion, get_args(Criterion))
         settle(
             self,
@@ -258,7 +258,12 @@ def _depths(job: ScaleJob, turns: Sequence[Turn]) -> list[int]:
 # -- options -------------------------------------------------------------------------------------------
 
 
-def _integer(what: str, value: object) -> int:
+def scale_integer(what: str, value: object) -> int:
+    """A number of scales, or of a scale, as an integer; negative ones count from the end.
+
+    Raises:
+        InputError: no integer.
+    """
     number = as_integer(value)
     if number is None:
         raise InputError(f"{what} must be an integer, negative ones from the end, got {value!r}.")
@@ -283,7 +288,7 @@ def _by_scale(what: str, given: object, check: Any) -> tuple[tuple[int, Any], ..
 def _typed_scale(what: str, scale: object) -> int:
     if isinstance(scale, str) and scale.strip().removeprefix("-").isdecimal():
         return int(scale)
-    return _integer(f"a scale of {what}", scale)
+    return scale_integer(f"a scale of {what}", scale)
 
 
 def _token_share(what: str, value: object) -> float:
@@ -308,7 +313,7 @@ def _key_share(what: str, value: object) -> float:
 
 def _slice_ends(value: object) -> Ends:
     if isinstance(value, (list, tuple)) and len(value) == 2:
-        return tuple(None if end is None else _integer("an end of blocks", end) for end in value)  # type: ignore[return-value]
+        return tuple(None if end is None else scale_integer("an end of blocks", end) for end in value)  # type: ignore[return-value]
     raise InputError(f"blocks must be the first block and the end, such as (3, -4), got {value!r}.")
 
 

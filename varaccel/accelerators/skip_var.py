@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from varaccel.accelerators.scale_plan import PlannedAccelerator, scale_count
+from varaccel.accelerators.scale_plan import PlannedAccelerator, scale_count, scale_integer
 from varaccel.engine.accelerator import register
-from varaccel.engine.options import as_integer, check_number, settle
-from varaccel.errors import InputError
+from varaccel.engine.options import check_number, settle
 from varaccel.hosts.next_scale.job import ScaleJob
 from varaccel.hosts.next_scale.plan import SessionPlan
 from varaccel.hosts.next_scale.planned import Course, Turn
@@ -48,12 +47,7 @@ class SkipVAR(PlannedAccelerator):
 
     def __post_init__(self) -> None:
         if self.decision_scales is not None:
-            number = as_integer(self.decision_scales)
-            if number is None:
-                raise InputError(
-                    f"decision_scales must be an integer, negative ones from the end, got {self.decision_scales!r}."
-                )
-            settle(self, decision_scales=number)
+            settle(self, decision_scales=scale_integer("decision_scales", self.decision_scales))
         for name in ("stop_below", "unguided_below"):
             settle(self, **{name: check_number(name, getattr(self, name), most=1, off="0 = none")})
 

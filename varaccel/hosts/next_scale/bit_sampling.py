@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from varaccel.engine.options import MIN_TEMPERATURE, check_integer, check_number, settle
+from varaccel.engine.options import MIN_TEMPERATURE
 from varaccel.engine.randomness import GumbelNoise, Randomness
 from varaccel.hosts.next_scale.published_rng import PublishedDraws
-from varaccel.hosts.next_scale.sampling import at_scale, check_length, per_scale
-from varaccel.nn.scale_schedule import ScaleSchedule
+from varaccel.hosts.next_scale.sampling import ScaleFilters, at_scale
 from varaccel.tokenizers.bitwise_vq import pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
-class BitSampling:
+class BitSampling(ScaleFilters):
     """How the bits of a scale are drawn, each by itself: temperature, then top-k, then top-p, over its two values.
 
     Attributes:
@@ -29,29 +27,6 @@ class BitSampling:
     Raises:
         InputError: a value out of range or not a number.
     """
-
-    temperature: float | Sequence[float] = 1.0
-    top_k: int | Sequence[int] = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        temperature = partial(check_number, "temperature", off="or one per scale")
-        top_k = partial(check_integer, "top_k", least=0, off="0 = off; or one per scale")
-        settle(
-            self,
-            temperature=per_scale(self.temperature, temperature),
-            top_k=per_scale(self.top_k, top_k),
-            top_p=check_number("top_p", self.top_p, most=1, off="0 and 1 = off"),
-        )
-
-    def check(self, schedule: ScaleSchedule) -> None:
-        """Refuse settings that do not fit a model of that schedule.
-
-        Raises:
-            InputError: a list of another length than there are scales.
-        """
-        for name in ("temperature", "top_k"):
-            check_length(name, getattr(self, name), schedule)
 
     def keep(self, logits: Tensor, scale: int) -> Tensor:
         """Logits [B, P, 2 D] of a scale, divided by the temperature."""

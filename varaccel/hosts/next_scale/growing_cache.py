@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varaccel.hosts.next_scale.importance import farthest
+from varaccel.hosts.next_scale.importance import farthest, highest
 from varaccel.nn.kv_cache import KVCache
 
 
@@ -117,8 +117,8 @@ class GrowingCache(KVCache):
             parts.append(_all(position, budget.start, rows, keys))
             stop = min(budget.stop, keys.shape[2])
             count = min(budget.counts[layer], stop - budget.start)
-            order = scores[:, budget.start : stop].argsort(dim=1, descending=True, stable=True)
-            parts.append(order[:, :count].sort(dim=1).values + budget.start)
+            kept = highest(scores[:, budget.start : stop], count)
+            parts.append(kept.sort(dim=1).values + budget.start)
             position = stop
         parts.append(_all(position, keys.shape[2], rows, keys))
         return torch.cat(parts, 1)

@@ -39,7 +39,8 @@ class TokenPruning:
 
     def observer(self, scale: int) -> ReceivedAttention | None:
         """What must see queries and keys of a scale."""
-        return self._received if self._notes_attention(scale) else None
+        asked = self.plan.criterion == "attention" and scale == self.plan.cached_scale
+        return self._received if asked else None
 
     def rule(self, scale: int) -> Residual:
         """What becomes of sub-layers in a pass over one scale."""
@@ -53,9 +54,6 @@ class TokenPruning:
         index = list(rows)
         self._stored = {key: updated[index] for key, updated in self._stored.items()}
         self._received.scores = {layer: scores[index] for layer, scores in self._received.scores.items()}
-
-    def _notes_attention(self, scale: int) -> bool:
-        return self.plan.criterion == "attention" and scale == self.plan.cached_scale
 
     def _runs_all(self, layer: int, part: Part) -> bool:
         return layer not in self._layers or part not in self.plan.parts

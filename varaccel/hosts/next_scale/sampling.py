@@ -90,22 +90,8 @@ class Sampling(Protocol):
 
 
 @dataclass(frozen=True)
-class ScaleSampling:
-    """How the tokens of a scale are drawn: top-k, then top-p, then temperature.
-
-    Temperature thus never changes which tokens survive, in VAR's and CoDe's published samplers; elsewhere in this
-    library it comes first.
-
-    Attributes:
-        temperature: one number, or one per scale; 0 takes the most likely token instead of drawing.
-        top_k: keep the k most likely tokens, 0 or more than there are for all; ties with the k-th are all kept. One
-            number or one per scale.
-        top_p: drop the least likely tokens whose mass together is at most 1 - top_p; 1 (or 0, as published) for
-            all.
-
-    Raises:
-        InputError: a value out of range or not a number.
-    """
+class ScaleFilters:
+    """Settings that all samplings of next-scale models have, one number each or one per scale; see there."""
 
     temperature: float | Sequence[float] = 1.0
     top_k: int | Sequence[int] = 0
@@ -129,6 +115,25 @@ class ScaleSampling:
         """
         for name in ("temperature", "top_k"):
             check_length(name, getattr(self, name), schedule)
+
+
+@dataclass(frozen=True)
+class ScaleSampling(ScaleFilters):
+    """How the tokens of a scale are drawn: top-k, then top-p, then temperature.
+
+    Temperature thus never changes which tokens survive, in VAR's and CoDe's published samplers; elsewhere in this
+    library it comes first.
+
+    Attributes:
+        temperature: one number, or one per scale; 0 takes the most likely token instead of drawing.
+        top_k: keep the k most likely tokens, 0 or more than there are for all; ties with the k-th are all kept. One
+            number or one per scale.
+        top_p: drop the least likely tokens whose mass together is at most 1 - top_p; 1 (or 0, as published) for
+            all.
+
+    Raises:
+        InputError: a value out of range or not a number.
+    """
 
     def keep(self, logits: Tensor, scale: int) -> Tensor:
         """Logits [..., V] of a scale with -inf at dropped tokens, not yet divided by the temperature."""
